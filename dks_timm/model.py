@@ -1,0 +1,268 @@
+"""A backbone with supervision branches: all classifiers in one forward, and the plain backbone back at the end."""
+import logging
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
+
+import timm
+import torch
+import torch.nn as nn
+from timm.models import group_parameters
+from timm.optim import auto_group_layers
+from timm.utils import unwrap_model
+
+from .branches import Attachment, BranchBuilder
+from .stages import resolve_stages
+
+__all__ = ['DKSModel', 'create_dks_model', 'prune']
+
+_logger = logging.getLogger(__name__)
+
+
+class _Taps:
+    """What the tapped modules of a backbone put out during the forward of its DKSModel, by module name."""
+
+    def __init__(self):
+        self.open = False
+        self.outputs: Dict[str, Any] = {}
+
+
+class _Tap:
+    """Forward hook of one module. An object rather than a closure, so that a copied model taps its own backbone."""
+
+    def __init__(self, taps: _Taps, name: str):
+        self.taps = taps
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.taps.open:
+            self.taps.outputs[self.name] = output
+
+
+class DKSModel(nn.Module):
+    """A timm model with auxiliary classifiers on intermediate stages (Sun et al., CVPR 2019, section 3).
+
+    Made by :func:`create_dks_model` or :meth:`from_timm`. In training mode the output is the list of all logits, in
+    evaluation mode it is the backbone's logits and the branches are not run. The backbone is the unmodified timm model;
+    its features come from forward hooks.
+
+    Attributes:
+        backbone: The timm model.
+        branches: One branch per supervised stage, shallowest first; ``branches[i].kind`` is 'tail' or 'conv'.
+        stages: Supervised stages, ascending indices into the backbone's ``feature_info``.
+    """
+
+    def __init__(self, backbone: nn.Module, attachments: Sequence[Attachment]):
+        super().__init__()
+        self.backbone = backbone
+        self.branches = nn.ModuleList(a.branch for a in attachments)
+        self.stages: Tuple[int, ...] = tuple(a.stage.index for a in attachments)
+        self.attached = [
+            dict(stage=str(a.stage), kind=a.branch.kind, reason=a.reason, source=a.source) for a in attachments]
+        for stage, branch in zip(self.stages, self.branches):
+            branch.stage = stage
+        self._taps = _Taps()
+        self._tapped = False
+
+    @classmethod
+    def from_timm(
+            cls,
+            backbone: nn.Module,
+            stages: Optional[Sequence[int]] = None,
+            branches: str = 'auto',
+            model_kwargs: Optional[Dict[str, Any]] = None,
+            branch_kwargs: Optional[Dict[str, Any]] = None,
+    ) -> 'DKSModel':
+        """Attach branches to an existing timm model.
+
+        The model's parameters, statistics, mode and the global random state stay as they are: branches are built under a
+        forked random state, on the device and in the dtype of the backbone.
+
+        Args:
+            backbone: timm model with a classifier.
+            stages: Stages to supervise, indices into ``feature_info``; None takes the two before the last (see
+                :func:`dks_timm.stages.resolve_stages`).
+            branches: 'tail' (the tail of a second model of the architecture), 'conv' (light convolutions), or 'auto' for
+                tails where the architecture allows them.
+            model_kwargs: Arguments the model was made with. timm 1.0.31 and later note them on the model.
+            branch_kwargs: Arguments of the tails' templates that differ from the backbone's; ``{'2.layers': (3, 4, 3, 2)}``
+                is for stage 2 alone.
+
+        Raises:
+            ValueError: Stages that do not exist, a model without a classifier, or tails that the architecture or the
+                arguments do not allow.
+        """
+        indices = resolve_stages(backbone, stages)
+        overrides = _per_stage(branch_kwargs or {}, indices)
+        like = next(backbone.parameters())
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
+            builder = BranchBuilder(backbone, dict(model_kwargs or {}))
+            attachments = [builder.build(i, branches, overrides[i]) for i in indices]
+        net = cls(backbone, attachments)
+        net.branches.to(like.device, like.dtype).train(backbone.training)
+        net.training = backbone.training
+        return net
+
+    def forward(self, x: torch.Tensor) -> Union[torch.Tensor, List[torch.Tensor]]:
+        """Logits of an image batch.
+
+        Args:
+            x: Images (B, C, H, W).
+
+        Returns:
+            In training mode the list of M logits (B, num_classes): backbone, branch on the shallowest stage, ..., on the
+            deepest. In evaluation mode the backbone's logits (B, num_classes).
+        """
+        return self.exits(x) if self.training else self.backbone(x)
+
+    def exits(self, x: torch.Tensor) -> List[torch.Tensor]:
+        """Logits of all classifiers, in either mode; ordered as in :meth:`forward`."""
+        if not self._tapped:
+            self._tap()
+        taps = self._taps
+        taps.open = True
+        try:
+            logits = self.backbone(x)
+        finally:
+            taps.open = False  # gradient checkpointing calls the modules again in the backward pass
+        features, taps.outputs = taps.outputs, {}
+        if self.training and x.device.type == 'cpu' and not torch.compiler.is_compiling():
+            # Dropout in a branch must not shift the random numbers that data order and augmentation draw.
+            with torch.random.fork_rng(devices=[]):
+                return [logits, *self._run_branches(x, features)]
+        return [logits, *self._run_branches(x, features)]
+
+    def _run_branches(self, x: torch.Tensor, features: Dict[str, Any]) -> List[torch.Tensor]:
+        return [branch(x, features[entry['source']]) for branch, entry in zip(self.branches, self.attached)]
+
+    def _tap(self) -> None:
+        for name in {entry['source'] for entry in self.attached}:
+            self.backbone.get_submodule(name).register_forward_hook(_Tap(self._taps, name))
+        self._tapped = True
+
+    def _untap(self) -> None:
+        for module in self.backbone.modules():
+            for key, hook in list(module._forward_hooks.items()):
+                if isinstance(hook, _Tap):
+                    del module._forward_hooks[key]
+        self._tapped = False
+
+    def describe(self) -> str:
+        """A table of the classifiers: where each sits, what it is, and its number of parameters."""
+        def count(module):
+            return f'{sum(p.numel() for p in module.parameters()):,}'
+
+        rows = [('classifier', 'stage', 'kind', 'parameters', 'made of')]
+        rows.append(('backbone', 'last', type(self.backbone).__name__, count(self.backbone), ''))
+        for i, (branch, entry) in enumerate(zip(self.branches, self.attached)):
+            rows.append((f'branch {i}', entry['stage'], branch.kind, count(branch), entry['reason']))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return '\n'.join(
+            '  '.join(c.rjust(w) if i == 3 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))) + f'  {row[4]}'
+            for row in rows).replace('  \n', '\n')
+
+    # What timm's factories ask of a model.
+
+    @property
+    def num_classes(self) -> int:
+        return self.backbone.num_classes
+
+    @property
+    def pretrained_cfg(self) -> Dict[str, Any]:
+        return self.backbone.pretrained_cfg
+
+    @property
+    def default_cfg(self) -> Dict[str, Any]:
+        return self.backbone.default_cfg
+
+    def get_classifier(self) -> nn.Module:
+        """The backbone's classifier."""
+        return self.backbone.get_classifier()
+
+    def get_classifiers(self) -> List[nn.Module]:
+        """The classifier modules, the backbone's first; a model with two (class and distillation token) has both here."""
+        found: List[nn.Module] = []
+        for owner in (self.backbone, *self.branches):
+            classifier = owner.get_classifier()
+            found += classifier if isinstance(classifier, (tuple, list)) else [classifier]
+        return found
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations in the backward pass, in the backbone and in the branches."""
+        for owner in (self.backbone, *self.branches):
+            owner.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> Set[str]:
+        """Names of parameters to exempt from weight decay."""
+        names = {f'backbone.{name}' for name in getattr(self.backbone, 'no_weight_decay', set)()}
+        for i, branch in enumerate(self.branches):
+            names |= {f'branches.{i}.{name}' for name in branch.no_weight_decay()}
+        return names
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Layer of each parameter for layer-wise learning-rate decay: the backbone's own, and its head's for the branches."""
+        backbone = self.backbone
+        if hasattr(backbone, 'group_matcher'):
+            layers = group_parameters(backbone, backbone.group_matcher(coarse=coarse), reverse=True)
+        else:
+            layers = auto_group_layers(backbone)
+        head = max(layers.values())
+        return lambda name: layers.get(name[len('backbone.'):], head) if name.startswith('backbone.') else head
+
+
+def _per_stage(branch_kwargs: Dict[str, Any], stages: Sequence[int]) -> Dict[int, Dict[str, Any]]:
+    found: Dict[int, Dict[str, Any]] = {stage: {} for stage in stages}
+    for key, value in branch_kwargs.items():
+        prefix, dot, name = key.partition('.')
+        if not dot:
+            for overrides in found.values():
+                overrides.setdefault(key, value)
+        elif prefix.isdigit() and int(prefix) in found:
+            found[int(prefix)][name] = value
+        else:
+            raise ValueError(
+                f"branch_kwargs has '{key}', but the supervised stages are {', '.join(map(str, stages))}; "
+                f"write '{stages[0]}.{name}' for stage {stages[0]} alone, or '{name}' for all.")
+    return found
+
+
+def create_dks_model(
+        model_name: str,
+        pretrained: bool = False,
+        stages: Optional[Sequence[int]] = None,
+        branches: str = 'auto',
+        branch_kwargs: Optional[Dict[str, Any]] = None,
+        **timm_kwargs: Any,
+) -> DKSModel:
+    """Create a timm model with supervision branches.
+
+    Args:
+        model_name: Any name ``timm.create_model`` takes, ``hf-hub:`` and ``local-dir:`` ones included.
+        pretrained: Load pretrained weights. Tails then start from the backbone's wherever name and shape agree.
+        stages: See :meth:`DKSModel.from_timm`.
+        branches: See :meth:`DKSModel.from_timm`.
+        branch_kwargs: See :meth:`DKSModel.from_timm`.
+        **timm_kwargs: Further arguments of ``timm.create_model``, for the backbone and the templates of its branches.
+
+    Raises:
+        ValueError: See :meth:`DKSModel.from_timm`.
+    """
+    backbone = timm.create_model(model_name, pretrained=pretrained, **timm_kwargs)
+    net = DKSModel.from_timm(backbone, stages, branches, timm_kwargs, branch_kwargs)
+    if pretrained or timm_kwargs.get('checkpoint_path'):
+        for branch in net.branches:
+            if branch.kind == 'tail':
+                branch.start_from(backbone)
+    return net
+
+
+def prune(model: nn.Module) -> nn.Module:
+    """The plain timm model in a :class:`DKSModel`, its parameters untouched.
+
+    Args:
+        model: DKSModel, also wrapped by DistributedDataParallel, ``torch.compile`` or timm's EMA. A plain model comes back
+            as it is.
+    """
+    model = unwrap_model(model)
+    if not isinstance(model, DKSModel):
+        return model
+    model._untap()
+    return model.backbone
