@@ -1,13 +1,9 @@
-"""Supervision branches: the tail of a template model, and a plain convolutional one.
-
-Every branch is called as ``branch(image, features)`` with the image batch (B, C, H, W) and whatever the module at the end
-of its stage put out, and returns logits (B, num_classes).
-"""
+"""Supervision branches: the tail of a template model, and a plain convolutional one."""
 import copy
 import logging
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Set, Tuple
 
 import timm
 import torch
@@ -19,14 +15,14 @@ from torch.utils._pytree import tree_map_only
 from .stages import Stage, list_stages
 from .surgery import TRACE_BATCH, Feed, SurgeryError, TailPlan, Trace, cut, plan_tail, shapes, tensors
 
-__all__ = ['BRANCH_KINDS', 'PRESETS', 'BranchBuilder', 'ConvBranch', 'Layout', 'Tail', 'Template']
+__all__ = ['BRANCH_KINDS', 'PRESETS', 'Branch', 'BranchBuilder', 'ConvBranch', 'Layout', 'Tail', 'Template']
 
 _logger = logging.getLogger(__name__)
 
 BRANCH_KINDS = ('auto', 'tail', 'conv')
 
-# The paper's branches (table 1 and supplement), as overrides of the template by supervised stage. After layer2: layer3 at
-# about half depth and two blocks of layer4. After layer3: layer4 at twice the width.
+# The paper's branches as overrides of the template, by supervised stage. After layer2: layer3 at about half depth, two or
+# three blocks of layer4. After layer3: layer4 at twice the width.
 PRESETS: Dict[str, Dict[int, Dict[str, Any]]] = {
     'resnet18': {2: dict(layers=(2, 2, 1, 2)), 3: dict(channels=(64, 128, 256, 1024))},
     'resnet34': {2: dict(layers=(3, 4, 3, 2)), 3: dict(channels=(64, 128, 256, 1024))},
@@ -63,14 +59,45 @@ class Template:
         return timm.create_model(self.architecture, **{**self.kwargs, **overrides})
 
 
-class Tail(nn.Module):
+class Branch(nn.Module):
+    """An auxiliary classifier: ``branch(image, features)`` returns logits (B, num_classes).
+
+    ``image`` is the batch (B, C, H, W), ``features`` whatever the module at the end of the stage put out.
+
+    Attributes:
+        kind: 'tail' or 'conv'.
+        stage: Supervised stage, an index into the backbone's ``feature_info``.
+        source: Module of the backbone that puts out the features.
+        reason: Why the branch is what it is, for people.
+    """
+    kind: str
+
+    def __init__(self, stage: int, source: str, reason: str):
+        super().__init__()
+        self.stage = stage
+        self.source = source
+        self.reason = reason
+
+    def get_classifier(self) -> nn.Module:
+        raise NotImplementedError('a branch names its classifier')
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations in the backward pass, where there are enough of them."""
+
+    def no_weight_decay(self) -> Set[str]:
+        """Names of parameters to exempt from weight decay."""
+        return set()
+
+
+class Tail(Branch):
     """The part of a template after a stage, fed with the backbone's features.
 
     Args:
         template: Freshly made model; it is cut in place.
         plan: Plan of the cut.
-        retrace: Stage, template and overrides, to look up shapes at other image sizes.
+        retrace: Looks up the stand-in shapes at image sizes other than the planned one.
         image_size: (H, W) of the images that the plan was made with.
+        **where: Attributes of :class:`Branch`.
     """
     kind = 'tail'
 
@@ -80,8 +107,9 @@ class Tail(nn.Module):
             plan: TailPlan,
             retrace: 'Retrace',
             image_size: Tuple[int, int],
+            **where: Any,
     ):
-        super().__init__()
+        super().__init__(**where)
         self.plan = plan
         self.feed = Feed()
         self.template = cut(template, plan, self.feed)
@@ -111,7 +139,7 @@ class Tail(nn.Module):
         self.template.set_grad_checkpointing(enable)
         self.recomputes = enable  # the features are needed again in the backward pass
 
-    def no_weight_decay(self):
+    def no_weight_decay(self) -> Set[str]:
         return {f'template.{name}' for name in getattr(self.template, 'no_weight_decay', set)()}
 
     def start_from(self, backbone: nn.Module) -> None:
@@ -189,7 +217,7 @@ class Layout:
         return x.unflatten(2, (-(-image.shape[-2] // self.reduction), -1))
 
 
-class ConvBranch(nn.Module):
+class ConvBranch(Branch):
     """A light branch for any stage: strided depthwise-separable convolutions, average pooling, a linear classifier.
 
     Args:
@@ -198,11 +226,20 @@ class ConvBranch(nn.Module):
         max_channels: Bound on the width.
         num_classes: Number of classes.
         batch_norm: BatchNorm, as in most CNNs, or LayerNorm, for backbones without batch statistics.
+        **where: Attributes of :class:`Branch`.
     """
     kind = 'conv'
 
-    def __init__(self, layout: Layout, halvings: int, max_channels: int, num_classes: int, batch_norm: bool = True):
-        super().__init__()
+    def __init__(
+            self,
+            layout: Layout,
+            halvings: int,
+            max_channels: int,
+            num_classes: int,
+            batch_norm: bool = True,
+            **where: Any,
+    ):
+        super().__init__(**where)
         self.layout = layout
         width = layout.channels
         norm_layer = BatchNormAct2d if batch_norm else LayerNormAct2d
@@ -219,21 +256,6 @@ class ConvBranch(nn.Module):
 
     def get_classifier(self) -> nn.Module:
         return self.head.fc
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Nothing worth recomputing."""
-
-    def no_weight_decay(self):
-        return set()
-
-
-@dataclass
-class Attachment:
-    """A branch with what is known about it: the stage, the module that feeds it, why it is of its kind."""
-    branch: nn.Module
-    stage: Stage
-    source: str
-    reason: str
 
 
 @dataclass
@@ -276,8 +298,8 @@ class BranchBuilder:
         output = self.trace.calls[0].output
         if not isinstance(output, torch.Tensor) or output.shape != (TRACE_BATCH, backbone.num_classes):
             raise ValueError(
-                f'{name} cannot classify: in training mode its output is {shapes(output)}, not (B, {backbone.num_classes})'
-                ' logits; timm has no classifier for this encoder.')
+                f'{name} cannot classify: its output in training mode is {shapes(output)} instead of logits '
+                f'(B, {backbone.num_classes}); timm has no classifier for this encoder.')
 
     def _image(self) -> torch.Tensor:
         return torch.zeros(TRACE_BATCH, self.in_chans, *self.image_size, device=self.device)
@@ -291,14 +313,14 @@ class BranchBuilder:
             kind: str = 'auto',
             overrides: Optional[Dict[str, Any]] = None,
             keep_every: Optional[int] = None,
-    ) -> Attachment:
+    ) -> Branch:
         """Make the branch of one stage, on the default device.
 
         Args:
             index: Stage.
             kind: 'tail', 'conv', or 'auto' for a tail where the architecture allows it.
-            overrides: Arguments of the tail's template that differ from the backbone's. None takes the paper's where it has
-                a layout for the stage, and otherwise leaves out every second one of repeated blocks.
+            overrides: Arguments of the tail's template that differ from the backbone's. None takes the paper's where it
+                has a layout for the stage, and otherwise leaves out every second one of repeated blocks.
             keep_every: Leave out repeated blocks so that one in so many remains.
 
         Raises:
@@ -322,11 +344,12 @@ class BranchBuilder:
             return self._tail(stage, overrides or {}, keep_every or 1, reason)
         except SurgeryError as e:
             if kind == 'tail':
-                raise ValueError(f'{self.template.architecture}{given} has no tail for branches=tail: {e}; conv fits.') from e
+                raise ValueError(f"branches='tail' does not fit {self.template.architecture}{given}: {e}; "
+                                 "branches='conv' does.") from e
             _logger.warning(f'{self.template.architecture}, stage {stage}: conv branch, because {e}.')
             return self._conv(stage, f'no tail: {e}')
 
-    def _tail(self, stage: Stage, overrides: Dict[str, Any], keep_every: int, reason: str) -> Attachment:
+    def _tail(self, stage: Stage, overrides: Dict[str, Any], keep_every: int, reason: str) -> Branch:
         def make() -> nn.Module:
             with torch.device(self.device):
                 return self.template.make(**overrides)
@@ -334,28 +357,30 @@ class BranchBuilder:
         try:
             plan = plan_tail(make, stage, self._image(), keep_every)
         except TypeError as e:
-            raise ValueError(
-                f'{self.template.architecture} cannot be made with {_listed({**self.model_kwargs, **overrides})}: {e}') from e
+            given = _listed({**self.model_kwargs, **overrides})
+            raise ValueError(f'{self.template.architecture} cannot be made with {given}: {e}') from e
         source = self.trace.sources(stage)[plan.rank]
         if shapes(source.output) != plan.features:
             raise SurgeryError(
-                f'the features of stage {stage} have shape {shapes(source.output)} in the backbone and {plan.features} in '
-                'the template; model_kwargs must say how the backbone was made')
+                f'the features of stage {stage} have shape {shapes(source.output)} in the backbone and {plan.features} '
+                'in the template; model_kwargs must say how the backbone was made')
         retrace = Retrace(self.template, overrides, stage, plan.rank, self.in_chans, self.device)
-        branch = Tail(self.template.make(**overrides), plan, retrace, self.image_size)
-        return Attachment(branch, stage, source.name, reason)
+        where = dict(stage=stage.index, source=source.name, reason=reason)
+        return Tail(self.template.make(**overrides), plan, retrace, self.image_size, **where)
 
-    def _conv(self, stage: Stage, reason: str) -> Attachment:
+    def _conv(self, stage: Stage, reason: str) -> Branch:
         source = self.trace.sources(stage)[0]
         last = self.stages[-1]
-        branch = ConvBranch(
+        return ConvBranch(
             Layout.of(source.output, stage, self.image_size),
             halvings=max(0, (last.reduction // stage.reduction).bit_length() - 1),
             max_channels=last.channels,
             num_classes=self.backbone.num_classes,
             batch_norm=self.batch_norm,
+            stage=stage.index,
+            source=source.name,
+            reason=reason,
         )
-        return Attachment(branch, stage, source.name, reason)
 
 
 def _listed(kwargs: Dict[str, Any]) -> str:

@@ -9,8 +9,8 @@ from timm.models import group_parameters
 from timm.optim import auto_group_layers
 from timm.utils import unwrap_model
 
-from .branches import Attachment, BranchBuilder
-from .stages import resolve_stages
+from .branches import Branch, BranchBuilder
+from .stages import list_stages, resolve_stages
 
 __all__ = ['DKSModel', 'create_dks_model', 'prune']
 
@@ -50,15 +50,11 @@ class DKSModel(nn.Module):
         stages: Supervised stages, ascending indices into the backbone's ``feature_info``.
     """
 
-    def __init__(self, backbone: nn.Module, attachments: Sequence[Attachment]):
+    def __init__(self, backbone: nn.Module, branches: Sequence[Branch]):
         super().__init__()
         self.backbone = backbone
-        self.branches = nn.ModuleList(a.branch for a in attachments)
-        self.stages: Tuple[int, ...] = tuple(a.stage.index for a in attachments)
-        self.attached = [
-            dict(stage=str(a.stage), kind=a.branch.kind, reason=a.reason, source=a.source) for a in attachments]
-        for stage, branch in zip(self.stages, self.branches):
-            branch.stage = stage
+        self.branches = nn.ModuleList(branches)
+        self.stages: Tuple[int, ...] = tuple(branch.stage for branch in branches)
         self._taps = _Taps()
         self._tapped = False
 
@@ -73,18 +69,18 @@ class DKSModel(nn.Module):
     ) -> 'DKSModel':
         """Attach branches to an existing timm model.
 
-        The model's parameters, statistics, mode and the global random state stay as they are: branches are built under a
-        forked random state, on the device and in the dtype of the backbone.
+        The model's parameters, statistics, mode and the global random state stay as they are: branches are built under
+        a forked random state, on the device and in the dtype of the backbone.
 
         Args:
             backbone: timm model with a classifier.
             stages: Stages to supervise, indices into ``feature_info``; None takes the two before the last (see
                 :func:`dks_timm.stages.resolve_stages`).
-            branches: 'tail' (the tail of a second model of the architecture), 'conv' (light convolutions), or 'auto' for
-                tails where the architecture allows them.
+            branches: 'tail' (the tail of a second model of the architecture), 'conv' (light convolutions), or 'auto'
+                for tails where the architecture allows them.
             model_kwargs: Arguments the model was made with. timm 1.0.31 and later note them on the model.
-            branch_kwargs: Arguments of the tails' templates that differ from the backbone's; ``{'2.layers': (3, 4, 3, 2)}``
-                is for stage 2 alone.
+            branch_kwargs: Arguments of the tails' templates that differ from the backbone's;
+                ``{'2.layers': (3, 4, 3, 2)}`` is for stage 2 alone.
 
         Raises:
             ValueError: Stages that do not exist, a model without a classifier, or tails that the architecture or the
@@ -95,8 +91,8 @@ class DKSModel(nn.Module):
         like = next(backbone.parameters())
         with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
             builder = BranchBuilder(backbone, dict(model_kwargs or {}))
-            attachments = [builder.build(i, branches, overrides[i]) for i in indices]
-        net = cls(backbone, attachments)
+            built = [builder.build(i, branches, overrides[i]) for i in indices]
+        net = cls(backbone, built)
         net.branches.to(like.device, like.dtype).train(backbone.training)
         net.training = backbone.training
         return net
@@ -108,8 +104,8 @@ class DKSModel(nn.Module):
             x: Images (B, C, H, W).
 
         Returns:
-            In training mode the list of M logits (B, num_classes): backbone, branch on the shallowest stage, ..., on the
-            deepest. In evaluation mode the backbone's logits (B, num_classes).
+            In training mode the list of M logits (B, num_classes): backbone, branch on the shallowest stage, ..., on
+            the deepest. In evaluation mode the backbone's logits (B, num_classes).
         """
         return self.exits(x) if self.training else self.backbone(x)
 
@@ -131,10 +127,10 @@ class DKSModel(nn.Module):
         return [logits, *self._run_branches(x, features)]
 
     def _run_branches(self, x: torch.Tensor, features: Dict[str, Any]) -> List[torch.Tensor]:
-        return [branch(x, features[entry['source']]) for branch, entry in zip(self.branches, self.attached)]
+        return [branch(x, features[branch.source]) for branch in self.branches]
 
     def _tap(self) -> None:
-        for name in {entry['source'] for entry in self.attached}:
+        for name in {branch.source for branch in self.branches}:
             self.backbone.get_submodule(name).register_forward_hook(_Tap(self._taps, name))
         self._tapped = True
 
@@ -147,17 +143,17 @@ class DKSModel(nn.Module):
 
     def describe(self) -> str:
         """A table of the classifiers: where each sits, what it is, and its number of parameters."""
-        def count(module):
-            return f'{sum(p.numel() for p in module.parameters()):,}'
-
+        stages = list_stages(self.backbone)
         rows = [('classifier', 'stage', 'kind', 'parameters', 'made of')]
-        rows.append(('backbone', 'last', type(self.backbone).__name__, count(self.backbone), ''))
-        for i, (branch, entry) in enumerate(zip(self.branches, self.attached)):
-            rows.append((f'branch {i}', entry['stage'], branch.kind, count(branch), entry['reason']))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        for i, module in enumerate((self.backbone, *self.branches)):
+            where = ('backbone', stages[-1], type(module).__name__) if i == 0 else (
+                f'branch {i}', stages[module.stage], module.kind)
+            count = sum(p.numel() for p in module.parameters())
+            rows.append((*map(str, where), f'{count:,}', getattr(module, 'reason', '')))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return '\n'.join(
-            '  '.join(c.rjust(w) if i == 3 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))) + f'  {row[4]}'
-            for row in rows).replace('  \n', '\n')
+            f'{name:{widths[0]}}  {stage:{widths[1]}}  {kind:{widths[2]}}  {count:>{widths[3]}}  {reason}'.rstrip()
+            for name, stage, kind, count, reason in rows)
 
     # What timm's factories ask of a model.
 
@@ -178,7 +174,7 @@ class DKSModel(nn.Module):
         return self.backbone.get_classifier()
 
     def get_classifiers(self) -> List[nn.Module]:
-        """The classifier modules, the backbone's first; a model with two (class and distillation token) has both here."""
+        """The classifier modules, the backbone's first; both of a model with two (class and distillation token)."""
         found: List[nn.Module] = []
         for owner in (self.backbone, *self.branches):
             classifier = owner.get_classifier()
@@ -198,7 +194,7 @@ class DKSModel(nn.Module):
         return names
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """Layer of each parameter for layer-wise learning-rate decay: the backbone's own, and its head's for the branches."""
+        """Layer of each parameter for layer-wise learning-rate decay; branches belong to the layer of the head."""
         backbone = self.backbone
         if hasattr(backbone, 'group_matcher'):
             layers = group_parameters(backbone, backbone.group_matcher(coarse=coarse), reverse=True)
@@ -258,8 +254,8 @@ def prune(model: nn.Module) -> nn.Module:
     """The plain timm model in a :class:`DKSModel`, its parameters untouched.
 
     Args:
-        model: DKSModel, also wrapped by DistributedDataParallel, ``torch.compile`` or timm's EMA. A plain model comes back
-            as it is.
+        model: DKSModel, also wrapped by DistributedDataParallel, ``torch.compile`` or timm's EMA. A plain model comes
+            back as it is.
     """
     model = unwrap_model(model)
     if not isinstance(model, DKSModel):

@@ -80,7 +80,7 @@ def resolve_stages(model: nn.Module, stages: Optional[Sequence[int]] = None) -> 
         index = stage % count
         if index == count - 1:
             raise ValueError(
-                f'stages has {stage}, the last stage, where the backbone has its own classifier; choose from the {menu}')
+                f'stages has {stage}, the last one, where the backbone has its own classifier; choose from the {menu}')
         if index in resolved:
             raise ValueError(f'stages has {stage} twice; choose different ones from the {menu}')
         resolved.append(index)

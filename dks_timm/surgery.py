@@ -55,11 +55,15 @@ class Call:
 
     @property
     def is_sequential(self) -> bool:
-        """Whether this is a plain Sequential, which does nothing but call its children.
-
-        timm's checkpointing calls them itself, so nothing is ever hung on a Sequential.
-        """
         return type(self.module) is nn.Sequential and len(self.module) > 0
+
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether the module works on the input and gets called whatever the settings.
+
+        A plain Sequential may not be: gradient checkpointing in timm calls its children itself.
+        """
+        return self.depends_on_input and not self.is_sequential
 
 
 class Trace:
@@ -118,7 +122,7 @@ class Trace:
         found = [first]
         around = [c for c in self.calls if c.start <= first.start and c.end >= first.end and c.name]
         for outer in reversed(around):
-            before = [c for c in self.once.values() if c.end < outer.start and c.depends_on_input and not c.is_sequential]
+            before = [c for c in self.once.values() if c.end < outer.start and c.can_be_cut]
             if before and (last := max(before, key=lambda c: c.end)) not in found:
                 found.append(last)
         return found
@@ -127,9 +131,7 @@ class Trace:
         call = self.once.get(stage.module)
         while call is not None and call.is_sequential:
             call = self.once.get(f'{call.name}.{list(call.module._modules)[-1]}')
-        if call is not None and call.depends_on_input:
-            return call
-        return None
+        return call if call is not None and call.can_be_cut else None
 
     def _last_of(self, stage: Stage) -> Optional[Call]:
         # The name is not the path of a called module: run as far as the stage goes, and take what returns last.
@@ -137,7 +139,7 @@ class Trace:
             x, indices=[stage.index], stop_early=True, intermediates_only=True))
         for call in sorted(early.once.values(), key=lambda c: -c.end):
             same = self.once.get(call.name)
-            if same and same.depends_on_input and not same.is_sequential and shapes(same.output) == shapes(call.output):
+            if same and same.can_be_cut and shapes(same.output) == shapes(call.output):
                 return same
         return None
 
@@ -149,8 +151,7 @@ class Trace:
             if call.start >= source.start:
                 break
             around = call.end > source.end
-            usable = call.name in self.once and call.depends_on_input and not call.is_sequential
-            if usable and not around and call.start > covered:
+            if call.name in self.once and call.can_be_cut and not around and call.start > covered:
                 found[call.name] = shapes(call.output)
                 covered = call.end
         return found
