@@ -21,8 +21,8 @@ _logger = logging.getLogger(__name__)
 
 BRANCH_KINDS = ('auto', 'tail', 'conv')
 
-# The paper's branches as overrides of the template, by supervised stage. After layer2: layer3 at about half depth, two or
-# three blocks of layer4. After layer3: layer4 at twice the width.
+# The paper's branches as overrides of the template, by supervised stage. After layer2: layer3 at about half depth and
+# two blocks of layer4. After layer3: layer4 at twice the width.
 PRESETS: Dict[str, Dict[int, Dict[str, Any]]] = {
     'resnet18': {2: dict(layers=(2, 2, 1, 2)), 3: dict(channels=(64, 128, 256, 1024))},
     'resnet34': {2: dict(layers=(3, 4, 3, 2)), 3: dict(channels=(64, 128, 256, 1024))},
@@ -145,8 +145,8 @@ class Tail(Branch):
     def start_from(self, backbone: nn.Module) -> None:
         """Copy the backbone's weights wherever name and shape agree."""
         own, given = self.template.state_dict(), backbone.state_dict()
-        alike = {k: given[k] for k, v in own.items() if k in given and given[k].shape == v.shape}
-        self.template.load_state_dict({**own, **alike})
+        own.update({k: given[k] for k, v in own.items() if k in given and given[k].shape == v.shape})
+        self.template.load_state_dict(own)
 
 
 @dataclass(frozen=True)
