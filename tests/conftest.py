@@ -1,0 +1,17 @@
+import os
+import random
+
+# Before anything imports huggingface_hub: what a test does not serve itself must fail, not reach for the network.
+os.environ['HF_HUB_OFFLINE'] = '1'
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same random state, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

@@ -1,0 +1,361 @@
+import argparse
+import json
+import subprocess
+import sys
+from copy import deepcopy
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm
+from torch.nn.parallel import DistributedDataParallel
+
+from dks_timm import create_dks_model, hub
+from dks_timm.cli import main
+from dks_timm.hub import check_export_dir, eval_results, export, export_checkpoint
+from dks_timm.options import create_parser
+
+DATA_CONFIG = dict(
+    input_size=(3, 48, 48),
+    interpolation='bilinear',
+    mean=(0.1, 0.2, 0.3),
+    std=(0.4, 0.5, 0.6),
+    crop_pct=0.9,
+    crop_mode='center',
+)
+CARD = dict(
+    dks=True,
+    license='apache-2.0',
+    datasets=['digits'],
+    branches='a table of branches',
+    command='accelerate launch train.py --dks',
+    training={'epochs': 3, 'seed': 42},
+)
+
+
+def tiny(name='test_resnet', **kwargs):
+    """A tiny model whose BatchNorm statistics are not those of a new one."""
+    model = timm.create_model(name, num_classes=3, **kwargs)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return model
+
+
+def load(folder):
+    return timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+
+
+def logits(model, size=64):
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return deepcopy(model).float().eval()(x)
+
+
+@pytest.fixture
+def unverified(monkeypatch):
+    """For what has nothing to do with the check in a fresh process: leave it out, it takes seconds."""
+    monkeypatch.setattr(hub, '_verify', lambda *args: None)
+
+
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory):
+    torch.manual_seed(0)
+    model, folder = tiny(), tmp_path_factory.mktemp('exported') / 'my-model'
+    results = eval_results({'top1': 91.234567, 'top5': 99.5, 'loss': 0.3}, 'digits')
+    export(
+        folder, model, card=CARD, data_config=DATA_CONFIG, label_names=['zero', 'one', 'zwölf'], results=results)
+    return model, folder, results
+
+
+def test_exported_folder_holds_config_weights_and_card(exported):
+    assert sorted(p.name for p in exported[1].iterdir()) == ['README.md', 'config.json', 'model.safetensors']
+    modes = {p.stat().st_mode for p in exported[1].iterdir()}
+    assert len(modes) == 1  # the weights are as readable as the rest
+
+
+def test_fresh_process_without_dks_timm_gives_the_same_logits(exported, tmp_path):
+    model, folder, _ = exported
+    code = '''
+import sys, timm, torch
+model = timm.create_model('local-dir:' + sys.argv[1], pretrained=True).eval()
+x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+torch.save(model(x).detach(), sys.argv[2])
+assert not any(name.startswith('dks_timm') for name in sys.modules)
+'''
+    subprocess.run([sys.executable, '-c', code, folder, tmp_path / 'logits.pt'], check=True)
+    assert torch.equal(torch.load(tmp_path / 'logits.pt'), logits(model))
+
+
+def test_config_has_the_preprocessing_of_the_run(exported):
+    config = json.loads((exported[1] / 'config.json').read_text())
+    for key, value in DATA_CONFIG.items():
+        wanted = list(value) if isinstance(value, tuple) else value
+        assert config['pretrained_cfg'][key] == wanted, key
+    assert config['num_classes'] == 3
+    assert config['model_args']['num_classes'] == 3
+    for use_test_size in (False, True):
+        loaded = timm.data.resolve_model_data_config(load(exported[1]), use_test_size=use_test_size)
+        assert {k: tuple(v) if isinstance(v, list) else v for k, v in loaded.items()} == DATA_CONFIG
+
+
+def test_config_has_the_label_names(exported):
+    assert load(exported[1]).pretrained_cfg['label_names'] == ['zero', 'one', 'zwölf']
+
+
+def test_config_says_nothing_about_timms_own_weights(tmp_path, unverified):
+    model = timm.create_model('resnet18.a1_in1k', num_classes=3)
+    assert model.pretrained_cfg['tag'] and model.pretrained_cfg['license']
+    export(tmp_path / 'model', model)
+    config = json.loads((tmp_path / 'model/config.json').read_text())['pretrained_cfg']
+    assert not any(config.get(key) for key in ('tag', 'license', 'origin_url', 'paper_ids', 'hf_hub_id', 'url'))
+
+
+def test_card_metadata_round_trips(exported):
+    data = ModelCard.load(exported[1] / 'README.md').data
+    assert data.eval_results == exported[2]
+    assert [r.metric_value for r in data.eval_results] == [91.234567, 99.5]
+    assert (data.model_name, data.license, data.library_name) == ('my-model', 'apache-2.0', 'timm')
+    assert data.datasets == ['digits']
+    assert data.tags == ['timm', 'dks']
+
+
+def test_card_says_what_it_was_given(exported):
+    text = ModelCard.load(exported[1] / 'README.md').text
+    for fact in ('a table of branches', 'accelerate launch train.py --dks', '| seed | 42 |', '91.234567', '48 x 48'):
+        assert fact in text
+
+
+def test_card_claims_nothing_it_was_not_given(tmp_path, unverified):
+    export(tmp_path / 'model', tiny())
+    card = ModelCard.load(tmp_path / 'model/README.md')
+    assert card.data.to_dict() == {
+        'library_name': 'timm', 'pipeline_tag': 'image-classification', 'tags': ['timm']}
+    for claim in ('Synergy', 'Training', 'Cite', '| dataset |', 'None', '{{', '{%'):
+        assert claim not in card.text
+
+
+def test_code_in_the_card_runs(exported, tmp_path, monkeypatch):
+    text = ModelCard.load(exported[1] / 'README.md').text
+    code = text.split('```python\n')[1].split('```')[0]
+    monkeypatch.chdir(exported[1].parent)
+    Image.new('RGB', (60, 50), 'red').save('image.png')
+    names = {}
+    exec(code, names)
+    assert names['probabilities'].shape == (1, 3)
+    torch.testing.assert_close(names['probabilities'].sum().item(), 1.0)
+
+
+def test_card_knows_its_repository(tmp_path, unverified):
+    export(tmp_path / 'model', tiny(), card={'repo_id': 'someone/something'})
+    text = (tmp_path / 'model/README.md').read_text()
+    assert "timm.create_model('hf-hub:someone/something', pretrained=True)" in text
+
+
+def test_wrapped_model_is_exported_whole(tmp_path):
+    model = tiny()
+    export(tmp_path / 'model', torch.compile(convert_sync_batchnorm(deepcopy(model))))
+    assert torch.equal(logits(load(tmp_path / 'model')), logits(model))
+    assert load_file(tmp_path / 'model/model.safetensors').keys() == model.state_dict().keys()
+
+
+def test_model_with_shared_weights_is_exported_whole(tmp_path):
+    # CoaT's blocks share their position encodings, which safetensors refuses to save.
+    model = timm.create_model(
+        'coat_lite_tiny', num_classes=3, img_size=64, embed_dims=(8, 8, 8, 8), serial_depths=(2, 1, 1, 1))
+    assert model.serial_blocks1[0].cpe.proj.weight is model.serial_blocks1[1].cpe.proj.weight
+    export(tmp_path / 'model', model)
+    assert torch.equal(logits(load(tmp_path / 'model')), logits(model))
+
+
+def test_training_layout_is_not_exported_and_stays_as_it_is(tmp_path):
+    plain = tiny()
+    model = convert_splitbn_model(deepcopy(plain)).to(memory_format=torch.channels_last).train()
+    state, strides = deepcopy(model.state_dict()), [p.stride() for p in model.parameters()]
+    random_state = torch.get_rng_state()
+    export(tmp_path / 'model', model)
+    assert all(m.training for m in model.modules())
+    assert strides == [p.stride() for p in model.parameters()]
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+    assert load_file(tmp_path / 'model/model.safetensors').keys() == plain.state_dict().keys()
+    assert torch.equal(logits(load(tmp_path / 'model')), logits(plain))
+
+
+def test_low_precision_weights_stay_as_small_as_they_are(tmp_path):
+    # A model with rotary position tables: computed when the model is made, rounded by the cast, not in the file.
+    model = timm.create_model(
+        'vit_small_patch16_rope_224', num_classes=3, img_size=32, embed_dim=64, depth=1, num_heads=2).to(torch.bfloat16)
+    export(tmp_path / 'model', model)
+    assert {t.dtype for t in load_file(tmp_path / 'model/model.safetensors').values()} == {torch.bfloat16}
+    loaded = load(tmp_path / 'model')
+    for name, parameter in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter.float())
+
+
+def test_model_that_timm_would_make_differently_is_refused(exported, tmp_path):
+    changed = tiny()
+    changed.act1 = nn.Tanh()
+    before = {p.name: p.read_bytes() for p in exported[1].iterdir()}
+    with pytest.raises(RuntimeError, match='largest difference 0.1'):
+        export(exported[1], changed, overwrite=True)
+    assert {p.name: p.read_bytes() for p in exported[1].iterdir()} == before
+    with pytest.raises(RuntimeError, match='largest difference 0.1'):
+        export(tmp_path / 'new', changed)
+    assert not (tmp_path / 'new').exists()
+
+
+def test_model_args_describe_a_model_that_the_factory_did_not_make(tmp_path):
+    model = timm.models.model_entrypoint('test_resnet')(num_classes=3, layers=(2, 1, 1, 1))
+    with pytest.raises(RuntimeError, match='cannot load it: .*state_dict'):
+        export(tmp_path / 'model', model)
+    export(tmp_path / 'model', model, model_args={'layers': (2, 1, 1, 1)})
+    assert torch.equal(logits(load(tmp_path / 'model')), logits(model))
+
+
+@pytest.mark.parametrize('name', ['config.json', 'model.safetensors', 'README.md', 'pytorch_model.bin'])
+def test_folder_with_a_model_is_not_overwritten(name, tmp_path):
+    (tmp_path / name).write_text('precious')
+    with pytest.raises(ValueError, match=f'already holds {name}.*overwrite'):
+        check_export_dir(tmp_path)
+    with pytest.raises(ValueError, match=f'already holds {name}.*overwrite'):
+        export(tmp_path, tiny())
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert check_export_dir(tmp_path, overwrite=True) == tmp_path
+
+
+def test_overwriting_replaces_the_model_and_leaves_other_files(tmp_path, unverified):
+    first, second = tiny(), tiny('test_resnet', in_chans=1)
+    (tmp_path / 'notes.txt').write_text('mine')
+    export(tmp_path, first)
+    export(tmp_path, second, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['README.md', 'config.json', 'model.safetensors', 'notes.txt']
+    assert load(tmp_path).state_dict().keys() == second.state_dict().keys()
+    assert load(tmp_path).in_chans == 1
+
+
+def test_checking_a_folder_writes_nothing(tmp_path):
+    assert check_export_dir(tmp_path / 'a/b') == tmp_path / 'a/b'
+    assert not list(tmp_path.iterdir())
+
+
+def test_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(ValueError, match="file' is a file"):
+        check_export_dir(tmp_path / 'file/model')
+
+
+def test_preprocessing_follows_the_channels_of_the_model(tmp_path, unverified):
+    export(tmp_path / 'model', tiny(in_chans=1), data_config=DATA_CONFIG)
+    data_config = timm.data.resolve_model_data_config(load(tmp_path / 'model'))
+    assert data_config['input_size'] == (1, 48, 48)
+    assert data_config['mean'] == pytest.approx([0.2])
+    assert data_config['std'] == pytest.approx([0.5])
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (dict(label_names=['a'] * 4), 'label_names has 4 names; the model has 3 classes'),
+    (dict(card={'licence': 'mit'}), 'card has licence; it takes .*license'),
+])
+def test_argument_that_does_not_fit_is_refused(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export(tmp_path / 'model', tiny(), **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_network_with_branches_is_exported_as_its_backbone(tmp_path):
+    net = create_dks_model('test_resnet', num_classes=3).train()
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(net)
+        export(tmp_path / 'model', wrapped)
+    finally:
+        dist.destroy_process_group()
+    loaded = load(tmp_path / 'model')
+    assert type(loaded) is type(net.backbone)
+    assert torch.equal(logits(loaded), logits(net))
+
+    text = (tmp_path / 'model/README.md').read_text()
+    assert 'Deeply-supervised Knowledge Synergy' in text
+    assert net.describe() in text
+    assert len(net.train()(torch.randn(2, 3, 64, 64))) == 3  # and it trains on
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint as timm's saver writes it, its model made with other than default arguments."""
+    args = create_parser().parse_args([
+        '--model', 'test_efficientnet', '--num-classes', '3', '--img-size', '48', '--mean', '0.5', '--bn-eps', '0.01',
+        '--model-kwargs', 'act_layer=relu', '--lr', '0.25', '--dks',
+    ])
+    args.rank = 0  # train.py notes such things in passing
+    model, average = (tiny('test_efficientnet', bn_eps=0.01, act_layer='relu') for _ in range(2))
+    path = tmp_path / 'model_best.pth.tar'
+    torch.save({
+        'epoch': 7,
+        'arch': args.model,
+        'args': args,
+        'state_dict': convert_splitbn_model(deepcopy(model)).state_dict(),
+        'state_dict_ema': average.state_dict(),
+        'task_state': {'branches': {'0.weight': torch.zeros(1)}},
+    }, path)
+    return path, model, average
+
+
+def test_checkpoint_is_exported_with_the_arguments_of_its_run(checkpoint, tmp_path, capsys):
+    path, model, average = checkpoint
+    assert main(['export', str(path), str(tmp_path / 'model')]) == 0
+    assert f"timm.create_model('local-dir:{tmp_path}/model', pretrained=True)" in capsys.readouterr().out
+    loaded = load(tmp_path / 'model')
+    assert torch.equal(logits(loaded), logits(average))
+    assert not torch.equal(logits(loaded), logits(model))
+    assert timm.data.resolve_model_data_config(loaded)['input_size'] == (3, 48, 48)
+    text = (tmp_path / 'model/README.md').read_text()
+    for fact in ('| lr | 0.25 |', '| model | test_efficientnet |', 'Knowledge Synergy', 'branch 1', 'checkpoint (from 0) | 7 |'):
+        assert fact in text
+    assert 'rank' not in text
+
+
+def test_checkpoint_is_exported_without_its_averaged_weights_if_asked(checkpoint, tmp_path, unverified):
+    path, model, _ = checkpoint
+    assert main(['export', str(path), str(tmp_path / 'model'), '--no-ema']) == 0
+    assert torch.equal(logits(load(tmp_path / 'model')), logits(model))
+
+
+def test_checkpoint_export_asks_before_overwriting(checkpoint, tmp_path, unverified, capsys):
+    command = ['export', str(checkpoint[0]), str(tmp_path / 'model')]
+    assert main(command) == 0
+    assert main(command) == 2
+    assert 'already holds README.md, config.json, model.safetensors; choose' in capsys.readouterr().err
+    assert main([*command, '--overwrite']) == 0
+
+
+class Hostile:
+    def __reduce__(self):
+        return exec, ('raise SystemExit("code of a checkpoint ran")',)
+
+
+@pytest.mark.parametrize('content, message', [
+    (b'no checkpoint', 'cannot be read'),
+    (b'', 'cannot be read'),
+    ({'state_dict': Hostile(), 'args': argparse.Namespace()}, 'cannot be read'),
+    ({'state_dict': {}}, 'does not say how its model was made'),
+    ([1, 2], 'does not say how its model was made'),
+])
+def test_file_that_is_no_checkpoint_of_a_run_is_refused(content, message, tmp_path):
+    path = tmp_path / 'checkpoint.pth.tar'
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=f'checkpoint .*{message}'):
+        export_checkpoint(path, tmp_path / 'model')
+    assert not (tmp_path / 'model').exists()
