@@ -1,0 +1,392 @@
+"""The DKS objective: the classification loss of every classifier plus the synergy between every two of them.
+
+    L = sum_m ce_weight[m] * CE(target, z_m)  +  sum_{p != q} synergy_weight[p, q] * T^2 * KL(stopgrad(Q_p) || Q_q)
+
+for the logits z_m (B, C) of M classifiers, with Q_m = softmax(z_m / T) and every term a mean over the batch.
+Sun, Yao, Zhou, Zhao: Deeply-supervised Knowledge Synergy, CVPR 2019, https://arxiv.org/abs/1906.00675
+"""
+import math
+from functools import reduce
+from typing import Callable, Dict, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn as nn
+from timm.loss import (
+    AsymmetricLossMultiLabel,
+    DistributionBalancedLoss,
+    LabelSmoothingCrossEntropy,
+    PolyBinaryCrossEntropy,
+    SoftTargetCrossEntropy,
+    TwoWayLoss,
+    ZlprLoss,
+)
+
+DIRECTIONS = ('both', 'top-down', 'bottom-up', 'none')
+
+_MULTI_LABEL = (
+    AsymmetricLossMultiLabel,
+    DistributionBalancedLoss,
+    PolyBinaryCrossEntropy,
+    TwoWayLoss,
+    ZlprLoss,
+    nn.MultiLabelMarginLoss,
+    nn.MultiLabelSoftMarginLoss,
+)
+
+Weight = Union[float, Sequence[float], Sequence[Sequence[float]], torch.Tensor]
+Vector = Tuple[float, ...]
+Matrix = Tuple[Vector, ...]
+
+
+def synergy_loss(
+        logits: Sequence[torch.Tensor],
+        weight: Weight = 1.0,
+        direction: str = 'both',
+        temperature: float = 1.0,
+) -> torch.Tensor:
+    """Weighted sum of the divergences between every two classifiers, each a fixed teacher of the others.
+
+    Args:
+        logits: One (B, C) tensor per classifier: the backbone's, then the branches' from shallow to deep.
+        weight: A number for all pairs, or an M x M matrix (teacher row, student column, diagonal ignored).
+        direction: Who teaches: 'both', 'top-down' (deeper teaches shallower, the backbone is the deepest),
+            'bottom-up', 'none'. Multiplies the weight.
+        temperature: Softens every softmax, the divergences are scaled by its square.
+
+    Returns:
+        A scalar, in float32 at least. Its gradient reaches the students only.
+    """
+    _check_logits(logits)
+    _check_options(direction, temperature)
+    matrix = _resolve_matrix('weight', _parse_weight('weight', weight, ndim=2), direction, len(logits))
+    return _apply_objective(logits, None, (0.,) * len(logits), matrix, float(temperature))[0]
+
+
+class DKSLoss(nn.Module):
+    """Classification loss of every classifier plus their synergy.
+
+    Softmax cross-entropy (criterion None, or one of timm's and torch's modules for it) takes class indices (B,) and
+    dense targets (B, C) alike, and is computed together with the synergy, gradient included, from one softmax per
+    classifier. Any other criterion is called once per classifier. The synergy is the divergence of softmax
+    probabilities whatever the criterion, so criteria for independent labels are refused.
+
+    Args:
+        criterion: A function of (logits, target) that returns a scalar. None is softmax cross-entropy.
+        ce_weight: Weight of the classification losses, a number or one per classifier.
+        synergy_weight: Weight of the synergy, see `synergy_loss`.
+        direction: Who teaches whom, see `synergy_loss`.
+        temperature: Of the synergy, see `synergy_loss`.
+    """
+
+    def __init__(
+            self,
+            criterion: Optional[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = None,
+            ce_weight: Weight = 1.0,
+            synergy_weight: Weight = 1.0,
+            direction: str = 'both',
+            temperature: float = 1.0,
+    ):
+        super().__init__()
+        if isinstance(criterion, _MULTI_LABEL) or getattr(criterion, 'smooth_dense', False):
+            raise ValueError(
+                f'criterion {type(criterion).__name__} is for multi-label targets, but synergy is a divergence between '
+                'softmax probabilities of exclusive classes: use a single-label criterion'
+            )
+        _check_options(direction, temperature)
+        self.criterion = criterion
+        self.smoothing = _softmax_smoothing(criterion)
+        self.ce_weight = _parse_weight('ce_weight', ce_weight, ndim=1)
+        self.synergy_weight = _parse_weight('synergy_weight', synergy_weight, ndim=2)
+        self.direction = direction
+        self.temperature = float(temperature)
+
+    def resolve_weights(self, num_classifiers: int) -> Tuple[Vector, Matrix]:
+        """Weights of M classifiers and of their pairs (M x M, direction applied, zero diagonal).
+
+        Raises:
+            ValueError: Fewer than two classifiers, or weights given for another number of them.
+        """
+        if num_classifiers < 2:
+            raise ValueError(f'synergy needs at least two classifiers, got {num_classifiers}')
+        vector = self.ce_weight if isinstance(self.ce_weight, tuple) else (self.ce_weight,) * num_classifiers
+        if len(vector) != num_classifiers:
+            raise ValueError(
+                f'ce_weight has shape ({len(vector)},) but there are {num_classifiers} classifiers: '
+                f'give a number, or {num_classifiers} of them'
+            )
+        return vector, _resolve_matrix('synergy_weight', self.synergy_weight, self.direction, num_classifiers)
+
+    def forward(self, logits: Sequence[torch.Tensor], target: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """
+        Args:
+            logits: One (B, C) tensor per classifier: the backbone's, then the branches' from shallow to deep.
+            target: Class indices (B,), a dense distribution (B, C), or what the criterion takes.
+
+        Returns:
+            'loss', the weighted sum and the only entry with a gradient; 'ce' (M,), the criterion of every classifier;
+            'synergy' (M, M), the divergence of every teacher (row) and student (column), temperature squared included.
+            The last two are unweighted batch means, and cover what a weight or the direction leaves out.
+        """
+        _check_logits(logits)
+        ce_weight, synergy_weight = self.resolve_weights(len(logits))
+        if self.smoothing is not None:
+            target = _check_target(target, logits, self.smoothing)
+            loss, ce, synergy = _apply_objective(
+                logits, target, ce_weight, synergy_weight, self.temperature, self.smoothing)
+        else:
+            dtype = _compute_dtype(logits)
+            logits = [z.to(dtype) for z in logits]  # once, so that both gradients meet before they are rounded
+            loss, _, synergy = _apply_objective(
+                logits, None, (0.,) * len(logits), synergy_weight, self.temperature)
+            with torch.autocast(logits[0].device.type, enabled=False):
+                ce = torch.stack([self.criterion(z, target) for z in logits])
+            if ce.ndim != 1:
+                raise ValueError(f'criterion must return a scalar, got shape {tuple(ce.shape[1:])}')
+            loss = loss + _weighted_sum(ce, ce_weight)
+        return {'loss': loss, 'ce': ce.detach(), 'synergy': synergy}
+
+    def extra_repr(self) -> str:
+        return (
+            f'ce_weight={self.ce_weight}, synergy_weight={self.synergy_weight}, '
+            f'direction={self.direction!r}, temperature={self.temperature}'
+        )
+
+
+class _Objective(torch.autograd.Function):
+    """Softmax cross-entropy and synergy of M classifiers: value, report and closed-form gradient.
+
+    One softmax per classifier (two where T != 1) carries everything. The pairs share them: a student's gradient is one
+    linear combination of probabilities, and the report a table of M x M dot products. Weights are plain floats, so
+    nothing is ever copied to or read from the logits' device.
+    """
+
+    @staticmethod
+    def forward(
+            ctx,
+            ce_weight: Vector,
+            synergy_weight: Matrix,
+            temperature: float,
+            smoothing: float,
+            target: Optional[torch.Tensor],
+            *logits: torch.Tensor,
+    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        dtype = _compute_dtype(logits)
+        z = [x.to(dtype) for x in logits]
+        probs = [x.softmax(1) for x in z]
+        top, log_norm = _log_norm(z, probs)
+        if target is None:
+            ce = top.new_zeros(len(z))
+        elif target.ndim == 1:
+            picked = torch.stack([x.gather(1, target[:, None])[:, 0] for x in z])
+            if smoothing:
+                picked = torch.lerp(picked, torch.stack([x.mean(1) for x in z]), smoothing)
+            ce = (top - picked + log_norm).mean(1)
+        else:
+            picked = torch.stack([(target * (x - t[:, None])).sum(1) for x, t in zip(z, top, strict=True)])
+            ce = (target.sum(1) * log_norm - picked).mean(1)
+
+        soft_probs = probs
+        if temperature != 1:
+            soft_probs = [(x / temperature).softmax(1) for x in z]
+            top, log_norm = _log_norm(z, soft_probs)
+        # A divergence needs sum_c Q_p * (log Q_p - log Q_q). With log-probabilities measured from the backbone's,
+        # classifiers that agree give small numbers, whose differences keep their digits in float32.
+        shift = (top - top[0]) + temperature * (log_norm - log_norm[0])
+        flat_probs = [q.flatten() for q in soft_probs]
+        cross = [top.new_zeros(len(z))]
+        for x, s in zip(z[1:], shift[1:], strict=True):
+            delta = (x - z[0]).sub_(s[:, None]).flatten()
+            cross.append(torch.stack([torch.dot(q, delta) for q in flat_probs]))
+        cross = torch.stack(cross, 1) * (temperature / len(z[0]))
+        synergy = (cross.diagonal()[:, None] - cross).clamp(min=0)
+
+        weight = _pair_weight(synergy_weight)
+        loss = _weighted_sum(ce, ce_weight)
+        if weight is None:
+            loss = loss + _weighted_sum(synergy.flatten(), sum(synergy_weight, ()))
+        elif weight:
+            loss = loss + weight * synergy.sum()
+        ctx.options = ce_weight, synergy_weight, temperature, smoothing
+        ctx.save_for_backward(target, *logits, *probs, *(soft_probs if temperature != 1 else ()))
+        ctx.mark_non_differentiable(ce, synergy)
+        return loss, ce, synergy
+
+    @staticmethod
+    def backward(ctx, grad_loss: torch.Tensor, *_) -> Tuple[Optional[torch.Tensor], ...]:
+        ce_weight, synergy_weight, temperature, smoothing = ctx.options
+        num_classifiers = len(ce_weight)
+        target, *saved = ctx.saved_tensors
+        logits, probs = saved[:num_classifiers], saved[num_classifiers:2 * num_classifiers]
+        soft_probs = saved[-num_classifiers:]  # the same as probs where T == 1
+        if torch.is_grad_enabled():  # create_graph=True: the gradient must itself be a function of the logits
+            dtype = _compute_dtype(logits)
+            probs = [z.to(dtype).softmax(1) for z in logits]
+            soft_probs = [(z.to(dtype) / temperature).softmax(1) for z in logits]
+        batch_size, num_classes = logits[0].shape
+        scale = grad_loss / batch_size
+
+        # Where all pairs have one weight, a student's teachers are the sum of all classifiers less itself.
+        weight = _pair_weight(synergy_weight)
+        if torch.is_grad_enabled():
+            weight = None
+        if weight is not None:
+            shared = torch.add(soft_probs[0], soft_probs[1])
+            for q in soft_probs[2:]:
+                shared += q
+            shared *= scale * (-temperature * weight)
+
+        grads = [None] * num_classifiers
+        for m in range(num_classifiers):
+            if not ctx.needs_input_grad[5 + m]:
+                continue
+            if weight is not None:
+                grad, pull = shared, num_classifiers * weight
+            else:
+                grad, pull = scale.new_zeros(()), sum(row[m] for row in synergy_weight)
+                for q, row in zip(soft_probs, synergy_weight, strict=True):
+                    if row[m]:
+                        grad = torch.addcmul(grad, q.detach(), scale * (-temperature * row[m]))
+            if target is None:
+                mass = 0.
+            else:
+                mass = ce_weight[m] * (1. if target.ndim == 1 else target.sum(1, keepdim=True))
+            if temperature == 1:
+                grad = torch.addcmul(grad, probs[m], scale * (pull + mass))
+            else:
+                grad = torch.addcmul(grad, soft_probs[m], scale * (temperature * pull)).addcmul_(probs[m], scale * mass)
+            if target is not None and target.ndim == 1:
+                grad.scatter_add_(1, target[:, None], (scale * (ce_weight[m] * (smoothing - 1))).expand(batch_size, 1))
+                if smoothing:
+                    grad.sub_(scale * (ce_weight[m] * smoothing / num_classes))
+            elif target is not None:
+                grad.addcmul_(target, scale * -ce_weight[m])
+            grads[m] = grad.to(logits[m].dtype)
+        return None, None, None, None, None, *grads
+
+
+def _apply_objective(
+        logits: Sequence[torch.Tensor],
+        target: Optional[torch.Tensor],
+        ce_weight: Vector,
+        synergy_weight: Matrix,
+        temperature: float,
+        smoothing: float = 0.,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    with torch.autocast(logits[0].device.type, enabled=False):
+        return _Objective.apply(ce_weight, synergy_weight, temperature, smoothing, target, *logits)
+
+
+def _log_norm(z: Sequence[torch.Tensor], probs: Sequence[torch.Tensor]) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Maximum of the logits, and log-normalizer of the logits less that maximum, both (M, B)."""
+    return torch.stack([x.amax(1) for x in z]), -torch.stack([p.amax(1) for p in probs]).log()
+
+
+def _weighted_sum(values: torch.Tensor, weights: Vector) -> torch.Tensor:
+    if len(set(weights)) == 1 and weights[0]:
+        return weights[0] * values.sum()
+    return sum((w * value for value, w in zip(values, weights, strict=True) if w), values.new_zeros(()))
+
+
+def _pair_weight(matrix: Matrix) -> Optional[float]:
+    """The weight of every pair, None where the pairs have different ones."""
+    weights = {w for p, row in enumerate(matrix) for q, w in enumerate(row) if p != q}
+    return weights.pop() if len(weights) == 1 else None
+
+
+def _compute_dtype(logits: Sequence[torch.Tensor]) -> torch.dtype:
+    return reduce(torch.promote_types, (z.dtype for z in logits), torch.float32)
+
+
+def _softmax_smoothing(criterion: Optional[Callable]) -> Optional[float]:
+    """Label smoothing of a criterion that is softmax cross-entropy, None for any other criterion."""
+    if criterion is None or type(criterion) is SoftTargetCrossEntropy:
+        return 0.
+    if type(criterion) is LabelSmoothingCrossEntropy:
+        return criterion.smoothing
+    if type(criterion) is nn.CrossEntropyLoss and (
+            criterion.weight is None and criterion.reduction == 'mean' and criterion.ignore_index < 0):
+        return criterion.label_smoothing
+    return None
+
+
+def _check_logits(logits: Sequence[torch.Tensor]) -> None:
+    if isinstance(logits, torch.Tensor):
+        raise ValueError(
+            f'logits must be a list with the (B, C) logits of every classifier, got one tensor of shape '
+            f'{tuple(logits.shape)}: a DKSModel returns the list in training mode'
+        )
+    if len(logits) < 2:
+        raise ValueError(f'logits must come from at least two classifiers, got {len(logits)}')
+    shapes = [tuple(z.shape) for z in logits]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 2:
+        raise ValueError(f'logits must all have one shape (B, C), got {shapes}')
+
+
+def _check_target(target: torch.Tensor, logits: Sequence[torch.Tensor], smoothing: float) -> torch.Tensor:
+    """Class indices as int64, or a dense target in the dtype of the computation, smoothed."""
+    shape = tuple(logits[0].shape)
+    if tuple(target.shape) == shape[:1] and not target.is_floating_point():
+        return target.long()
+    if tuple(target.shape) == shape:
+        target = target.to(_compute_dtype(logits))
+        return torch.lerp(target, target.mean(1, keepdim=True), smoothing) if smoothing else target
+    raise ValueError(
+        f'target must be class indices of shape {shape[:1]} or dense of shape {shape}, '
+        f'got {target.dtype} of shape {tuple(target.shape)}'
+    )
+
+
+def _check_options(direction: str, temperature: float) -> None:
+    if direction not in DIRECTIONS:
+        raise ValueError(f'direction must be one of {", ".join(DIRECTIONS)}, got {direction!r}')
+    if not (isinstance(temperature, (int, float)) and math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f'temperature must be a positive number, got {temperature!r}')
+
+
+def _parse_weight(name: str, weight: Weight, ndim: int) -> Union[float, Vector, Matrix]:
+    """A number as float, a vector (ndim 1) or square matrix (ndim 2) as nested tuples of floats."""
+    accepted = 'a number or one per classifier' if ndim == 1 else (
+        'a number or an M x M matrix (teacher row, student column)')
+    if hasattr(weight, 'tolist'):
+        weight = weight.tolist()
+    shape = _shape(weight)
+    if shape != shape[:1] * ndim:
+        raise ValueError(f'{name} must be {accepted}, got shape {shape}')
+    rows = [[weight]] if not shape else [weight] if ndim == 1 else weight
+    try:
+        rows = tuple(tuple(float(value) for value in row) for row in rows)
+    except (TypeError, ValueError):
+        raise ValueError(f'{name} must be {accepted}, got {weight!r}') from None
+    if not all(math.isfinite(value) and value >= 0 for row in rows for value in row):
+        raise ValueError(f'{name} must be finite and not negative, got {weight!r}')
+    return rows[0][0] if not shape else rows[0] if ndim == 1 else rows
+
+
+def _shape(value: Union[float, Sequence]) -> Tuple[Union[int, str], ...]:
+    """Shape of nested sequences, '?' where it is ragged or empty."""
+    if not isinstance(value, (list, tuple)):
+        return ()
+    shapes = {_shape(item) for item in value}
+    return (len(value), *(shapes.pop() if len(shapes) == 1 else '?'))
+
+
+def _resolve_matrix(name: str, weight: Union[float, Matrix], direction: str, num_classifiers: int) -> Matrix:
+    """Weight of every pair, zero where the direction has no such pair and on the diagonal."""
+    if not isinstance(weight, tuple):
+        weight = ((weight,) * num_classifiers,) * num_classifiers
+    if len(weight) != num_classifiers:
+        raise ValueError(
+            f'{name} has shape {_shape(weight)} but there are {num_classifiers} classifiers: '
+            f'give a number or a {num_classifiers} x {num_classifiers} matrix'
+        )
+    depth = (num_classifiers, *range(1, num_classifiers))  # the backbone comes first and is the deepest
+    teaches = {
+        'both': lambda p, q: p != q,
+        'top-down': lambda p, q: depth[p] > depth[q],
+        'bottom-up': lambda p, q: depth[p] < depth[q],
+        'none': lambda p, q: False,
+    }[direction]
+    return tuple(
+        tuple(w if teaches(p, q) else 0. for q, w in enumerate(row))
+        for p, row in enumerate(weight)
+    )
