@@ -1,0 +1,193 @@
+"""DKSModel: outputs in both modes, pruning, and the questions timm's factories ask."""
+import copy
+
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+
+import dks_timm
+from dks_timm import DKSModel, create_dks_model, prune
+
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def make(name='resnet10t', **kwargs):
+    torch.manual_seed(0)
+    return create_dks_model(name, num_classes=5, **kwargs)
+
+
+def test_training_gives_all_logits_backbone_first_and_evaluation_the_backbones():
+    net = make()
+    logits = net.train()(IMAGES)
+    assert [tuple(z.shape) for z in logits] == [(2, 5)] * 3
+    net.eval()
+    calls = []
+    net.branches[0].register_forward_hook(lambda *args: calls.append(args))
+    assert tuple(net(IMAGES).shape) == (2, 5) and not calls
+    exits = net.exits(IMAGES)
+    assert len(exits) == 3 and len(calls) == 1
+    assert torch.equal(exits[0], net(IMAGES))
+
+
+@pytest.mark.parametrize('name', ['resnet10t', 'test_convnext', 'test_efficientnet'])
+def test_pruned_logits_equal_eval_logits_bit_for_bit(name):
+    net = make(name)
+    sum(z.square().sum() for z in net(IMAGES)).backward()
+    torch.optim.SGD(net.parameters(), lr=0.01).step()
+    expected = net.eval()(IMAGES)
+    plain = timm.create_model(name, num_classes=5)
+    plain.load_state_dict(prune(net).state_dict())
+    assert torch.equal(plain.eval()(IMAGES), expected)
+
+
+def test_pruning_leaves_a_plain_timm_model_and_a_dks_model_that_still_works():
+    net = make()
+    net(IMAGES)
+    backbone = prune(net)
+    assert type(backbone) is type(timm.create_model('resnet10t'))
+    assert not any(m._forward_hooks for m in backbone.modules())
+    assert len(net.train()(IMAGES)) == 3
+    assert prune(backbone) is backbone
+
+
+def test_prune_looks_inside_ema_and_compiled_models():
+    net = make()
+    assert prune(torch.compile(net, backend='eager')) is net.backbone
+    ema = ModelEmaV3(net)
+    assert prune(ema) is ema.module.backbone
+
+
+def test_every_classifier_trains_the_backbone_up_to_its_stage():
+    net = make()
+    for exit_index, reached in ((1, 'layer2'), (2, 'layer3')):
+        net.zero_grad()
+        net(IMAGES)[exit_index].sum().backward()
+        backbone = net.backbone
+        assert any(p.grad.abs().sum() > 0 for p in getattr(backbone, reached).parameters())
+        assert all(p.grad is None for p in backbone.layer4.parameters())
+        assert all(p.grad is not None for p in net.branches[exit_index - 1].parameters())
+
+
+def test_branches_change_neither_the_backbones_weights_nor_the_random_state():
+    torch.manual_seed(7)
+    plain = timm.create_model('resnet10t', num_classes=5)
+    after_plain = torch.get_rng_state()
+    torch.manual_seed(7)
+    net = create_dks_model('resnet10t', num_classes=5)
+    assert torch.equal(torch.get_rng_state(), after_plain)
+    for (name, a), (_, b) in zip(plain.state_dict().items(), net.backbone.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_dropout_in_the_branches_draws_no_random_numbers_of_the_training_run():
+    net = make(drop_rate=0.5, drop_path_rate=0.3)
+    torch.manual_seed(1)
+    prune(net).train()(IMAGES)
+    after_plain = torch.get_rng_state()
+    torch.manual_seed(1)
+    net.train()(IMAGES)
+    assert torch.equal(torch.get_rng_state(), after_plain)
+
+
+def test_from_timm_leaves_statistics_mode_and_random_state_untouched():
+    backbone = timm.create_model('resnet10t', num_classes=5).eval()
+    before, random_state = copy.deepcopy(backbone.state_dict()), torch.get_rng_state()
+    net = DKSModel.from_timm(backbone)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert net.backbone is backbone and not backbone.training and not net.training
+    assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
+    assert all(p.requires_grad for p in backbone.parameters())
+
+
+def test_branches_have_their_own_initial_weights():
+    net = make()
+    earlier, later = (b.get_classifier().weight for b in net.branches)
+    assert earlier.shape == later.shape == net.get_classifier().weight.shape
+    assert not torch.equal(earlier, later) and not torch.equal(earlier, net.get_classifier().weight)
+
+
+def test_a_copy_taps_its_own_backbone():
+    net = make()
+    net(IMAGES)
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    assert all(z.abs().sum() == 0 for z in twin(IMAGES))
+    assert all(z.abs().sum() > 0 for z in net(IMAGES))
+
+
+@pytest.mark.parametrize('name', ['resnet10t', 'test_vit'])
+def test_gradient_checkpointing_gives_the_same_gradients(name):
+    net = make(name)
+    x = IMAGES if name == 'resnet10t' else torch.randn(2, 3, 160, 160)
+    grads = []
+    for enable in (False, True):
+        torch.manual_seed(0)
+        net.zero_grad()
+        net.set_grad_checkpointing(enable)
+        sum(z.square().sum() for z in net.train()(x)).backward()
+        grads.append([p.grad.clone() for p in net.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('name', ['resnet10t', 'test_vit', 'test_convnext'])
+def test_the_training_forward_compiles_to_one_graph(name):
+    net = make(name)
+    x = torch.randn(2, *net.pretrained_cfg['input_size'])
+    expected = net.eval().exits(x)
+    compiled = torch.compile(net.exits, backend='aot_eager', fullgraph=True)
+    for a, b in zip(compiled(x), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(('name', 'layer_decay'), [('resnet10t', None), ('resnet10t', 0.7), ('test_vit', 0.65)])
+def test_backbone_parameters_get_the_same_optimizer_group_as_without_branches(name, layer_decay):
+    def settings(model, prefix):
+        optimizer = create_optimizer_v2(model, 'adamw', lr=0.1, weight_decay=0.05, layer_decay=layer_decay)
+        by_parameter = {
+            id(p): (g['weight_decay'], g.get('lr_scale', 1.0)) for g in optimizer.param_groups for p in g['params']}
+        return {n[len(prefix):]: by_parameter[id(p)] for n, p in model.named_parameters() if n.startswith(prefix)}
+
+    net = make(name)
+    assert settings(net, 'backbone.') == settings(net.backbone, '')
+    # Branches learn at the rate of the head.
+    assert {scale for _, scale in settings(net, 'branches.').values()} == {1.0}
+
+
+def test_no_weight_decay_reaches_the_tails():
+    net = make('test_vit', branches='tail')
+    assert 'backbone.pos_embed' in net.no_weight_decay()
+    assert 'branches.0.template.pos_embed' in net.no_weight_decay()
+
+
+def test_get_classifiers_lists_all_heads():
+    net = make()
+    heads = net.get_classifiers()
+    assert heads[0] is net.get_classifier() is net.backbone.fc
+    assert len(heads) == 3 and all(h.out_features == 5 for h in heads)
+    assert len(make('deit_tiny_distilled_patch16_224').get_classifiers()) == 6
+
+
+def test_meta_device_allocates_nothing():
+    with torch.device('meta'):
+        net = create_dks_model('resnet152')
+    assert all(p.is_meta for p in net.parameters())
+
+
+def test_describe_lists_every_classifier():
+    table = make().describe()
+    assert table.splitlines()[0].split() == ['classifier', 'stage', 'kind', 'parameters', 'made', 'of']
+    assert '2 (layer2, 128 channels, /8)' in table and table.count('tail') == 2
+
+
+def test_models_without_a_classifier_are_refused():
+    with pytest.raises(ValueError, match='resnet10t has no classifier .* give it one with num_classes'):
+        create_dks_model('resnet10t', num_classes=0)
+
+
+def test_public_names():
+    assert {'DKSModel', 'create_dks_model', 'prune'} <= set(dir(dks_timm))
