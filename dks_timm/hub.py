@@ -11,14 +11,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
-import timm
 import torch
 import torch.nn as nn
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config, resolve_input_data_config
 from timm.data.loader import adapt_to_chs
-from timm.models import get_model_args, get_model_input_config, load_checkpoint, save_for_hf
+from timm.models import get_model_input_config, load_checkpoint, save_for_hf
 from timm.utils import load_checkpoint_metadata, unwrap_model
 
 from .build import create_model
@@ -166,7 +165,7 @@ def export(
         with tempfile.TemporaryDirectory(prefix='.export-', dir=out_dir) as work_dir:
             model_dir = Path(work_dir, 'model')
             _save(model, model_dir, model_args, data_config, label_names, card.get('license'))
-            _verify(model, model_dir, model_args)
+            _verify(model, model_dir)
             _write_card(model, model_dir, card, results, out_dir.resolve().name)
             (out_dir / 'config.json').unlink(missing_ok=True)
             for name in _FILES:
@@ -283,30 +282,22 @@ def _write_card(model, model_dir, card, results, folder_name):
     ).save(model_dir / 'README.md')
 
 
-def _logits(model: nn.Module, x: torch.Tensor, model_args: Optional[Mapping[str, Any]]) -> torch.Tensor:
+def _logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Logits (B, num_classes) of a copy of the model on the CPU, in float32 and eval mode."""
-    stored = model.state_dict().keys()
-    computed = [
-        name for name, buffer in model.named_buffers()
-        if name not in stored and buffer.is_floating_point() and buffer.dtype != torch.float32
-    ]
     copy = deepcopy(model).to('cpu', torch.float32).eval()
     for tensor in chain(copy.parameters(), copy.buffers()):
         tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)  # channels_last sums in another order
-    if computed:
-        # Tables that a model computes when it is made (RoPE) are not stored, so their rounding is not exported either.
-        with torch.random.fork_rng(devices=[]):
-            fresh = timm.create_model(model.pretrained_cfg['architecture'], **get_model_args(model, model_args))
-        for name in computed:
-            copy.get_buffer(name).copy_(fresh.get_buffer(name))
+    for module in copy.modules():
+        if hasattr(module, 'init_non_persistent_buffers'):
+            module.init_non_persistent_buffers()  # tables that no file has: the cast must not leave them rounded
     with torch.inference_mode(), torch.autocast('cpu', enabled=False):
         return copy(x)
 
 
-def _verify(model: nn.Module, model_dir: Path, model_args: Optional[Mapping[str, Any]]):
+def _verify(model: nn.Module, model_dir: Path):
     input_size = json.loads((model_dir / 'config.json').read_text())['pretrained_cfg']['input_size']
     x = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
-    expected = _logits(model, x, model_args)
+    expected = _logits(model, x)
 
     x_file, logits_file = model_dir.with_name('x.safetensors'), model_dir.with_name('logits.safetensors')
     save_file({'x': x}, x_file)
