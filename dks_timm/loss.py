@@ -192,11 +192,11 @@ class _Objective(torch.autograd.Function):
         # A divergence needs sum_c Q_p * (log Q_p - log Q_q). With log-probabilities measured from the backbone's,
         # classifiers that agree give small numbers, whose differences keep their digits in float32.
         shift = (top - top[0]) + temperature * (log_norm - log_norm[0])
-        flat_probs = [q.flatten() for q in soft_probs]
         cross = [top.new_zeros(len(z))]
         for x, s in zip(z[1:], shift[1:], strict=True):
-            delta = (x - z[0]).sub_(s[:, None]).flatten()
-            cross.append(torch.stack([torch.dot(q, delta) for q in flat_probs]))
+            delta = (x - z[0]).sub_(s[:, None])
+            # Not torch.dot, whose float32 error grows with B * C.
+            cross.append(torch.stack([(q * delta).sum() for q in soft_probs]))
         cross = torch.stack(cross, 1) * (temperature / len(z[0]))
         synergy = (cross.diagonal()[:, None] - cross).clamp(min=0)
 
