@@ -304,7 +304,7 @@ def _softmax_smoothing(criterion: Optional[Callable]) -> Optional[float]:
     if type(criterion) is LabelSmoothingCrossEntropy:
         return criterion.smoothing
     if type(criterion) is nn.CrossEntropyLoss and (
-            criterion.weight is None and criterion.reduction == 'mean' and criterion.ignore_index < 0):
+            criterion.weight is None and criterion.reduction == 'mean' and criterion.ignore_index == -100):
         return criterion.label_smoothing
     return None
 
