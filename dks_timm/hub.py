@@ -24,7 +24,7 @@ from .build import create_model
 from .model import DKSModel, prune
 from .options import create_parser
 
-__all__ = ['check_export_dir', 'eval_results', 'export', 'export_checkpoint']
+__all__ = ['check_export_dir', 'eval_results', 'export', 'export_checkpoint', 'run_settings']
 
 PathLike = Union[str, os.PathLike]
 
@@ -36,10 +36,10 @@ _FILES = ('model.safetensors', 'README.md', 'config.json')
 _CARD_METADATA = ('base_model', 'datasets', 'language', 'license', 'license_link', 'license_name', 'tags')
 _CARD_FACTS = ('branches', 'command', 'dks', 'model_name', 'repo_id', 'training')
 
-# Flags that say nothing about how a model was trained.
+# Flags that say nothing about how a model was trained, or only where its owner keeps things.
 _HOUSEKEEPING = {
-    'checkpoint_hist', 'experiment', 'export_dir', 'log_interval', 'output', 'overwrite', 'recovery_interval', 'resume',
-    'workers',
+    'checkpoint_hist', 'data', 'data_dir', 'experiment', 'export_dir', 'log_interval', 'output', 'overwrite',
+    'recovery_interval', 'resume', 'workers',
 }
 
 # What timm's pretrained_cfg says about the weights that timm publishes under an architecture's name.
@@ -89,9 +89,11 @@ def eval_results(metrics: Mapping[str, float], dataset: str, split: str = 'valid
 
     Args:
         metrics: Metrics of the backbone's classifier, in percent; ``top1`` and ``top5`` are taken.
-        dataset: Name of the dataset that they were measured on.
+        dataset: Name of the dataset that they were measured on; of a path, its last part is taken.
         split: Its split.
     """
+    if os.path.exists(dataset):
+        dataset = os.path.basename(os.path.abspath(dataset))
     names = {'top1': 'Top-1 accuracy of the backbone (%)', 'top5': 'Top-5 accuracy of the backbone (%)'}
     return [
         EvalResult(
@@ -105,6 +107,16 @@ def eval_results(metrics: Mapping[str, float], dataset: str, split: str = 'valid
         )
         for key, name in names.items() if key in metrics
     ]
+
+
+def run_settings(args: Mapping[str, Any]) -> Dict[str, Any]:
+    """The flags of ``train.py`` by which a run differs from its defaults, for ``card={'training': ...}``.
+
+    Args:
+        args: The arguments of the run.
+    """
+    defaults = vars(create_parser().parse_args([]))
+    return {k: v for k, v in args.items() if k in defaults.keys() - _HOUSEKEEPING and v != defaults[k]}
 
 
 def export(
@@ -199,17 +211,14 @@ def export_checkpoint(
         raise ValueError(f'checkpoint {str(checkpoint)!r} cannot be read: {e}') from e
     if not isinstance(state, dict) or not isinstance(state.get('args'), argparse.Namespace):
         raise ValueError(f'checkpoint {str(checkpoint)!r} does not say how its model was made; give one of a run')
-    defaults = vars(create_parser().parse_args([]))
-    args = {**defaults, **vars(state['args'])}
-    settings = {k: v for k, v in args.items() if k in defaults.keys() - _HOUSEKEEPING and v != defaults[k]}
-
+    args = {**vars(create_parser().parse_args([])), **vars(state['args'])}
     no_weights = {'pretrained': False, 'pretrained_path': None, 'initial_checkpoint': ''}
     net = create_model(argparse.Namespace(**{**args, **no_weights}))
     load_checkpoint(prune(net), str(checkpoint), use_ema=use_ema, filter_fn=_without_aux_bn)
     return export(
         out_dir,
         net,
-        card={'training': {**settings, 'epoch of the checkpoint (from 0)': state.get('epoch')}},
+        card={'training': {**run_settings(args), 'epoch of the checkpoint (from 0)': state.get('epoch')}},
         data_config=resolve_data_config(args, model=net),
         overwrite=overwrite,
     )

@@ -126,6 +126,12 @@ def test_card_metadata_round_trips(exported):
     assert data.tags == ['timm', 'dks']
 
 
+def test_dataset_in_a_folder_goes_by_the_name_of_the_folder(tmp_path):
+    (tmp_path / 'flowers').mkdir()
+    result, = eval_results({'top1': 50.0}, f'{tmp_path}/flowers/', split='test')
+    assert (result.dataset_name, result.dataset_type, result.dataset_split) == ('flowers', 'flowers', 'test')
+
+
 def test_card_says_what_it_was_given(exported):
     text = ModelCard.load(exported[1] / 'README.md').text
     for fact in ('a table of branches', 'accelerate launch train.py --dks', '| seed | 42 |', '91.234567', '48 x 48'):
@@ -324,7 +330,7 @@ def test_checkpoint_is_exported_with_the_arguments_of_its_run(checkpoint, tmp_pa
     text = (tmp_path / 'model/README.md').read_text()
     for fact in ('| lr | 0.25 |', '| model | test_efficientnet |', 'Synergy', 'branch 1', 'checkpoint (from 0) | 7 |'):
         assert fact in text
-    assert 'rank' not in text
+    assert 'rank' not in text and 'someone' not in text
 
 
 def test_checkpoint_is_exported_without_its_averaged_weights_if_asked(checkpoint, tmp_path, unverified):
