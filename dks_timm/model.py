@@ -9,7 +9,8 @@ from timm.models import group_parameters
 from timm.optim import auto_group_layers
 from timm.utils import unwrap_model
 
-from .branches import Branch, BranchBuilder
+from .attach import BranchBuilder
+from .branches import Branch
 from .stages import list_stages, resolve_stages
 
 __all__ = ['DKSModel', 'create_dks_model', 'prune']
@@ -66,6 +67,8 @@ class DKSModel(nn.Module):
             branches: str = 'auto',
             model_kwargs: Optional[Dict[str, Any]] = None,
             branch_kwargs: Optional[Dict[str, Any]] = None,
+            budget: Optional[float] = None,
+            image_size: Optional[Tuple[int, int]] = None,
     ) -> 'DKSModel':
         """Attach branches to an existing timm model.
 
@@ -81,17 +84,19 @@ class DKSModel(nn.Module):
             model_kwargs: Arguments the model was made with. timm 1.0.31 and later note them on the model.
             branch_kwargs: Arguments of the tails' templates that differ from the backbone's;
                 ``{'2.layers': (3, 4, 3, 2)}`` is for stage 2 alone.
+            budget: Most that one training forward may cost, as a multiple of the backbone's forward FLOPs.
+            image_size: Size (H, W) of the images, for the budget; None takes the model's own. Other sizes still work.
 
         Raises:
-            ValueError: Stages that do not exist, a model without a classifier, or tails that the architecture or the
-                arguments do not allow.
+            ValueError: Stages that do not exist, a model without a classifier, tails that the architecture or the
+                arguments do not allow, or a budget below the cheapest branches.
         """
         indices = resolve_stages(backbone, stages)
-        overrides = _per_stage(branch_kwargs or {}, indices)
+        overrides = split_branch_kwargs(branch_kwargs or {}, indices)
         like = next(backbone.parameters())
         with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
-            builder = BranchBuilder(backbone, dict(model_kwargs or {}))
-            built = [builder.build(i, branches, overrides[i]) for i in indices]
+            builder = BranchBuilder(backbone, dict(model_kwargs or {}), image_size)
+            built = builder.attach(indices, branches, overrides, budget)
         net = cls(backbone, built)
         net.branches.to(like.device, like.dtype).train(backbone.training)
         net.training = backbone.training
@@ -204,7 +209,7 @@ class DKSModel(nn.Module):
         return lambda name: layers.get(name[len('backbone.'):], head) if name.startswith('backbone.') else head
 
 
-def _per_stage(branch_kwargs: Dict[str, Any], stages: Sequence[int]) -> Dict[int, Dict[str, Any]]:
+def split_branch_kwargs(branch_kwargs: Dict[str, Any], stages: Sequence[int]) -> Dict[int, Dict[str, Any]]:
     found: Dict[int, Dict[str, Any]] = {stage: {} for stage in stages}
     for key, value in branch_kwargs.items():
         prefix, dot, name = key.partition('.')
@@ -226,6 +231,8 @@ def create_dks_model(
         stages: Optional[Sequence[int]] = None,
         branches: str = 'auto',
         branch_kwargs: Optional[Dict[str, Any]] = None,
+        budget: Optional[float] = None,
+        image_size: Optional[Tuple[int, int]] = None,
         **timm_kwargs: Any,
 ) -> DKSModel:
     """Create a timm model with supervision branches.
@@ -236,13 +243,15 @@ def create_dks_model(
         stages: See :meth:`DKSModel.from_timm`.
         branches: See :meth:`DKSModel.from_timm`.
         branch_kwargs: See :meth:`DKSModel.from_timm`.
+        budget: See :meth:`DKSModel.from_timm`.
+        image_size: See :meth:`DKSModel.from_timm`.
         **timm_kwargs: Further arguments of ``timm.create_model``, for the backbone and the templates of its branches.
 
     Raises:
         ValueError: See :meth:`DKSModel.from_timm`.
     """
     backbone = timm.create_model(model_name, pretrained=pretrained, **timm_kwargs)
-    net = DKSModel.from_timm(backbone, stages, branches, timm_kwargs, branch_kwargs)
+    net = DKSModel.from_timm(backbone, stages, branches, timm_kwargs, branch_kwargs, budget, image_size)
     if pretrained or timm_kwargs.get('checkpoint_path'):
         for branch in net.branches:
             if branch.kind == 'tail':

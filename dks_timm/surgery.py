@@ -16,6 +16,7 @@ from typing import Any, Callable, Dict, FrozenSet, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .stages import Stage
@@ -286,7 +287,7 @@ def plan_tail(make: Callable[[], nn.Module], stage: Stage, x: torch.Tensor, keep
         alive = frozenset(c.name for c in trace.calls if not any(s.start <= c.start < s.end for s in silent))
         plan = TailPlan(rank, source.name, shapes(source.output), stubs, skips, alive)
         try:
-            return _check(make().train(), plan, trainable, source.output, x)
+            return _check(make().train() if rank else template, plan, trainable, source.output, x)
         except SurgeryError as e:
             refusals.append(str(e))
     raise SurgeryError(f'cannot run what follows stage {stage}: {refusals[0]}')
@@ -295,6 +296,8 @@ def plan_tail(make: Callable[[], nn.Module], stage: Stage, x: torch.Tensor, keep
 def _check(template: nn.Module, plan: TailPlan, trainable: List[str], features: Any, x: torch.Tensor) -> TailPlan:
     feed = _WatchedFeed()
     parameters = dict(template.named_parameters())
+    for name in trainable:
+        parameters[name].requires_grad_()
     cut(template, plan, feed)
     feed.image, feed.shapes = x, plan.stubs
     watched: List[torch.Tensor] = []
@@ -323,19 +326,23 @@ def cut(template: nn.Module, plan: TailPlan, feed: Feed) -> nn.Module:
     """Carry out a plan on ``template``, in place: it becomes a tail that is fed through ``feed``.
 
     Modules that no longer compute lose their parameters and buffers, but stay where they are, because others may read
-    their attributes. Parameters that no logit depends on become buffers outside the state dict.
+    their attributes (BatchNorm excepted). Parameters that no logit depends on become buffers outside the state dict.
     """
     modules = dict(template.named_modules())
     forwards = {plan.source: feed.hand_on}
     forwards.update({name: partial(feed.stand_in, name) for name in plan.stubs})
     forwards.update({name: partial(_pass_on, count) for name, count in plan.skips.items()})
-    kept = {id(modules[name]) for name in plan.alive}
+    alive = {id(modules[name]) for name in plan.alive}
     for name, forward in forwards.items():
-        modules[name].forward = forward
-        for module in modules[name].modules():
-            if id(module) not in kept:
-                for store in (module._parameters, module._buffers):
-                    store.update(dict.fromkeys(store))
+        for path, module in list(modules[name].named_modules(prefix=name)):
+            if id(module) in alive:
+                continue
+            if isinstance(module, _BatchNorm):
+                # Converters to SyncBatchNorm and the like would bring it back to life.
+                template.set_submodule(path, nn.Identity())
+            for store in (module._parameters, module._buffers):
+                store.update(dict.fromkeys(store))
+        template.get_submodule(name).forward = forward
     for name in plan.unused:
         parent, _, attribute = name.rpartition('.')
         parameter = modules[parent]._parameters.pop(attribute)

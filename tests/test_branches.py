@@ -1,12 +1,15 @@
 """Branches: the paper's layouts, tails that compute what the whole model computes, and the convolutional fallback."""
 import logging
+import re
 
 import pytest
 import timm
 import torch
+from timm.layers import SplitBatchNorm2d, convert_splitbn_model, convert_sync_batchnorm
 
 from dks_timm import DKSModel, create_dks_model, prune
-from dks_timm.branches import BranchBuilder
+from dks_timm.attach import BranchBuilder, BranchSpec
+from dks_timm.inspection import inspect_model
 from dks_timm.stages import resolve_stages
 
 
@@ -38,7 +41,7 @@ def test_a_whole_tail_with_the_backbones_weights_gives_the_backbones_logits(name
     torch.manual_seed(0)
     backbone = timm.create_model(name, num_classes=5).eval()
     builder = BranchBuilder(backbone)
-    branches = [builder.build(i, 'tail', keep_every=1) for i in resolve_stages(backbone)]
+    branches = [builder.build(i, BranchSpec('tail', 'whole')) for i in resolve_stages(backbone)]
     for branch in branches:
         branch.start_from(backbone)
     net = DKSModel(backbone, branches).eval()
@@ -61,7 +64,7 @@ def test_a_whole_tail_with_the_backbones_weights_gives_the_backbones_logits(name
 def test_repeated_blocks_are_thinned_to_every_second():
     with torch.device('meta'):
         net = create_dks_model('vit_tiny_patch16_224')
-        whole = BranchBuilder(net.backbone).build(5, 'tail', keep_every=1)
+        whole = BranchBuilder(net.backbone).build(5, BranchSpec('tail', 'whole'))
     block = parameters(net.backbone.blocks[0])
     assert parameters(whole) - parameters(net.branches[0]) == 3 * block  # blocks 7, 9 and 11 of 6 to 11
     assert sorted(net.branches[0].plan.skips) == ['blocks.11', 'blocks.7', 'blocks.9']
@@ -81,12 +84,12 @@ def test_branch_kwargs_override_the_template_for_one_stage_or_for_all():
 
 def test_auto_takes_conv_and_says_why_where_there_is_no_tail(caplog):
     with torch.device('meta'), caplog.at_level(logging.WARNING):
-        net = create_dks_model('nasnetalarge', num_classes=3)
-    assert [b.kind for b in net.branches] == ['conv', 'conv']
+        net = create_dks_model('efficientvim_m1', num_classes=3)
+    assert [b.kind for b in net.branches] == ['tail', 'conv']
     assert 'it also uses tensors from before the stage' in caplog.text
     assert 'no tail' in net.describe()
-    with torch.device('meta'), pytest.raises(ValueError, match="branches='tail' does not fit nasnetalarge"):
-        create_dks_model('nasnetalarge', branches='tail')
+    with torch.device('meta'), pytest.raises(ValueError, match="branches='tail' does not fit efficientvim_m1"):
+        create_dks_model('efficientvim_m1', branches='tail')
 
 
 def test_a_template_that_does_not_match_the_backbone_is_an_error_that_names_model_kwargs():
@@ -122,7 +125,7 @@ def test_unknown_kind_of_branch_is_refused():
         create_dks_model('test_resnet', branches='tial')
 
 
-def test_pruning_an_eager_model_keeps_tails_of_pretrained_weights_alike(tmp_path):
+def test_tails_start_from_given_weights(tmp_path):
     torch.manual_seed(0)
     source = timm.create_model('test_resnet', num_classes=5)
     torch.save(source.state_dict(), tmp_path / 'weights.pth')
@@ -130,3 +133,30 @@ def test_pruning_an_eager_model_keeps_tails_of_pretrained_weights_alike(tmp_path
     tail = net.branches[-1].template.layer4
     assert all(torch.equal(a, b) for a, b in zip(tail.parameters(), source.layer4.parameters(), strict=True))
     assert torch.equal(prune(net).fc.weight, source.fc.weight)
+
+
+def test_a_budget_makes_branches_cheaper_until_they_fit():
+    spent = []
+    for budget in (None, 1.5, 1.2):
+        spent.append(inspect_model('resnet10t', budget=budget)['cost']['flops'])
+        assert budget is None or spent[-1] <= budget
+    assert spent == sorted(set(spent), reverse=True)
+
+
+def test_a_budget_below_the_cheapest_branches_is_refused_with_the_least_that_works():
+    pattern = r'budget is 1.001, but the cheapest branches on stages 2, 3 of resnet10t need (\d\.\d+); give at least'
+    with pytest.raises(ValueError, match=pattern) as refusal:
+        inspect_model('resnet10t', budget=1.001)
+    least = float(re.search(pattern, str(refusal.value))[1])
+    assert 1.001 < inspect_model('resnet10t', budget=least)['cost']['flops'] <= least
+
+
+def test_branches_take_part_in_sync_and_split_batch_norm():
+    def norms(module):
+        return {type(m) for m in module.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
+
+    net = convert_sync_batchnorm(create_dks_model('resnet10t', num_classes=5))
+    assert norms(net.branches) == {torch.nn.SyncBatchNorm}
+    net = convert_splitbn_model(create_dks_model('resnet10t', num_classes=5))
+    assert SplitBatchNorm2d in norms(net.branches)
+    assert [tuple(z.shape) for z in net(torch.randn(4, 3, 64, 64))] == [(4, 5)] * 3

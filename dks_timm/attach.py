@@ -1,0 +1,303 @@
+"""Deciding which branches to attach to a backbone, and making them."""
+import copy
+import logging
+import math
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import timm
+import torch
+import torch.nn as nn
+from timm.layers import to_2tuple
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
+
+from .branches import Branch, ConvBranch, Layout, Tail
+from .stages import Stage, list_stages
+from .surgery import TRACE_BATCH, SurgeryError, TailPlan, Trace, plan_tail, shapes
+
+__all__ = ['BRANCH_KINDS', 'PRESETS', 'BranchBuilder', 'BranchSpec', 'Template']
+
+_logger = logging.getLogger(__name__)
+
+BRANCH_KINDS = ('auto', 'tail', 'conv')
+
+# The paper's branches as overrides of the template, by supervised stage. After layer2: layer3 at about half depth and
+# two blocks of layer4. After layer3: layer4 at twice the width.
+PRESETS: Dict[str, Dict[int, Dict[str, Any]]] = {
+    'resnet18': {2: dict(layers=(2, 2, 1, 2)), 3: dict(channels=(64, 128, 256, 1024))},
+    'resnet34': {2: dict(layers=(3, 4, 3, 2)), 3: dict(channels=(64, 128, 256, 1024))},
+    'resnet50': {2: dict(layers=(3, 4, 3, 2)), 3: dict(channels=(64, 128, 256, 1024))},
+    'resnet101': {2: dict(layers=(3, 4, 12, 2)), 3: dict(channels=(64, 128, 256, 1024))},
+    'resnet152': {2: dict(layers=(3, 8, 18, 2)), 3: dict(channels=(64, 128, 256, 1024))},
+}
+
+# Arguments of timm.create_model that say where weights come from, not what the model looks like.
+_NOT_THE_LAYOUT = ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir')
+
+
+@dataclass(frozen=True)
+class Template:
+    """How to make models of a backbone's architecture."""
+    architecture: str
+    kwargs: Dict[str, Any]
+
+    @classmethod
+    def of(cls, backbone: nn.Module, model_kwargs: Optional[Dict[str, Any]] = None) -> 'Template':
+        """Template of a timm model.
+
+        Args:
+            backbone: timm model; its architecture's name is in its ``pretrained_cfg``.
+            model_kwargs: Arguments it was made with, besides those timm noted on the model.
+        """
+        cfg = dict(backbone.pretrained_cfg)
+        noted = getattr(backbone, '_model_args', {})  # since timm 1.0.31
+        kwargs = {k: v for k, v in {**noted, **(model_kwargs or {})}.items() if k not in _NOT_THE_LAYOUT}
+        # The configuration decides about image size and pooling where the arguments do not.
+        return cls(cfg['architecture'], {**kwargs, 'pretrained_cfg': cfg, 'num_classes': backbone.num_classes})
+
+    def make(self, **overrides: Any) -> nn.Module:
+        return timm.create_model(self.architecture, **{**self.kwargs, **overrides})
+
+
+@dataclass(frozen=True)
+class Retrace:
+    """Looks up the stand-in shapes of a tail's template at another image size."""
+    template: Template
+    overrides: Dict[str, Any]
+    stage: Stage
+    rank: int
+    in_chans: int
+    device: str
+
+    def __call__(self, image_size: Tuple[int, int]) -> Dict[str, Any]:
+        with torch.random.fork_rng(devices=[]), torch.device(self.device):
+            x = torch.zeros(TRACE_BATCH, self.in_chans, *image_size)
+            trace = Trace(self.template.make(**self.overrides).train(), x)
+        return trace.stubs(trace.sources(self.stage)[self.rank])
+
+
+@dataclass(frozen=True)
+class BranchSpec:
+    """What a branch is to be.
+
+    Attributes:
+        kind: 'tail' or 'conv'.
+        reason: Why, for people.
+        overrides: Tail: arguments of the template that differ from the backbone's.
+        keep_every: Tail: thin runs of alike blocks down to one in so many.
+        widens: Conv: double the width where the resolution halves, up to the backbone's.
+    """
+    kind: str
+    reason: str
+    overrides: Dict[str, Any] = field(default_factory=dict)
+    keep_every: int = 1
+    widens: bool = True
+
+
+@dataclass
+class BranchBuilder:
+    """Makes branches for the stages of a backbone.
+
+    The backbone's forward is traced once, on a copy without weights on the meta device (a model that needs real tensors
+    is copied to the CPU). The backbone itself is only looked at.
+
+    Args:
+        backbone: timm model with a classifier.
+        model_kwargs: Arguments it was made with, besides those timm noted on the model.
+        image_size: Size (H, W) of the images, None for the model's own.
+
+    Raises:
+        ValueError: The model has no classifier.
+    """
+    backbone: nn.Module
+    model_kwargs: Dict[str, Any] = field(default_factory=dict)
+    image_size: Optional[Tuple[int, int]] = None
+
+    def __post_init__(self):
+        backbone = self.backbone
+        self.stages = list_stages(backbone)
+        self.template = Template.of(backbone, self.model_kwargs)
+        name = self.template.architecture
+        if not backbone.num_classes:
+            raise ValueError(f'{name} has no classifier (num_classes is 0); give it one with num_classes.')
+        kwargs = self.template.kwargs
+        channels, *size = backbone.pretrained_cfg['input_size']
+        self.in_chans = kwargs.get('in_chans') or getattr(backbone, 'in_chans', None) or channels
+        own_size = kwargs.get('img_size') or getattr(getattr(backbone, 'patch_embed', None), 'img_size', None)
+        self.image_size = to_2tuple(self.image_size or own_size or tuple(size))
+        self.batch_norm = any(isinstance(m, _BatchNorm) for m in backbone.modules())
+        self._plans: Dict[Any, TailPlan] = {}
+        try:
+            self.device = 'meta'
+            self.trace = self._trace_backbone()
+        except RuntimeError:
+            # Some forwards read the values of tensors, and the meta device has none.
+            self.device = 'cpu'
+            self.trace = self._trace_backbone()
+        output = self.trace.calls[0].output
+        if not isinstance(output, torch.Tensor) or output.shape != (TRACE_BATCH, backbone.num_classes):
+            raise ValueError(
+                f'{name} cannot classify: its output in training mode is {shapes(output)} instead of logits '
+                f'(B, {backbone.num_classes}); timm has no classifier for this encoder.')
+
+    def image(self) -> torch.Tensor:
+        return torch.zeros(TRACE_BATCH, self.in_chans, *self.image_size, device=self.device)
+
+    def _trace_backbone(self) -> Trace:
+        return Trace(_copy_to(self.backbone, self.device).train(), self.image())
+
+    def attach(
+            self,
+            indices: Sequence[int],
+            kind: str = 'auto',
+            overrides: Optional[Dict[int, Dict[str, Any]]] = None,
+            budget: Optional[float] = None,
+    ) -> List[Branch]:
+        """Choose and make the branches of several stages, on the default device.
+
+        Args:
+            indices: Stages, ascending.
+            kind: 'tail', 'conv', or 'auto' for a tail where the architecture allows it.
+            overrides: Arguments of the tails' templates that differ from the backbone's, by stage.
+            budget: Most that one training forward (backbone and branches) may cost, as a multiple of the backbone's
+                forward FLOPs. Branches are made cheaper, the costliest first, until they fit.
+
+        Raises:
+            ValueError: Unknown kind, a tail that the architecture or the overrides do not allow, or a budget below the
+                cheapest branches.
+        """
+        if kind not in BRANCH_KINDS:
+            raise ValueError(f"branches is '{kind}'; choose from {', '.join(BRANCH_KINDS)}.")
+        ladders = [self._ladder(self.stages[i], kind, (overrides or {}).get(i)) for i in indices]
+        if budget is not None:
+            specs = self._fit(indices, ladders, budget)
+        else:
+            specs = [ladder[0] for ladder in ladders]
+        return [self.build(i, spec) for i, spec in zip(indices, specs, strict=True)]
+
+    def _ladder(self, stage: Stage, kind: str, overrides: Optional[Dict[str, Any]]) -> List[BranchSpec]:
+        """What the branch of a stage may be, the preferred form first, then ever cheaper ones."""
+        preset = PRESETS.get(self.template.architecture, {}).get(stage.index)
+        tails = []
+        if overrides:
+            tails = [BranchSpec('tail', f'template with {_listed(overrides)}', overrides)]
+        else:
+            if preset:
+                tails = [BranchSpec('tail', f"the paper's layout, {_listed(preset)}", preset)]
+                tails += [BranchSpec('tail', 'whole tail')]
+            tails += [BranchSpec('tail', f'1 in {n} of repeated blocks', keep_every=n) for n in (2, 4, 8, 16)]
+        convs = [BranchSpec('conv', 'as asked'), BranchSpec('conv', 'narrow', widens=False)]
+        if kind == 'conv':
+            return convs
+        try:
+            self._plan(stage, tails[0])
+        except SurgeryError as e:
+            name = self.template.architecture
+            if kind == 'tail':
+                given = f' with {_listed(overrides)}' if overrides else ''
+                raise ValueError(
+                    f"branches='tail' does not fit {name}{given}: {e}; branches='conv' does.") from e
+            _logger.warning(f'{name}, stage {stage}: conv branch, because {e}.')
+            return [replace(spec, reason=f'no tail: {e}') for spec in convs]
+        return tails if kind == 'tail' else tails + [replace(spec, reason='within the budget') for spec in convs]
+
+    def _fit(self, indices: Sequence[int], ladders: List[List[BranchSpec]], budget: float) -> List[BranchSpec]:
+        whole = self.flops()
+        ladders = [list(ladder) for ladder in ladders]
+        costs = [self._spec_flops(i, ladder[0]) for i, ladder in zip(indices, ladders, strict=True)]
+        while whole + sum(costs) > budget * whole:
+            cheaper = [n for n, ladder in enumerate(ladders) if len(ladder) > 1]
+            if not cheaper:
+                least = math.ceil((1 + sum(costs) / whole) * 100) / 100
+                raise ValueError(
+                    f'budget is {budget}, but the cheapest branches on stages {", ".join(map(str, indices))} of '
+                    f'{self.template.architecture} need {least}; give at least that, or fewer stages.')
+            n = max(cheaper, key=lambda n: costs[n])
+            spec = ladders[n][1]
+            cost = self._spec_flops(indices[n], spec)
+            if cost < costs[n]:
+                ladders[n].pop(0)
+                costs[n] = cost
+            else:
+                ladders[n].pop(1)
+        _logger.info(f'Training forward: {1 + sum(costs) / whole:.2f}x the FLOPs of the backbone (budget {budget}).')
+        return [ladder[0] for ladder in ladders]
+
+    def _spec_flops(self, index: int, spec: BranchSpec) -> int:
+        with torch.device(self.device):
+            return self.flops(self.build(index, spec).train())
+
+    def flops(self, branch: Optional[Branch] = None) -> int:
+        """Forward FLOPs per image of a branch made on this builder's ``device``, or of the backbone."""
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            if branch is None:
+                self.trace.model(self.image())
+            else:
+                branch(self.image(), self.trace.once[branch.source].output)
+        return counter.get_total_flops() // TRACE_BATCH
+
+    def build(self, index: int, spec: BranchSpec) -> Branch:
+        """Make the branch of one stage, on the default device."""
+        stage = self.stages[index]
+        where = dict(stage=index, reason=spec.reason)
+        if spec.kind == 'tail':
+            plan = self._plan(stage, spec)
+            if spec.keep_every > 1 and not plan.skips:
+                where['reason'] = 'whole tail, it has no repeated blocks'
+            source = self.trace.sources(stage)[plan.rank]
+            retrace = Retrace(self.template, spec.overrides, stage, plan.rank, self.in_chans, self.device)
+            template = self.template.make(**spec.overrides)
+            return Tail(template, plan, retrace, self.image_size, source=source.name, **where)
+        source = self.trace.sources(stage)[0]
+        last = self.stages[-1]
+        return ConvBranch(
+            Layout.of(source.output, stage, self.image_size),
+            halvings=max(0, (last.reduction // stage.reduction).bit_length() - 1),
+            max_channels=last.channels if spec.widens else 0,
+            num_classes=self.backbone.num_classes,
+            batch_norm=self.batch_norm,
+            source=source.name,
+            **where,
+        )
+
+    def _plan(self, stage: Stage, spec: BranchSpec) -> TailPlan:
+        """Plan of a tail, checked against the backbone.
+
+        Raises:
+            SurgeryError: The architecture has no such tail, or the template's stage is not the backbone's.
+            ValueError: The architecture does not take the overrides.
+        """
+        key = (stage, spec.keep_every, _listed(spec.overrides))
+        if key not in self._plans:
+            def make() -> nn.Module:
+                with torch.device(self.device):
+                    return self.template.make(**spec.overrides)
+
+            try:
+                plan = plan_tail(make, stage, self.image(), spec.keep_every)
+            except TypeError as e:
+                given = _listed({**self.model_kwargs, **spec.overrides})
+                raise ValueError(f'{self.template.architecture} cannot be made with {given}: {e}') from e
+            source = self.trace.sources(stage)[plan.rank]
+            if shapes(source.output) != plan.features:
+                raise SurgeryError(
+                    f'the features of stage {stage} have shape {shapes(source.output)} in the backbone and '
+                    f'{plan.features} in the template; model_kwargs must say how the backbone was made')
+            self._plans[key] = plan
+        return self._plans[key]
+
+
+def _listed(kwargs: Dict[str, Any]) -> str:
+    return ', '.join(f'{k}={v}' for k, v in kwargs.items()) or 'no arguments'
+
+
+def _copy_to(model: nn.Module, device: str) -> nn.Module:
+    """A copy of a model with uninitialised tensors on ``device``."""
+    memo: Dict[int, Any] = {}
+    for tensor in chain(model.parameters(), model.buffers()):
+        # Buffers may be indices into something, which only their values keep in range; the meta device does not look.
+        blank = torch.empty_like(tensor, device=device) if device == 'meta' else tensor.detach().clone().to(device)
+        memo[id(tensor)] = nn.Parameter(blank, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
+    return copy.deepcopy(model, memo)
