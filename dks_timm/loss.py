@@ -197,7 +197,7 @@ class _Objective(torch.autograd.Function):
             delta = (x - z[0]).sub_(s[:, None])
             # Not torch.dot, whose float32 error grows with B * C.
             cross.append(torch.stack([(q * delta).sum() for q in soft_probs]))
-        cross = torch.stack(cross, 1) * (temperature / len(z[0]))
+        cross = torch.stack(cross, 1) * (temperature / z[0].shape[0])
         synergy = (cross.diagonal()[:, None] - cross).clamp(min=0)
 
         weight = _pair_weight(synergy_weight)
@@ -317,21 +317,20 @@ def _check_logits(logits: Sequence[torch.Tensor]) -> None:
         )
     if len(logits) < 2:
         raise ValueError(f'logits must come from at least two classifiers, got {len(logits)}')
-    shapes = [tuple(z.shape) for z in logits]
-    if len(set(shapes)) > 1 or len(shapes[0]) != 2:
-        raise ValueError(f'logits must all have one shape (B, C), got {shapes}')
+    if logits[0].ndim != 2 or any(z.shape != logits[0].shape for z in logits):
+        raise ValueError(f'logits must all have one shape (B, C), got {[tuple(z.shape) for z in logits]}')
 
 
 def _check_target(target: torch.Tensor, logits: Sequence[torch.Tensor], smoothing: float) -> torch.Tensor:
     """Class indices as int64, or a dense target in the dtype of the computation, smoothed."""
-    shape = tuple(logits[0].shape)
-    if tuple(target.shape) == shape[:1] and not target.is_floating_point():
+    shape = logits[0].shape
+    if target.shape == shape[:1] and not target.is_floating_point():
         return target.long()
-    if tuple(target.shape) == shape:
+    if target.shape == shape:
         target = target.to(_compute_dtype(logits))
         return torch.lerp(target, target.mean(1, keepdim=True), smoothing) if smoothing else target
     raise ValueError(
-        f'target must be class indices of shape {shape[:1]} or dense of shape {shape}, '
+        f'target must be class indices of shape {tuple(shape[:1])} or dense of shape {tuple(shape)}, '
         f'got {target.dtype} of shape {tuple(target.shape)}'
     )
 
@@ -354,10 +353,11 @@ def _parse_weight(name: str, weight: Weight, ndim: int) -> Union[float, Vector, 
         raise ValueError(f'{name} must be {accepted}, got shape {shape}')
     rows = [[weight]] if not shape else [weight] if ndim == 1 else weight
     try:
-        rows = tuple(tuple(float(value) for value in row) for row in rows)
+        rows = tuple(tuple(float(w) for w in row) for row in rows)
     except (TypeError, ValueError):
         raise ValueError(f'{name} must be {accepted}, got {weight!r}') from None
-    if not all(math.isfinite(value) and value >= 0 for row in rows for value in row):
+    checked = (w for p, row in enumerate(rows) for q, w in enumerate(row) if len(shape) < 2 or p != q)
+    if not all(math.isfinite(w) and w >= 0 for w in checked):
         raise ValueError(f'{name} must be finite and not negative, got {weight!r}')
     return rows[0][0] if not shape else rows[0] if ndim == 1 else rows
 

@@ -165,6 +165,13 @@ def test_direction_decides_who_learns(direction, students):
     assert tuple(bool(grad.abs().max() > 0) for grad in grads) == students
 
 
+def test_the_diagonal_of_a_matrix_is_ignored():
+    weight = [[float('nan'), 2.0], [1.0, -1.0]]
+    expected = synergy_loss(make_logits(2), [[0.0, 2.0], [1.0, 0.0]])
+    assert synergy_loss(make_logits(2), weight) == expected
+    assert DKSLoss(synergy_weight=weight).resolve_weights(2)[1] == ((0.0, 2.0), (1.0, 0.0))
+
+
 def test_second_derivatives_equal_the_pairwise_form():
     logits, target = make_logits(), make_target('unnormalized')
     options = dict(temperature=2.0, ce_weight=0.5)
@@ -411,6 +418,21 @@ def test_compiles_without_a_graph_break(options, target, backend='aot_eager'):
     for grad, other in zip(
             torch.autograd.grad(out['loss'], logits), torch.autograd.grad(expected['loss'], logits), strict=True):
         torch.testing.assert_close(grad, other)
+
+
+@pytest.mark.parametrize('criterion', [None, F.cross_entropy])
+def test_a_compiled_loss_takes_any_batch_size(criterion):
+    torch.compiler.reset()
+    loss_fn = DKSLoss(criterion)
+    compiled = torch.compile(loss_fn, backend='aot_eager', fullgraph=True)
+    for batch_size in (8, 6, 5):
+        logits = make_logits(dtype=torch.float32, shape=(batch_size, CLASSES))
+        target = make_target(shape=(batch_size, CLASSES))
+        out, expected = compiled(logits, target), loss_fn(logits, target)
+        torch.testing.assert_close(out['loss'], expected['loss'])
+        for grad, other in zip(
+                torch.autograd.grad(out['loss'], logits), torch.autograd.grad(expected['loss'], logits), strict=True):
+            torch.testing.assert_close(grad, other)
 
 
 @pytest.mark.slow
