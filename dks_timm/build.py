@@ -1,0 +1,162 @@
+"""From flags to model, task and learning rate, each as timm's trainer makes it."""
+import timm
+import torch
+from timm import task as tasks
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm
+from timm.loss import create_classification_loss
+from timm.optim import get_optimizer_info
+
+from .data import model_dtype
+from .loss import DKSLoss
+from .model import create_dks_model
+from .options import OptionError, closest, mixup_active, naming
+from .task import DKSTask
+
+
+def check_names(args) -> None:
+    """Refuse a model or an optimizer that timm does not have."""
+    if ':' not in args.model and not timm.is_model(args.model.partition('.')[0]):
+        raise OptionError(f'--model {args.model}: timm has no such model{closest(args.model, timm.list_models())}')
+    optimizer = args.opt.lower().removeprefix('lookahead_')
+    try:
+        get_optimizer_info(optimizer)
+    except ValueError:
+        names = timm.optim.list_optimizers()
+        raise OptionError(f'--opt {args.opt}: timm has no such optimizer{closest(optimizer, names)}') from None
+
+
+def create_model(args):
+    """Create the model that the flags describe; with --dks a DKSModel around it."""
+    kwargs = dict(
+        pretrained=args.pretrained,
+        in_chans=args.in_chans or (args.input_size or [3])[0],
+        num_classes=args.num_classes,
+        drop_rate=args.drop,
+        drop_path_rate=args.drop_path,
+        drop_block_rate=args.drop_block,
+        global_pool=args.gp,
+        bn_momentum=args.bn_momentum,
+        bn_eps=args.bn_eps,
+        checkpoint_path=args.initial_checkpoint,
+        **args.model_kwargs,
+    )
+    if args.pretrained_path:
+        kwargs['pretrained_cfg_overlay'] = dict(file=args.pretrained_path, num_classes=-1)  # -1 adapts the classifier
+    with naming(f'--model {args.model}', AssertionError, OSError, RuntimeError, TypeError):
+        if args.dks:
+            model = create_dks_model(
+                args.model,
+                stages=args.dks_stages,
+                branches=args.dks_branches,
+                branch_kwargs=args.dks_branch_kwargs,
+                **kwargs,
+            )
+        else:
+            model = timm.create_model(args.model, **kwargs)
+
+    heads = model.get_classifiers() if args.dks else model.get_classifier()
+    for head in heads if isinstance(heads, (list, tuple)) else [heads]:
+        with torch.no_grad():
+            if args.head_init_scale is not None:
+                head.weight.mul_(args.head_init_scale)
+                head.bias.mul_(args.head_init_scale)
+            if args.head_init_bias is not None:
+                head.bias.fill_(args.head_init_bias)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing(enable=True)
+    return model
+
+
+def place_model(args, model, input_size, device):
+    """Move the model to its device, dtype and layout, with the BatchNorm that the flags ask for."""
+    if model.pretrained_cfg.get('fixed_input_size') and not args.naflex_loader:
+        with naming(f'--model {args.model}: input size {tuple(input_size)}', AssertionError, RuntimeError):
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, *input_size))
+        model.train()
+    if args.split_bn:
+        model = convert_splitbn_model(model, max(args.aug_splits, 2))
+    model.to(device=device, dtype=model_dtype(args))
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if args.distributed and args.sync_bn:
+        args.dist_bn = ''  # no statistics are left to distribute
+        model = convert_sync_batchnorm(model)
+    return model
+
+
+def create_criterion(args):
+    """Create the loss of one classifier."""
+    soft_targets = mixup_active(args)
+    if args.jsd_loss:
+        return create_classification_loss('jsd', smoothing=args.smoothing, jsd_splits=args.aug_splits)
+    if args.bce_loss and (soft_targets or args.smoothing):  # timm's script takes cross-entropy where there is neither
+        return create_classification_loss(
+            'bce',
+            smoothing=args.smoothing,
+            soft_targets=soft_targets,
+            pos_weight=args.bce_pos_weight,
+            bce_target_thresh=args.bce_target_thresh,
+            bce_sum=args.bce_sum,
+        )
+    return create_classification_loss('ce', smoothing=args.smoothing, soft_targets=soft_targets)
+
+
+def create_task(args, model, device):
+    """Create the task that turns a batch into a loss: DKS, distillation, or plain classification."""
+    criterion = create_criterion(args).to(device)
+    common = dict(device=device, dtype=model_dtype(args), verbose=args.rank == 0)
+    if args.dks:
+        return DKSTask(model, _create_dks_loss(args, criterion, num_classifiers=1 + len(model.branches)), **common)
+    if args.kd_model_name is None:
+        return tasks.ClassificationTask(model, criterion=criterion, **common)
+
+    common.update(
+        student_model=model,
+        teacher_model=args.kd_model_name,
+        criterion=criterion,
+        distill_loss_weight=args.distill_loss_weight,
+        task_loss_weight=args.task_loss_weight,
+    )
+    with naming(f'--kd-model-name {args.kd_model_name}', AssertionError, OSError, RuntimeError):
+        if args.kd_distill_type == 'feature':
+            return tasks.FeatureDistillationTask(
+                student_feature_dim=args.kd_student_feature_dim,
+                teacher_feature_dim=args.kd_teacher_feature_dim,
+                **common,
+            )
+        if args.kd_distill_type == 'token':
+            return tasks.TokenDistillationTask(
+                distill_type=args.kd_token_distill_type, temperature=args.kd_temperature, **common)
+        return tasks.LogitDistillationTask(loss_type=args.kd_loss_type, temperature=args.kd_temperature, **common)
+
+
+def _create_dks_loss(args, criterion, num_classifiers):
+    ce_weight, synergy_weight = args.dks_ce_weight, args.dks_synergy_weight
+    for name, values, count, what in (
+            ('ce', ce_weight, num_classifiers, 'one for each classifier'),
+            ('synergy', synergy_weight, num_classifiers ** 2, 'a matrix, row by row'),
+    ):
+        if len(values) not in (1, count):
+            raise OptionError(
+                f'--dks-{name}-weight {" ".join(map(str, values))}: {len(values)} numbers for {num_classifiers} '
+                f'classifiers; give 1, or {count} ({what})'
+            )
+    matrix = [synergy_weight[i:i + num_classifiers] for i in range(0, len(synergy_weight), num_classifiers)]
+    return DKSLoss(
+        criterion,
+        ce_weight=ce_weight if len(ce_weight) > 1 else ce_weight[0],
+        synergy_weight=matrix if len(synergy_weight) > 1 else synergy_weight[0],
+        direction=args.dks_direction,
+        temperature=args.dks_temperature,
+    )
+
+
+def set_learning_rate(args, batch_size: float) -> None:
+    """Where --lr is not given, scale --lr-base to the global batch size as timm does."""
+    if args.lr:
+        return
+    ratio = batch_size * args.world_size * args.grad_accum_steps / args.lr_base_size
+    if not args.lr_base_scale:
+        args.lr_base_scale = 'sqrt' if any(name in args.opt.lower() for name in ('ada', 'lamb')) else 'linear'
+    args.lr = args.lr_base * (ratio ** 0.5 if args.lr_base_scale == 'sqrt' else ratio)

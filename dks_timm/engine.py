@@ -1,0 +1,562 @@
+"""The Accelerate loop: one epoch, one evaluation, checkpoints. The only file that knows Accelerate."""
+import csv
+import importlib
+import logging
+import os
+import sys
+import time
+from collections import OrderedDict
+from contextlib import nullcontext
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import torch
+import torchvision.utils
+import yaml
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, tqdm
+from timm import utils
+from timm.models import load_checkpoint, safe_model_name
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.task import evaluation_sample_limit, load_task_ema_checkpoint, resume_task_checkpoint
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
+from torch.nn.functional import softmax
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from .data import model_dtype
+from .model import prune
+from .options import OptionError, closest, naming
+
+_logger = logging.getLogger(__name__)
+
+
+def create_accelerator(args, given) -> Accelerator:
+    """Start Accelerate on the device and in the precision that the flags or the launcher ask for.
+
+    Where --device was not given the best device present is taken. --amp and --amp-dtype win over the launcher.
+    As timm's does, sets ``device``, ``distributed``, ``world_size``, ``rank`` and ``local_rank`` in args, and seeds.
+    """
+    for module in args.device_modules or ():
+        with naming(f'--device-modules {module}', ImportError):
+            importlib.import_module(module)
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+
+    on_cpu = not torch.accelerator.is_available()
+    if 'device' in given:
+        device = _check_device(args.device)
+        on_cpu = device.type == 'cpu'
+        if not on_cpu and int(os.environ.get('WORLD_SIZE', 1)) == 1:
+            os.environ['ACCELERATE_TORCH_DEVICE'] = str(device)
+    elif on_cpu:
+        _logger.info('No accelerator found: training on the CPU.')
+
+    precision = None
+    if args.amp:
+        if on_cpu and 'amp_dtype' not in given:
+            _logger.info('--amp on the CPU: bfloat16.')
+            args.amp_dtype = 'bfloat16'
+        precision = dict(float16='fp16', bfloat16='bf16')[args.amp_dtype]
+    elif 'amp' in given:
+        precision = 'no'
+
+    trackers = args.log_with + ['wandb'] * args.log_wandb
+    for tracker in trackers:
+        if tracker not in [str(t) for t in get_available_trackers()]:
+            known = sorted(LOGGER_TYPE_TO_CLASS)
+            hint = f'; pip install {tracker}' if tracker in known else closest(tracker, known)
+            raise OptionError(f'--log-with {tracker}: is not installed or no tracker of Accelerate{hint}')
+
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        cpu=on_cpu,
+        log_with=trackers or None,
+        project_dir=args.output or './output/train',
+        # Groups of batches are divided here, as timm does, and not by Accelerate.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)],
+    )
+    if accelerator.device.type == 'cpu' and accelerator.mixed_precision == 'fp16':
+        raise OptionError('--amp-dtype float16: not on a CPU; use --amp-dtype bfloat16')
+    args.device = str(accelerator.device)
+    args.distributed = accelerator.num_processes > 1
+    args.world_size = accelerator.num_processes
+    args.rank = accelerator.process_index
+    args.local_rank = accelerator.local_process_index
+    _logger.info(
+        f'Training on {args.device}, process {args.rank} of {args.world_size}, '
+        f'mixed precision {accelerator.mixed_precision}.'
+    )
+    utils.random_seed(args.seed, args.rank)
+    return accelerator
+
+
+def _check_device(name: str) -> torch.device:
+    with naming(f'--device {name}', RuntimeError):
+        device = torch.device(name)
+    module = getattr(torch, device.type, None)
+    present = device.type == 'cpu' or (module is not None and module.is_available())
+    if not present or (device.index or 0) >= (1 if device.type == 'cpu' else module.device_count()):
+        best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else 'cpu'
+        raise OptionError(f'--device {name}: is not on this machine; use --device {best}')
+    return device
+
+
+def find_resume(args, args_text: str) -> str:
+    """The checkpoint that --resume names, or '' for none.
+
+    "auto" is the newest complete one of the --experiment folder; without --experiment, of the newest folder under
+    --output whose args.yaml is that of this run.
+    """
+    if args.resume != 'auto':
+        return args.resume
+    root = Path(args.output or './output/train')
+    if args.experiment:
+        folders = [root / args.experiment]
+    else:
+        wanted = {**yaml.safe_load(args_text), 'resume': ''}
+        folders = sorted(
+            (f.parent for f in root.glob('*/args.yaml') if {**yaml.safe_load(f.read_text()), 'resume': ''} == wanted),
+            key=lambda f: f.stat().st_mtime,
+            reverse=True,
+        )[:1]
+    for folder in folders:
+        files = [*folder.glob('last.pth.tar'), *folder.glob('checkpoint-*.pth.tar'), *folder.glob('recovery-*.pth.tar')]
+        for file in sorted(files, key=lambda f: f.stat().st_mtime, reverse=True):
+            try:
+                load_checkpoint_metadata(file)
+            except (EOFError, OSError, RuntimeError) as e:
+                _logger.warning(f'{file} is not complete ({e}); trying the checkpoint before.')
+            else:
+                return str(file)
+    _logger.info('--resume auto: no checkpoint yet, starting from the beginning.')
+    return ''
+
+
+class Trainer:
+    """Trains a task: epochs, evaluations, checkpoints, summary.csv and progress, in timm's order and with its digits.
+
+    Args:
+        args: The command line, completed by :func:`create_accelerator`.
+        accelerator: From :func:`create_accelerator`.
+        task: A timm TrainingTask whose module is on the accelerator's device.
+        optimizer: The module's optimizer.
+        loaders: What ``create_loaders`` returns.
+        names: Names of the classifiers, the backbone's first; more than one with --dks.
+        resume: Checkpoint to continue from, or ''.
+    """
+
+    def __init__(self, args, accelerator, task, optimizer, loaders, names=('backbone',), resume=''):
+        self.args = args
+        self.accelerator = accelerator
+        self.task = task
+        self.names = names
+        self.loader_train, self.loader_eval, self.mixup_fn, self.batch_size_reference = loaders
+        self.eval_metric = args.eval_metric if self.loader_eval is not None else 'loss'
+
+        self.scaler = accelerator.scaler
+        if self.scaler is not None:
+            self.scaler.state_dict_key = utils.NativeScaler.state_dict_key  # what timm's saver asks for
+        resume_epoch = self._resume(resume, optimizer) if resume else None
+        if args.model_ema:
+            # Before DDP wraps the module, as the average has to be of the plain one.
+            task.setup_ema(
+                decay=args.model_ema_decay,
+                use_warmup=args.model_ema_warmup,
+                device='cpu' if args.model_ema_force_cpu else None,
+            )
+            if resume:
+                load_task_ema_checkpoint(task, resume)
+        if args.torchcompile:
+            task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+            if task.has_ema():
+                task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
+        self.eval_model = task.get_eval_model()
+        task.trainable_module, self.optimizer = accelerator.prepare(task.get_trainable_module(), optimizer)
+
+        batches = len(self.loader_train)
+        self.updates_per_epoch = -(-batches // args.grad_accum_steps)
+        with naming(f'--sched {args.sched}', AssertionError):
+            self.scheduler, self.num_epochs = create_scheduler_v2(
+                self.optimizer,
+                **scheduler_kwargs(args, decreasing_metric=self.eval_metric == 'loss'),
+                updates_per_epoch=self.updates_per_epoch,
+            )
+        self.start_epoch = args.start_epoch if args.start_epoch is not None else resume_epoch or 0
+        if self.scheduler is not None and self.start_epoch > 0:
+            if args.sched_on_updates:
+                self.scheduler.step_update(self.start_epoch * self.updates_per_epoch)
+            else:
+                self.scheduler.step(self.start_epoch)
+
+    def _resume(self, path, optimizer):
+        """Load a checkpoint of ours or timm's; returns the epoch that comes after it."""
+        args = self.args
+        with naming(f'--resume {path}', EOFError, OSError, RuntimeError):
+            checkpoint = load_checkpoint_metadata(path)
+        try:
+            return resume_task_checkpoint(
+                self.task,
+                path,
+                optimizer=None if args.no_resume_opt else optimizer,
+                loss_scaler=None if args.no_resume_opt else self.scaler,
+            )
+        except (KeyError, RuntimeError):
+            raise OptionError(
+                f'--resume {path}: holds weights of {checkpoint.get("arch", "another model")} that do not fit '
+                f'--model {args.model} with {args.num_classes} classes; resume with the model it was made by'
+            ) from None
+        except ValueError as e:
+            hint = '; --no-resume-opt loads the weights only' if 'optimizer' in str(e) else ''
+            raise OptionError(f'--resume {path}: {e}{hint}') from None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the checkpoint resumed from is the last one of its run."""
+        return self.start_epoch >= self.num_epochs
+
+    def open_output(self, args_text: str, input_size, resume: str):
+        """Create the run's folder with its args.yaml, checkpoint saver and trackers; the first thing that is written.
+
+        Args:
+            args_text: What goes into args.yaml.
+            input_size: Named in the folder's name where --experiment does not name it.
+            resume: Checkpoint the run continues from, or ''; with --resume auto the run stays in its folder.
+        """
+        args = self.args
+        self.output_dir = self.saver = None
+        if not self.accelerator.is_main_process:
+            return
+        name = args.experiment or '-'.join(
+            [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(input_size[-1])])
+        folder = os.path.join(args.output or './output/train', name)
+        if args.resume == 'auto' and resume:
+            folder = os.path.dirname(resume)
+        with naming(f'--output {args.output or "./output/train"}', OSError):
+            self.output_dir = utils.get_outdir(folder)
+            Path(folder, 'args.yaml').write_text(args_text)
+        self.saver = utils.CheckpointSaver(
+            model=self.task.get_trainable_module(),
+            optimizer=self.optimizer,
+            args=args,
+            amp_scaler=self.scaler,
+            checkpoint_dir=folder,
+            recovery_dir=folder,
+            decreasing=self.eval_metric == 'loss',
+            max_history=args.checkpoint_hist,
+            task=self.task,
+        )
+        self.summary = os.path.join(folder, 'summary.csv')
+        utils.summary.trim_summary(self.summary, self.start_epoch)
+        if resume and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(folder):
+            self.saver.load_state_dict_from_checkpoint(resume)
+        if self.accelerator.log_with:
+            self.accelerator.project_configuration.logging_dir = folder
+            wandb = dict(name=name, tags=args.wandb_tags)
+            if args.wandb_resume_id:
+                wandb.update(id=args.wandb_resume_id, resume='must')
+            self.accelerator.init_trackers(
+                args.wandb_project or 'dks-timm',
+                config={k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in vars(args).items()},
+                init_kwargs=dict(wandb=wandb),
+            )
+
+    def fit(self):
+        """Train from the start epoch to the last one."""
+        args = self.args
+        for epoch in range(self.start_epoch, self.num_epochs):
+            train_metrics = self.train_one_epoch(epoch)
+            self._distribute_bn(self.task.get_trainable_module())
+            if (epoch + 1) % args.val_interval and epoch + 1 != self.num_epochs:
+                if self.scheduler is not None:
+                    self.scheduler.step(epoch + 1, metric=None)
+                continue
+
+            eval_metrics = {}
+            if self.loader_eval is not None:
+                eval_metrics = self.evaluate()
+                if self.task.has_ema() and not args.model_ema_force_cpu:
+                    _logger.info(self._line(f'Epoch {epoch} without EMA', eval_metrics))
+                    self._distribute_bn(self.task.get_trainable_module(ema=True))
+                    eval_metrics = self.evaluate(ema=True)
+            metric = (eval_metrics or train_metrics)[self.eval_metric]
+            _logger.info(self._line(f'Epoch {epoch}', eval_metrics, train_loss=train_metrics['loss']))
+            if self.saver is not None:
+                self._write_summary(epoch, train_metrics, eval_metrics)
+                self.saver.save_checkpoint(epoch, metric=metric)
+            if self.scheduler is not None:
+                self.scheduler.step(epoch + 1, metric)
+        self.accelerator.end_training()
+
+    def train_one_epoch(self, epoch: int) -> OrderedDict:
+        """Train one epoch.
+
+        Returns:
+            ``loss`` as timm averages it; with --dks also the mean losses and training accuracies of the classifiers.
+        """
+        args, accelerator, task, optimizer, loader = (
+            self.args, self.accelerator, self.task, self.optimizer, self.loader_train)
+        self._set_epoch(epoch)
+        if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
+            if args.prefetcher and getattr(loader, 'mixup_enabled', False):
+                loader.mixup_enabled = False
+            elif self.mixup_fn is not None:
+                self.mixup_fn.mixup_enabled = False
+
+        module = task.get_trainable_module()
+        module.train()
+        raw_optimizer = getattr(optimizer, 'optimizer', optimizer)
+        second_order = getattr(raw_optimizer, 'is_second_order', False)
+        batches = len(loader)
+        accum = args.grad_accum_steps
+        last_accum = batches % accum
+        num_updates = epoch * self.updates_per_epoch
+        totals = Totals(accelerator, self.names)
+        optimizer.zero_grad()
+        with Progress(accelerator, epoch, self.num_epochs, self.updates_per_epoch, args.log_interval) as progress:
+            for batch_idx, (x, y) in enumerate(loader):
+                # timm's rule, to the letter: the last group, where shorter, is divided by its own length, and from its
+                # second batch on an update also falls due where that length divides the number of batches seen.
+                last_batch = batch_idx == batches - 1
+                need_update = last_batch or (batch_idx + 1) % accum == 0
+                if last_accum and batch_idx >= batches - last_accum:
+                    accum = last_accum
+                x, y = self._to_device(x, y)
+                if self.mixup_fn is not None:
+                    x, y = self.mixup_fn(x, y)
+                batch_size = (x['patches'] if args.naflex_loader else x).shape[0]
+
+                with nullcontext() if need_update else accelerator.no_sync(module):
+                    with accelerator.autocast():
+                        out = task(x, y)
+                    loss = out['loss'] / accum if accum > 1 else out['loss']
+                    scaled_loss = self._scale_loss(loss, batch_size)
+                    accelerator.backward(scaled_loss, create_graph=second_order)
+                totals.update(out, loss * accum, y, batch_size)
+                if not need_update:
+                    continue
+
+                if args.clip_grad is not None:
+                    accelerator.unscale_gradients(optimizer)
+                    utils.dispatch_clip_grad(
+                        task.get_clip_parameters(exclude_head='agc' in args.clip_mode),
+                        value=args.clip_grad,
+                        mode=args.clip_mode,
+                    )
+                optimizer.step()
+                optimizer.zero_grad()
+                num_updates += 1
+                task.update_ema(step=num_updates)
+                if args.synchronize_step and accelerator.device.type != 'cpu':
+                    torch.accelerator.synchronize()
+                if progress.step(last_batch):
+                    progress.show(totals.compute(), optimizer.param_groups, totals.count * args.world_size)
+                    if args.save_images and self.output_dir:
+                        torchvision.utils.save_image(
+                            x, os.path.join(self.output_dir, f'train-batch-{batch_idx}.jpg'), padding=0, normalize=True)
+                if self.saver is not None and args.recovery_interval and progress.done % args.recovery_interval == 0:
+                    self.saver.save_recovery(epoch, batch_idx=progress.done - 1)
+                if self.scheduler is not None:
+                    self.scheduler.step_update(num_updates=num_updates)
+
+        if hasattr(raw_optimizer, 'sync_lookahead'):
+            raw_optimizer.sync_lookahead()
+        return totals.compute(reduce=True)
+
+    @torch.inference_mode()
+    def evaluate(self, ema: bool = False) -> OrderedDict:
+        """Evaluate the model or its average: ``loss``, ``top1`` and ``top5`` of the backbone, exact for any number of
+        processes; with --dks also ``top1_<branch>`` and ``top1_ensemble`` (mean of the probabilities)."""
+        args, accelerator = self.args, self.accelerator
+        if len(self.names) > 1:
+            net = utils.unwrap_model(self.task.get_trainable_module(ema=ema))
+            net.eval()
+            forward = net.exits
+        else:
+            model = self.task.get_eval_model(ema=True) if ema else self.eval_model
+            model.eval()
+            forward = model
+        names = (*self.names, 'ensemble') if len(self.names) > 1 else self.names
+        limit = evaluation_sample_limit(self.loader_eval)
+        evaluators = [self.task.create_evaluator(max_samples=limit) for _ in names]
+        # The bar does not get the loader to iterate: it would start it a second time, which draws a random number.
+        with tqdm(total=len(self.loader_eval), desc='Evaluation', leave=False, disable=not self._live()) as bar:
+            for x, y in self.loader_eval:
+                x, y = self._to_device(x, y)
+                with accelerator.autocast():
+                    logits = forward(x)
+                logits = list(logits) if isinstance(logits, (tuple, list)) else [logits]
+                logits = [z.float() for z in logits[:len(self.names)]]
+                if args.tta > 1:
+                    logits = [z.unfold(0, args.tta, args.tta).mean(dim=2) for z in logits]
+                    y = y[::args.tta]
+                if len(names) > 1:
+                    logits.append(sum(softmax(z, dim=-1) for z in logits).log())
+                for evaluator, z in zip(evaluators, logits, strict=True):
+                    evaluator.update(z, y)
+                bar.update()
+        results = [evaluator.compute(distributed=args.distributed) for evaluator in evaluators]
+        metrics = OrderedDict(results[0])
+        for name, result in zip(names[1:], results[1:], strict=True):
+            metrics[f'top1_{name}'] = result['top1']
+        return metrics
+
+    def _live(self):
+        return self.accelerator.is_main_process and sys.stderr.isatty()
+
+    def _to_device(self, x, y):
+        if not self.args.prefetcher:
+            x, y = x.to(self.accelerator.device, model_dtype(self.args)), y.to(self.accelerator.device)
+        if self.args.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return x, y
+
+    def _scale_loss(self, loss, batch_size):
+        """Scale the loss of a batch whose size varies, by the size that the learning rate is for."""
+        args = self.args
+        if not (args.naflex_loader or args.train_img_sizes):
+            return loss
+        mode = args.naflex_loss_scale if args.naflex_loader else args.variable_batch_loss_scale
+        scale = {'none': 0., 'sqrt': 0.5, 'linear': 1.}[mode]
+        loss = loss * (batch_size / self.batch_size_reference) ** scale
+        if args.naflex_loader and args.distributed:
+            # Processes hold batches of different sizes: DDP's mean over them has to become one over samples.
+            sizes = torch.tensor(batch_size, device=self.accelerator.device, dtype=torch.float32)
+            loss = loss * (args.world_size * batch_size / self.accelerator.reduce(sizes))
+        return loss
+
+    def _set_epoch(self, epoch):
+        loader = self.loader_train
+        sampler = loader.batch_sampler if hasattr(loader.batch_sampler, 'set_epoch') else loader.sampler
+        for part in (loader.dataset, sampler):
+            if hasattr(part, 'set_epoch'):
+                part.set_epoch(epoch)
+
+    def _distribute_bn(self, module):
+        if self.args.distributed and self.args.dist_bn:
+            utils.distribute_bn(module, self.args.world_size, self.args.dist_bn == 'reduce')
+
+    def _line(self, title, metrics, **more):
+        parts = [f'{name} {value:.4f}' for name, value in more.items()]
+        if metrics:
+            top1 = [f'{self.names[0]} {metrics["top1"]:.2f}'] + [
+                f'{name[5:]} {value:.2f}' for name, value in metrics.items() if name.startswith('top1_')]
+            parts += [f'eval loss {metrics["loss"]:.4f}', 'top-1 ' + ', '.join(top1)]
+        return f'{title}: ' + ', '.join(parts)
+
+    def _write_summary(self, epoch, train_metrics, eval_metrics):
+        """Append a row: timm's columns first, ours after them."""
+        row = OrderedDict(epoch=epoch, train_loss=train_metrics['loss'])
+        row.update((f'eval_{name}', eval_metrics[name]) for name in ('loss', 'top1', 'top5') if name in eval_metrics)
+        lrs = [group['lr'] for group in self.optimizer.param_groups]
+        row['lr'] = sum(lrs) / len(lrs)
+        if len(self.names) > 1:
+            for prefix, metrics in (('train', train_metrics), ('eval', eval_metrics)):
+                row.update((f'{prefix}_{name}', v) for name, v in metrics.items() if f'{prefix}_{name}' not in row)
+        with open(self.summary, 'a', newline='') as f:
+            writer = csv.DictWriter(f, fieldnames=row)
+            if f.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+        self.accelerator.log(row, step=epoch)
+
+    def best_metrics(self):
+        """The evaluation metrics of the best epoch, {} where there was no evaluation."""
+        with open(self.summary, newline='') as f:
+            row = next((r for r in csv.DictReader(f) if int(r['epoch']) == self.saver.best_epoch), {})
+        return {name[5:]: float(value) for name, value in row.items() if name.startswith('eval_')}
+
+    def result(self) -> str:
+        """What came out: the accuracy of every classifier in the best epoch."""
+        return self._line(f'Best epoch {self.saver.best_epoch}', self.best_metrics()) + f', in {self.output_dir}'
+
+    def load_best(self, model):
+        """Load the best weights into the plain model, its average's if that is what was evaluated."""
+        self.accelerator.unwrap_model(self.task.get_trainable_module(), keep_fp32_wrapper=False)
+        load_checkpoint(
+            prune(model),
+            os.path.join(self.output_dir, 'model_best.pth.tar'),
+            use_ema=self.task.has_ema() and not self.args.model_ema_force_cpu,
+        )
+        return prune(model)
+
+
+class Totals:
+    """Sums over the samples of an epoch, kept on the device until they are asked for."""
+
+    def __init__(self, accelerator, names):
+        self.accelerator = accelerator
+        self.names = names
+        self.count = 0
+        self.dtype = torch.float32 if accelerator.device.type == 'mps' else torch.float64  # as timm's evaluator
+        self.sums = None
+
+    @torch.no_grad()
+    def update(self, out, loss, target, batch_size):
+        logits = out.get('logits') or [out['output']]
+        if isinstance(logits[0], (tuple, list)):
+            logits = logits[0][:1]
+        if target.ndim > 1:
+            target = target.argmax(dim=-1)
+        top1 = [100 * (z.argmax(dim=-1) == target).to(self.dtype).mean() for z in logits]
+        values = [loss.to(self.dtype), *top1]
+        if len(self.names) > 1:
+            pairs = len(self.names) * (len(self.names) - 1)
+            values += [*out['ce'].to(self.dtype), out['synergy'].to(self.dtype).sum() / pairs]
+        sums = torch.stack([v.to(self.accelerator.device) for v in values]) * batch_size
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.count += batch_size
+
+    def compute(self, reduce=False):
+        """Means so far, of this process or of all."""
+        totals = torch.cat([self.sums, self.sums.new_tensor([self.count])])
+        if reduce:
+            totals = self.accelerator.reduce(totals)
+        *means, _ = (totals / totals[-1]).tolist()
+        names = ['loss', *(f'top1_{name}' for name in self.names)]
+        if len(self.names) > 1:
+            names += [*(f'ce_{name}' for name in self.names), 'synergy']
+        return OrderedDict(zip(names, means, strict=True))
+
+
+class Progress:
+    """Progress of an epoch on the main process: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, accelerator, epoch, num_epochs, updates, log_interval):
+        self.shown = accelerator.is_main_process
+        self.epoch, self.num_epochs, self.updates, self.log_interval = epoch, num_epochs, updates, log_interval
+        self.bar = tqdm(total=updates, desc=f'Epoch {epoch}', unit='step', leave=False,
+                        disable=not (self.shown and sys.stderr.isatty()))
+        self.done = 0
+        self.start = time.monotonic()
+
+    def __enter__(self):
+        self.redirect = logging_redirect_tqdm() if not self.bar.disable else nullcontext()
+        self.redirect.__enter__()
+        return self
+
+    def __exit__(self, *exc):
+        self.bar.close()
+        self.redirect.__exit__(*exc)
+
+    def step(self, last: bool) -> bool:
+        """Count an update; returns whether it is time to show how things stand."""
+        self.done += 1
+        self.bar.update()
+        return self.shown and (last or (self.done - 1) % self.log_interval == 0)
+
+    def show(self, means, param_groups, images):
+        seconds = time.monotonic() - self.start
+        left = seconds / self.done * (self.updates - self.done + self.updates * (self.num_epochs - self.epoch - 1))
+        top1 = ', '.join(f'{name[5:]} {value:.1f}' for name, value in means.items() if name.startswith('top1_'))
+        lr = sum(group['lr'] for group in param_groups) / len(param_groups)
+        text = (
+            f'loss {means["loss"]:.4f}, train top-1 {top1}, lr {lr:.3g}, {images / seconds:.0f} images/s, '
+            f'{timedelta(seconds=round(left))} left'
+        )
+        if self.bar.disable:
+            _logger.info(f'Epoch {self.epoch} [{self.done}/{self.updates}]: {text}')
+        else:
+            self.bar.set_postfix_str(text)

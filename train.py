@@ -1,0 +1,73 @@
+#!/usr/bin/env python3
+"""Train a timm model as timm's own script does, and with --dks by Deeply-supervised Knowledge Synergy.
+
+    accelerate launch train.py --config recipes/quickstart.yaml
+    accelerate launch train.py --model resnet18 --dks --data-dir DIR --num-classes 100 --export-dir out/resnet18
+"""
+from dks_timm import options
+
+
+def main(argv=None):
+    # Parse. What needs torch is imported after it, so that --help and a mistyped flag answer at once.
+    with options.exit_on_bad_input():
+        args, given, args_text = options.parse_args(argv)
+        from timm.data import resolve_data_config
+        from timm.layers import set_fast_norm
+        from timm.optim import create_optimizer_v2, optimizer_kwargs
+
+        from dks_timm import build, data, engine, hub
+
+        # Build, in timm's order and without a random number that timm's script does not draw.
+        build.check_names(args)
+        resume = engine.find_resume(args, args_text)
+        if args.export_dir and not resume:
+            with options.naming(f'--export-dir {args.export_dir}'):
+                hub.check_export_dir(args.export_dir, args.overwrite)
+        accelerator = engine.create_accelerator(args, given)
+        dataset_train, dataset_eval = data.create_datasets(args)
+        if args.fast_norm:
+            set_fast_norm()
+        model = build.create_model(args)
+        if args.num_classes is None:
+            args.num_classes = model.num_classes
+            data.check_num_classes(args.num_classes, dataset_train)
+        data_config = resolve_data_config(vars(args), model=model, verbose=accelerator.is_main_process)
+        model = build.place_model(args, model, data_config['input_size'], accelerator.device)
+        loaders = data.create_loaders(args, dataset_train, dataset_eval, data_config, model, accelerator.device)
+        task = build.create_task(args, model, accelerator.device)
+        build.set_learning_rate(args, batch_size=loaders[-1])
+        with options.naming(f'--opt {args.opt}', TypeError):
+            optimizer = create_optimizer_v2(
+                task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+        names = ['backbone', *(f'stage{stage}' for stage in model.stages)] if args.dks else ['backbone']
+        trainer = engine.Trainer(args, accelerator, task, optimizer, loaders, names, resume)
+        if trainer.finished:
+            print(f'{resume} has finished its {trainer.num_epochs} epochs: nothing left to train.')
+            return
+        if args.export_dir and resume:
+            with options.naming(f'--export-dir {args.export_dir}'):
+                hub.check_export_dir(args.export_dir, args.overwrite)
+        trainer.open_output(args_text, data_config['input_size'], resume)
+
+    # Fit.
+    trainer.fit()
+    if not accelerator.is_main_process:
+        return
+    print(trainer.result())
+
+    # Export the best weights of the backbone as a folder for plain timm.
+    if args.export_dir:
+        hub.export(
+            args.export_dir,
+            trainer.load_best(model),
+            data_config=data_config,
+            label_names=data.label_names(dataset_train),
+            results=hub.eval_results(trainer.best_metrics(), args.dataset or args.data_dir, args.val_split),
+            overwrite=args.overwrite,
+        )
+        print(f'Exported to {args.export_dir}: a fresh process with timm alone loads it, with bit-identical logits:')
+        print(f"    model = timm.create_model('local-dir:{args.export_dir}', pretrained=True)")
+
+
+if __name__ == '__main__':
+    main()
