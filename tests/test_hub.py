@@ -134,7 +134,7 @@ def test_dataset_in_a_folder_goes_by_the_name_of_the_folder(tmp_path):
 
 def test_card_says_what_it_was_given(exported):
     text = ModelCard.load(exported[1] / 'README.md').text
-    for fact in ('a table of branches', 'accelerate launch train.py --dks', '| seed | 42 |', '91.234567', '48 x 48'):
+    for fact in ('a table of branches', 'accelerate launch train.py --dks', '| seed | 42 |', '| 91.23 |', '48 x 48'):
         assert fact in text
 
 
