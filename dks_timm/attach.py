@@ -74,7 +74,7 @@ class Retrace:
     def __call__(self, image_size: Tuple[int, int]) -> Dict[str, Any]:
         with torch.random.fork_rng(devices=[]), torch.device(self.device):
             x = torch.zeros(TRACE_BATCH, self.in_chans, *image_size)
-            trace = Trace(self.template.make(**self.overrides).train(), x)
+            trace = Trace(self.template.make(**self.overrides), x)
         return trace.stubs(trace.sources(self.stage)[self.rank])
 
 
@@ -100,13 +100,17 @@ class BranchSpec:
 class BranchBuilder:
     """Makes branches for the stages of a backbone.
 
-    The backbone's forward is traced once, on a copy without weights on the meta device (a model that needs real tensors
-    is copied to the CPU). The backbone itself is only looked at.
+    The backbone's forward is traced once, on a copy without weights on the meta device (on a second model of the
+    architecture on the CPU where the forward needs real tensors). The backbone itself is only looked at.
 
     Args:
         backbone: timm model with a classifier.
         model_kwargs: Arguments it was made with, besides those timm noted on the model.
         image_size: Size (H, W) of the images, None for the model's own.
+
+    Attributes:
+        backbone_flops: Forward FLOPs per image of the backbone.
+        device: Device of the traces.
 
     Raises:
         ValueError: The model has no classifier.
@@ -129,6 +133,7 @@ class BranchBuilder:
         self.image_size = to_2tuple(self.image_size or own_size or tuple(size))
         self.batch_norm = any(isinstance(m, _BatchNorm) for m in backbone.modules())
         self._plans: Dict[Any, TailPlan] = {}
+        self._traces: Dict[str, Trace] = {}
         try:
             self.device = 'meta'
             self.trace = self._trace_backbone()
@@ -146,7 +151,15 @@ class BranchBuilder:
         return torch.zeros(TRACE_BATCH, self.in_chans, *self.image_size, device=self.device)
 
     def _trace_backbone(self) -> Trace:
-        return Trace(_copy_to(self.backbone, self.device).train(), self.image())
+        if self.device == 'meta':
+            model = _copy_without_weights(self.backbone)
+        else:
+            with torch.device(self.device):
+                model = self.template.make()
+        with FlopCounterMode(display=False) as counter:
+            trace = Trace(model, self.image())
+        self.backbone_flops = counter.get_total_flops() // TRACE_BATCH
+        return trace
 
     def attach(
             self,
@@ -204,7 +217,7 @@ class BranchBuilder:
         return tails if kind == 'tail' else tails + [replace(spec, reason='within the budget') for spec in convs]
 
     def _fit(self, indices: Sequence[int], ladders: List[List[BranchSpec]], budget: float) -> List[BranchSpec]:
-        whole = self.flops()
+        whole = self.backbone_flops
         ladders = [list(ladder) for ladder in ladders]
         costs = [self._spec_flops(i, ladder[0]) for i, ladder in zip(indices, ladders, strict=True)]
         while whole + sum(costs) > budget * whole:
@@ -227,15 +240,12 @@ class BranchBuilder:
 
     def _spec_flops(self, index: int, spec: BranchSpec) -> int:
         with torch.device(self.device):
-            return self.flops(self.build(index, spec).train())
+            return self.flops(self.build(index, spec))
 
-    def flops(self, branch: Optional[Branch] = None) -> int:
-        """Forward FLOPs per image of a branch made on this builder's ``device``, or of the backbone."""
+    def flops(self, branch: Branch) -> int:
+        """Forward FLOPs per image of a branch made on this builder's ``device``."""
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            if branch is None:
-                self.trace.model(self.image())
-            else:
-                branch(self.image(), self.trace.once[branch.source].output)
+            branch.eval()(self.image(), self.trace.once[branch.source].output)
         return counter.get_total_flops() // TRACE_BATCH
 
     def build(self, index: int, spec: BranchSpec) -> Branch:
@@ -269,17 +279,20 @@ class BranchBuilder:
             SurgeryError: The architecture has no such tail, or the template's stage is not the backbone's.
             ValueError: The architecture does not take the overrides.
         """
-        key = (stage, spec.keep_every, _listed(spec.overrides))
+        given = _listed(spec.overrides)
+        key = (stage, spec.keep_every, given)
         if key not in self._plans:
             def make() -> nn.Module:
                 with torch.device(self.device):
                     return self.template.make(**spec.overrides)
 
             try:
-                plan = plan_tail(make, stage, self.image(), spec.keep_every)
+                if given not in self._traces:
+                    self._traces[given] = Trace(make(), self.image())
             except TypeError as e:
                 given = _listed({**self.model_kwargs, **spec.overrides})
                 raise ValueError(f'{self.template.architecture} cannot be made with {given}: {e}') from e
+            plan = plan_tail(self._traces[given], make, stage, spec.keep_every)
             source = self.trace.sources(stage)[plan.rank]
             if shapes(source.output) != plan.features:
                 raise SurgeryError(
@@ -293,11 +306,10 @@ def _listed(kwargs: Dict[str, Any]) -> str:
     return ', '.join(f'{k}={v}' for k, v in kwargs.items()) or 'no arguments'
 
 
-def _copy_to(model: nn.Module, device: str) -> nn.Module:
-    """A copy of a model with uninitialised tensors on ``device``."""
+def _copy_without_weights(model: nn.Module) -> nn.Module:
+    """A copy of a model on the meta device."""
     memo: Dict[int, Any] = {}
     for tensor in chain(model.parameters(), model.buffers()):
-        # Buffers may be indices into something, which only their values keep in range; the meta device does not look.
-        blank = torch.empty_like(tensor, device=device) if device == 'meta' else tensor.detach().clone().to(device)
+        blank = torch.empty_like(tensor, device='meta')
         memo[id(tensor)] = nn.Parameter(blank, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
     return copy.deepcopy(model, memo)

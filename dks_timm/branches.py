@@ -83,8 +83,12 @@ class Tail(Branch):
     def shapes_at(self, height: int, width: int) -> Dict[str, Any]:
         size = (height, width)
         if size not in self.stub_shapes:
-            self.stub_shapes[size] = self.retrace(size)
+            self._learn_shapes(size)
         return self.stub_shapes[size]
+
+    @torch.compiler.disable
+    def _learn_shapes(self, size: Tuple[int, int]) -> None:
+        self.stub_shapes[size] = self.retrace(size)
 
     def get_classifier(self) -> nn.Module:
         return self.template.get_classifier()

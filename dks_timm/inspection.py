@@ -9,7 +9,7 @@ from timm.models import resolve_model_input_args
 
 from .attach import BranchBuilder
 from .branches import Branch
-from .model import DKSModel, split_branch_kwargs
+from .model import split_branch_kwargs
 from .stages import resolve_stages
 
 __all__ = ['format_inspection', 'inspect_model']
@@ -49,8 +49,8 @@ def inspect_model(
         built = builder.attach(supervised, branches, split_branch_kwargs(branch_kwargs or {}, supervised), budget)
 
     last = builder.stages[-1].index
-    classifiers = [_classifier(backbone, builder.flops(), last, type(backbone).__name__, '')]
-    for branch in DKSModel(backbone, built).train().branches:
+    classifiers = [_classifier(backbone, builder.backbone_flops, last, type(backbone).__name__, '')]
+    for branch in built:
         classifiers.append(_classifier(branch, builder.flops(branch), branch.stage, branch.kind, branch.reason))
     shapes = _stage_shapes(builder)
     return dict(
@@ -87,8 +87,10 @@ def _count_blocks(module: nn.Module) -> int:
 
 
 def _stage_shapes(builder: BranchBuilder) -> List[Optional[List[int]]]:
-    model = builder.trace.model.eval()
-    features = model.forward_intermediates(builder.image(), intermediates_only=True)
+    try:
+        features = builder.trace.model.forward_intermediates(builder.image(), intermediates_only=True)
+    except RuntimeError:  # it reads the values of tensors, and the meta device has none
+        features = []
     if len(features) != len(builder.stages):
         return [None] * len(builder.stages)
     return [list(f.shape[1:]) if isinstance(f, torch.Tensor) else None for f in features]

@@ -57,7 +57,7 @@ class DKSModel(nn.Module):
         self.branches = nn.ModuleList(branches)
         self.stages: Tuple[int, ...] = tuple(branch.stage for branch in branches)
         self._taps = _Taps()
-        self._tapped = False
+        self._tap()
 
     @classmethod
     def from_timm(

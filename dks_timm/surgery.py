@@ -23,7 +23,7 @@ from .stages import Stage
 
 __all__ = ['TRACE_BATCH', 'Call', 'Feed', 'SurgeryError', 'TailPlan', 'Trace', 'cut', 'plan_tail']
 
-TRACE_BATCH = 2  # BatchNorm in training mode refuses a batch with one value per channel
+TRACE_BATCH = 2
 
 
 class SurgeryError(ValueError):
@@ -71,14 +71,18 @@ class Trace:
     """The module calls of one forward, in the order in which they begin.
 
     Args:
-        model: Model on the device of ``x``. Its parameters stop requiring gradients: autograd then tells the calls that
-            depend on the input from those that do not.
+        model: Model on the device of ``x``; it is put into training mode. Its parameters stop requiring gradients:
+            autograd then tells the calls that depend on the input from those that do not.
         x: Input (B, C, H, W).
         forward: What to run instead of ``model``.
+
+    Attributes:
+        trainable: Names of the parameters that required gradients.
     """
 
     def __init__(self, model: nn.Module, x: torch.Tensor, forward: Optional[Callable] = None):
-        self.model = model.requires_grad_(False)
+        self.trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.model = _training_mode(model).requires_grad_(False)
         self.x = x
         self.calls: List[Call] = []
         self._running: List[Call] = []
@@ -129,7 +133,9 @@ class Trace:
         return found
 
     def _named(self, stage: Stage) -> Optional[Call]:
-        call = self.once.get(stage.module)
+        # The path may lack the name of a model that this one wraps.
+        named = [c for c in self.once.values() if f'.{c.name}'.endswith(f'.{stage.module}')]
+        call = named[0] if len(named) == 1 else self.once.get(stage.module)
         while call is not None and call.is_sequential:
             call = self.once.get(f'{call.name}.{list(call.module._modules)[-1]}')
         return call if call is not None and call.can_be_cut else None
@@ -264,21 +270,27 @@ def _pass_on(count: int, *args, **kwargs):
     return args[:count] if count else args[0]
 
 
-def plan_tail(make: Callable[[], nn.Module], stage: Stage, x: torch.Tensor, keep_every: int = 1) -> TailPlan:
+def _training_mode(model: nn.Module) -> nn.Module:
+    """Training mode, but for BatchNorm: computing statistics takes most of the time on the meta device."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+    return model
+
+
+def plan_tail(trace: Trace, make: Callable[[], nn.Module], stage: Stage, keep_every: int = 1) -> TailPlan:
     """Plan the tail of a template, and check that its logits depend on the stage's features and on nothing before them.
 
     Args:
-        make: Makes the template, on the device of ``x`` (meta, as a rule).
+        trace: Trace of the template.
+        make: Makes another one, on the device of the trace (meta, as a rule).
         stage: Where the tail begins.
-        x: Input (TRACE_BATCH, C, H, W).
         keep_every: Thin runs of alike blocks down to one in so many; 1 keeps all.
 
     Raises:
         SurgeryError: The architecture cannot be cut there.
     """
-    template = make().train()
-    trainable = [name for name, p in template.named_parameters() if p.requires_grad]
-    trace = Trace(template, x)
     refusals = []
     for rank, source in enumerate(trace.sources(stage)):
         skips = trace.skips(source, keep_every) if keep_every > 1 else {}
@@ -287,25 +299,23 @@ def plan_tail(make: Callable[[], nn.Module], stage: Stage, x: torch.Tensor, keep
         alive = frozenset(c.name for c in trace.calls if not any(s.start <= c.start < s.end for s in silent))
         plan = TailPlan(rank, source.name, shapes(source.output), stubs, skips, alive)
         try:
-            return _check(make().train() if rank else template, plan, trainable, source.output, x)
+            return _check(_training_mode(make()), plan, trace, source.output)
         except SurgeryError as e:
             refusals.append(str(e))
     raise SurgeryError(f'cannot run what follows stage {stage}: {refusals[0]}')
 
 
-def _check(template: nn.Module, plan: TailPlan, trainable: List[str], features: Any, x: torch.Tensor) -> TailPlan:
+def _check(template: nn.Module, plan: TailPlan, trace: Trace, features: Any) -> TailPlan:
     feed = _WatchedFeed()
     parameters = dict(template.named_parameters())
-    for name in trainable:
-        parameters[name].requires_grad_()
     cut(template, plan, feed)
-    feed.image, feed.shapes = x, plan.stubs
+    feed.image, feed.shapes = trace.x, plan.stubs
     watched: List[torch.Tensor] = []
     with torch.enable_grad():
         feed.features = tree_map_only(torch.Tensor, feed.watch, features)
         given, feed.watched = feed.watched, watched
         versions = [t._version for t in tensors(feed.features)]
-        output = template(x)
+        output = template(trace.x)
         if not isinstance(output, torch.Tensor) or output.ndim != 2:
             raise SurgeryError(f'{type(template).__name__} does not return logits (B, num_classes) in training mode')
         if output.requires_grad:
@@ -317,7 +327,7 @@ def _check(template: nn.Module, plan: TailPlan, trainable: List[str], features: 
     kept = {name for name, _ in template.named_parameters()}
     return replace(
         plan,
-        unused=tuple(name for name in trainable if name in kept and parameters[name].grad is None),
+        unused=tuple(name for name in trace.trainable if name in kept and parameters[name].grad is None),
         copies=versions != [t._version for t in tensors(feed.features)],
     )
 

@@ -181,7 +181,8 @@ def test_meta_device_allocates_nothing():
 def test_describe_lists_every_classifier():
     table = make().describe()
     assert table.splitlines()[0].split() == ['classifier', 'stage', 'kind', 'parameters', 'made', 'of']
-    assert '2 (layer2, 128 channels, /8)' in table and table.count('tail') == 2
+    assert '2 (layer2, 128 channels, /8)' in table and '3 (layer3, 256 channels, /16)' in table
+    assert [' tail ' in line for line in table.splitlines()] == [False, False, True, True]
 
 
 def test_models_without_a_classifier_are_refused():
