@@ -13,10 +13,15 @@ from .options import OptionError, closest, mixup_active, naming
 from .task import DKSTask
 
 
+def check_model_name(name: str, flag: str = 'MODEL') -> None:
+    """Refuse a model that timm does not have."""
+    if ':' not in name and not timm.is_model(name.partition('.')[0]):
+        raise OptionError(f'{flag} {name}: timm has no such model{closest(name, timm.list_models())}')
+
+
 def check_names(args) -> None:
     """Refuse a model or an optimizer that timm does not have."""
-    if ':' not in args.model and not timm.is_model(args.model.partition('.')[0]):
-        raise OptionError(f'--model {args.model}: timm has no such model{closest(args.model, timm.list_models())}')
+    check_model_name(args.model, '--model')
     optimizer = args.opt.lower().removeprefix('lookahead_')
     try:
         get_optimizer_info(optimizer)
@@ -42,6 +47,7 @@ def create_model(args):
     )
     if args.pretrained_path:
         kwargs['pretrained_cfg_overlay'] = dict(file=args.pretrained_path, num_classes=-1)  # -1 adapts the classifier
+    image_size = tuple(args.input_size[1:]) if args.input_size else args.img_size and (args.img_size, args.img_size)
     with naming(f'--model {args.model}', AssertionError, OSError, RuntimeError, TypeError):
         if args.dks:
             model = create_dks_model(
@@ -49,6 +55,8 @@ def create_model(args):
                 stages=args.dks_stages,
                 branches=args.dks_branches,
                 branch_kwargs=args.dks_branch_kwargs,
+                budget=args.dks_budget,
+                image_size=image_size,
                 **kwargs,
             )
         else:

@@ -1,9 +1,10 @@
 """Console script ``dks-timm``: what is not training."""
 import argparse
+import json
 import sys
 from typing import Optional, Sequence
 
-from .options import Parser
+from .options import ParseKwargs, Parser, add_branch_flags, naming
 
 
 def _create_parser() -> Parser:
@@ -21,7 +22,43 @@ def _create_parser() -> Parser:
     export.add_argument('--no-ema', action='store_true', help='take the trained weights where there are averaged ones')
     export.add_argument('--overwrite', action='store_true', help='replace a model that is already in the folder')
     export.set_defaults(run=_export)
+
+    inspect = commands.add_parser(
+        'inspect',
+        help='show the stages of a model, the branches DKS attaches, and what they cost',
+        description='Attach branches to a model without allocating weights, and show its stages, what was attached '
+                    'and what a training step costs over the plain model.',
+    )
+    inspect.add_argument('model', metavar='MODEL', help='timm model name, also hf-hub:owner/name and local-dir:path')
+    inspect.add_argument('--num-classes', type=int, metavar='N', help="number of classes, the model's if not given")
+    inspect.add_argument('--img-size', type=int, metavar='N', help="height and width, the model's if not given")
+    inspect.add_argument('--in-chans', type=int, metavar='N', help="input channels, the model's if not given")
+    inspect.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+                         help='more arguments for timm.create_model')
+    add_branch_flags(inspect)
+    inspect.add_argument('--json', action='store_true', help='print it for machines')
+    inspect.set_defaults(run=_inspect)
     return parser
+
+
+def _inspect(args: argparse.Namespace):
+    from .build import check_model_name
+    from .inspection import format_inspection, inspect_model
+
+    check_model_name(args.model)
+    with naming(f'MODEL {args.model}', AssertionError, OSError, RuntimeError, TypeError):
+        found = inspect_model(
+            args.model,
+            stages=args.dks_stages,
+            branches=args.dks_branches,
+            branch_kwargs=args.dks_branch_kwargs,
+            budget=args.dks_budget,
+            img_size=args.img_size,
+            num_classes=args.num_classes,
+            in_chans=args.in_chans,
+            **args.model_kwargs,
+        )
+    print(json.dumps(found, indent=2) if args.json else format_inspection(found))
 
 
 def _export(args: argparse.Namespace):

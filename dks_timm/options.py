@@ -266,13 +266,8 @@ def timm_parser() -> Parser:
     return parser
 
 
-def create_parser() -> Parser:
-    """timm's flags and ours."""
-    parser = timm_parser()
-    parser.add_argument('-c', '--config', default='', metavar='FILE', help='YAML recipe: flags by name, - as _')
-
-    group = parser.add_argument_group('Deeply-supervised Knowledge Synergy')
-    group.add_argument('--dks', action='store_true', help='train with supervision branches and synergy')
+def add_branch_flags(group) -> None:
+    """The flags that say which branches to attach."""
     group.add_argument('--dks-stages', type=int, nargs='+', metavar='STAGE',
                        help='stages to supervise, as in timm\'s out_indices (dks-timm inspect MODEL lists them)')
     group.add_argument('--dks-branches', type=str, default='auto', choices=('auto', 'tail', 'conv'),
@@ -281,6 +276,16 @@ def create_parser() -> Parser:
                        help='arguments of the template, for every branch or for that of one stage')
     group.add_argument('--dks-budget', type=float, metavar='X',
                        help='most a training forward may cost, in forwards of the backbone')
+
+
+def create_parser() -> Parser:
+    """timm's flags and ours."""
+    parser = timm_parser()
+    parser.add_argument('-c', '--config', default='', metavar='FILE', help='YAML recipe: flags by name, - as _')
+
+    group = parser.add_argument_group('Deeply-supervised Knowledge Synergy')
+    group.add_argument('--dks', action='store_true', help='train with supervision branches and synergy')
+    add_branch_flags(group)
     group.add_argument('--dks-ce-weight', type=float, nargs='+', default=[1.0], metavar='W',
                        help='weight of the label loss, one or one a classifier (backbone first)')
     group.add_argument('--dks-synergy-weight', type=float, nargs='+', default=[1.0], metavar='W',
