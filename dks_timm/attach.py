@@ -109,7 +109,6 @@ class BranchBuilder:
         image_size: Size (H, W) of the images, None for the model's own.
 
     Attributes:
-        backbone_flops: Forward FLOPs per image of the backbone.
         device: Device of the traces.
 
     Raises:
@@ -156,10 +155,7 @@ class BranchBuilder:
         else:
             with torch.device(self.device):
                 model = self.template.make()
-        with FlopCounterMode(display=False) as counter:
-            trace = Trace(model, self.image())
-        self.backbone_flops = counter.get_total_flops() // TRACE_BATCH
-        return trace
+        return Trace(model, self.image())
 
     def attach(
             self,
@@ -217,7 +213,7 @@ class BranchBuilder:
         return tails if kind == 'tail' else tails + [replace(spec, reason='within the budget') for spec in convs]
 
     def _fit(self, indices: Sequence[int], ladders: List[List[BranchSpec]], budget: float) -> List[BranchSpec]:
-        whole = self.backbone_flops
+        whole = self.flops()
         ladders = [list(ladder) for ladder in ladders]
         costs = [self._spec_flops(i, ladder[0]) for i, ladder in zip(indices, ladders, strict=True)]
         while whole + sum(costs) > budget * whole:
@@ -242,10 +238,13 @@ class BranchBuilder:
         with torch.device(self.device):
             return self.flops(self.build(index, spec))
 
-    def flops(self, branch: Branch) -> int:
-        """Forward FLOPs per image of a branch made on this builder's ``device``."""
+    def flops(self, branch: Optional[Branch] = None) -> int:
+        """Forward FLOPs per image of the backbone, or of a branch made on this builder's ``device``."""
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            branch.eval()(self.image(), self.trace.once[branch.source].output)
+            if branch is None:
+                self.trace.model.eval()(self.image())
+            else:
+                branch.eval()(self.image(), self.trace.once[branch.source].output)
         return counter.get_total_flops() // TRACE_BATCH
 
     def build(self, index: int, spec: BranchSpec) -> Branch:

@@ -49,7 +49,7 @@ def inspect_model(
         built = builder.attach(supervised, branches, split_branch_kwargs(branch_kwargs or {}, supervised), budget)
 
     last = builder.stages[-1].index
-    classifiers = [_classifier(backbone, builder.backbone_flops, last, type(backbone).__name__, '')]
+    classifiers = [_classifier(backbone, builder.flops(), last, type(backbone).__name__, '')]
     for branch in built:
         classifiers.append(_classifier(branch, builder.flops(branch), branch.stage, branch.kind, branch.reason))
     shapes = _stage_shapes(builder)
