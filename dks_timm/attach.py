@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from timm.layers import to_2tuple
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from .branches import Branch, ConvBranch, Layout, Tail
@@ -244,7 +245,8 @@ class BranchBuilder:
             if branch is None:
                 self.trace.model.eval()(self.image())
             else:
-                branch.eval()(self.image(), self.trace.once[branch.source].output)
+                features = self.trace.once[branch.source].output
+                branch.eval()(self.image(), tree_map_only(torch.Tensor, torch.Tensor.detach, features))
         return counter.get_total_flops() // TRACE_BATCH
 
     def build(self, index: int, spec: BranchSpec) -> Branch:
