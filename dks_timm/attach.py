@@ -240,13 +240,16 @@ class BranchBuilder:
             return self.flops(self.build(index, spec))
 
     def flops(self, branch: Optional[Branch] = None) -> int:
-        """Forward FLOPs per image of the backbone, or of a branch made on this builder's ``device``."""
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            if branch is None:
-                self.trace.model.eval()(self.image())
-            else:
-                features = self.trace.once[branch.source].output
-                branch.eval()(self.image(), tree_map_only(torch.Tensor, torch.Tensor.detach, features))
+        """Forward FLOPs per image of the backbone, or of a branch made for counting on this builder's ``device``."""
+        if branch is None:
+            module, inputs = self.trace.model, [self.image()]
+        else:
+            features = self.trace.once[branch.source].output
+            module, inputs = branch, [self.image(), tree_map_only(torch.Tensor, torch.Tensor.detach, features)]
+        # The counter follows gradients where there are any, and stumbles over expanded parameters.
+        module.eval().requires_grad_(False)
+        with FlopCounterMode(display=False) as counter:
+            module(*inputs)
         return counter.get_total_flops() // TRACE_BATCH
 
     def build(self, index: int, spec: BranchSpec) -> Branch:
