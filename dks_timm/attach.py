@@ -134,6 +134,7 @@ class BranchBuilder:
         self.batch_norm = any(isinstance(m, _BatchNorm) for m in backbone.modules())
         self._plans: Dict[Any, TailPlan] = {}
         self._traces: Dict[str, Trace] = {}
+        self._blanks: Dict[str, nn.Module] = {}
         try:
             self.device = 'meta'
             self.trace = self._trace_backbone()
@@ -262,7 +263,8 @@ class BranchBuilder:
                 where['reason'] = 'whole tail, it has no repeated blocks'
             source = self.trace.sources(stage)[plan.rank]
             retrace = Retrace(self.template, spec.overrides, stage, plan.rank, self.in_chans, self.device)
-            template = self.template.make(**spec.overrides)
+            no_weights = self.device == torch.get_default_device().type == 'meta'
+            template = self._blank(spec.overrides) if no_weights else self.template.make(**spec.overrides)
             return Tail(template, plan, retrace, self.image_size, source=source.name, **where)
         source = self.trace.sources(stage)[0]
         last = self.stages[-1]
@@ -286,17 +288,9 @@ class BranchBuilder:
         given = _listed(spec.overrides)
         key = (stage, spec.keep_every, given)
         if key not in self._plans:
-            def make() -> nn.Module:
-                with torch.device(self.device):
-                    return self.template.make(**spec.overrides)
-
-            try:
-                if given not in self._traces:
-                    self._traces[given] = Trace(make(), self.image())
-            except TypeError as e:
-                given = _listed({**self.model_kwargs, **spec.overrides})
-                raise ValueError(f'{self.template.architecture} cannot be made with {given}: {e}') from e
-            plan = plan_tail(self._traces[given], make, stage, spec.keep_every)
+            if given not in self._traces:
+                self._traces[given] = Trace(self._blank(spec.overrides), self.image())
+            plan = plan_tail(self._traces[given], lambda: self._blank(spec.overrides), stage, spec.keep_every)
             source = self.trace.sources(stage)[plan.rank]
             if shapes(source.output) != plan.features:
                 raise SurgeryError(
@@ -304,6 +298,18 @@ class BranchBuilder:
                     f'{plan.features} in the template; model_kwargs must say how the backbone was made')
             self._plans[key] = plan
         return self._plans[key]
+
+    def _blank(self, overrides: Dict[str, Any]) -> nn.Module:
+        """A template to plan with, on this builder's ``device``: copied, since making it anew takes far longer."""
+        given = _listed(overrides)
+        if given not in self._blanks:
+            try:
+                with torch.device(self.device):
+                    self._blanks[given] = self.template.make(**overrides)
+            except TypeError as e:
+                given = _listed({**self.model_kwargs, **overrides})
+                raise ValueError(f'{self.template.architecture} cannot be made with {given}: {e}') from e
+        return copy.deepcopy(self._blanks[given])
 
 
 def _listed(kwargs: Dict[str, Any]) -> str:
