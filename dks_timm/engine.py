@@ -209,7 +209,7 @@ class Trainer:
                 f'--model {args.model} with {args.num_classes} classes; resume with the model it was made by'
             ) from None
         except ValueError as e:
-            hint = '; --no-resume-opt loads the weights only' if 'optimizer' in str(e) else ''
+            hint = '; --no-resume-opt loads the weights only' if 'parameter group' in str(e) else ''
             raise OptionError(f'--resume {path}: {e}{hint}') from None
 
     @property
@@ -229,31 +229,32 @@ class Trainer:
         self.output_dir = self.saver = None
         if not self.accelerator.is_main_process:
             return
+        root = args.output or './output/train'
         name = args.experiment or '-'.join(
             [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(input_size[-1])])
-        folder = os.path.join(args.output or './output/train', name)
-        if args.resume == 'auto' and resume:
-            folder = os.path.dirname(resume)
-        with naming(f'--output {args.output or "./output/train"}', OSError):
-            self.output_dir = utils.get_outdir(folder)
-            Path(folder, 'args.yaml').write_text(args_text)
+        with naming(f'--output {root}', OSError):
+            if args.resume == 'auto' and resume:
+                self.output_dir = os.path.dirname(resume)
+            else:
+                self.output_dir = utils.get_outdir(root, name, inc=not args.experiment)
+            Path(self.output_dir, 'args.yaml').write_text(args_text)
         self.saver = utils.CheckpointSaver(
             model=self.task.get_trainable_module(),
             optimizer=self.optimizer,
             args=args,
             amp_scaler=self.scaler,
-            checkpoint_dir=folder,
-            recovery_dir=folder,
+            checkpoint_dir=self.output_dir,
+            recovery_dir=self.output_dir,
             decreasing=self.eval_metric == 'loss',
             max_history=args.checkpoint_hist,
             task=self.task,
         )
-        self.summary = os.path.join(folder, 'summary.csv')
+        self.summary = os.path.join(self.output_dir, 'summary.csv')
         utils.summary.trim_summary(self.summary, self.start_epoch)
-        if resume and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(folder):
+        if resume and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(self.output_dir):
             self.saver.load_state_dict_from_checkpoint(resume)
         if self.accelerator.log_with:
-            self.accelerator.project_configuration.logging_dir = folder
+            self.accelerator.project_configuration.logging_dir = self.output_dir
             wandb = dict(name=name, tags=args.wandb_tags)
             if args.wandb_resume_id:
                 wandb.update(id=args.wandb_resume_id, resume='must')

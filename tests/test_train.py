@@ -1,0 +1,364 @@
+"""train.py from end to end: what a run leaves behind, how it resumes, and what it refuses."""
+import csv
+import logging
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from PIL import Image
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
+
+import train
+from dks_timm import engine, options
+
+ROOT = Path(__file__).parents[1]
+TIMM_COLUMNS = ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
+DIGITS = [
+    '--dataset', 'digits', '--num-classes', '10', '--model', 'test_resnet', '--img-size', '32', '--device', 'cpu',
+    '--workers', '0', '-b', '32', '--opt', 'adamw', '--lr', '2e-3', '--warmup-epochs', '1', '--hflip', '0',
+    '--scale', '0.8', '1', '--color-jitter', '0', '--epochs', '2',
+]
+
+
+def main(*argv):
+    """Run train.py in this process and leave no trace of it in there."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    try:
+        train.main([str(a) for a in argv])
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        logging.root.handlers[:] = handlers
+        logging.root.setLevel(level)
+
+
+def two_processes(*argv):
+    """Run train.py in two processes that torchrun connects over gloo."""
+    launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
+    out = subprocess.run(
+        [*launcher, ROOT / 'train.py', *map(str, argv)],
+        cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=600)
+    assert out.returncode == 0, out.stderr
+
+
+def rows(folder):
+    with open(folder / 'summary.csv', newline='') as f:
+        return list(csv.DictReader(f))
+
+
+def image_folder(root, classes=2, count=8, size=32):
+    """Noise images in train/ and validation/, the same in both."""
+    rng = np.random.default_rng(0)
+    for label in range(classes):
+        for i in range(count):
+            image = Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
+            for split in ('train', 'validation'):
+                (root / split / str(label)).mkdir(parents=True, exist_ok=True)
+                image.save(root / split / str(label) / f'{i}.png')
+    return root
+
+
+@pytest.fixture(scope='module')
+def dks_run(tmp_path_factory):
+    """The folder of a run with --dks, --model-ema and --export-dir, and what it printed."""
+    root = tmp_path_factory.mktemp('dks')
+    out = subprocess.run(
+        [sys.executable, ROOT / 'train.py', *DIGITS, '--dks', '--model-ema', '--model-ema-decay', '0.5',
+         '--output', root, '--experiment', 'run', '--export-dir', root / 'model', '--log-interval', '20'],
+        cwd=root, capture_output=True, text=True, timeout=600)
+    assert out.returncode == 0, out.stderr
+    return root, out.stdout.splitlines(), out.stderr.splitlines()
+
+
+@pytest.fixture(scope='module')
+def noise(tmp_path_factory):
+    """Flags of a run of three updates on 16 noise images, without augmentation."""
+    root = image_folder(tmp_path_factory.mktemp('noise'))
+    return [
+        '--data-dir', root, '--num-classes', '2', '--img-size', '32', '--device', 'cpu', '--workers', '0', '-b', '8',
+        '--no-aug', '--lr', '0.05', '--warmup-epochs', '0', '--model', 'test_resnet', '--epochs', '3',
+    ]
+
+
+def test_a_dks_run_leaves_timms_files(dks_run):
+    root, _, _ = dks_run
+    assert sorted(p.name for p in (root / 'run').iterdir()) == [
+        'args.yaml', 'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar', 'last.pth.tar', 'model_best.pth.tar',
+        'summary.csv',
+    ]
+    assert sorted(p.name for p in root.iterdir()) == ['model', 'run']
+    assert yaml.safe_load((root / 'run/args.yaml').read_text())['dks'] is True
+
+
+def test_a_dks_run_learns_and_records_every_classifier(dks_run):
+    root, stdout, stderr = dks_run
+    table = rows(root / 'run')
+    assert list(table[0]) == TIMM_COLUMNS + [
+        'train_top1_backbone', 'train_top1_stage2', 'train_top1_stage3',
+        'train_ce_backbone', 'train_ce_stage2', 'train_ce_stage3', 'train_synergy',
+        'eval_top1_stage2', 'eval_top1_stage3', 'eval_top1_ensemble',
+    ]
+    assert [row['epoch'] for row in table] == ['0', '1']
+    for name in ('', '_stage2', '_stage3', '_ensemble'):
+        assert float(table[-1][f'eval_top1{name}']) > 80
+    epoch_lines = [line for line in stderr if line.startswith('Epoch 1: ')]
+    assert len(epoch_lines) == 1 and all(w in epoch_lines[0] for w in ('backbone', 'stage2', 'stage3', 'ensemble'))
+    assert sum('images/s' in line and 'left' in line for line in stderr) == 2 * 4  # updates 1, 21, 41, and 45, the last
+    assert all(w in stdout[-3] for w in ('Best epoch', 'backbone', 'stage2', 'stage3', 'ensemble'))
+
+
+def test_the_exported_model_is_the_best_average_and_loads_with_timm_alone(dks_run):
+    root, stdout, _ = dks_run
+    load = stdout[-1].strip()
+    assert load == f"model = timm.create_model('local-dir:{root / 'model'}', pretrained=True)"
+    model = eval(load.partition('=')[2]).eval()
+    best = max(rows(root / 'run'), key=lambda row: float(row['eval_top1']))
+    train_transform = dict(is_training=False, **timm.data.resolve_data_config(model=model))
+    from dks_timm.data import create_datasets
+    args, _, _ = options.parse_args(DIGITS)
+    _, val = create_datasets(args)
+    val.transform = timm.data.create_transform(**train_transform)
+    with torch.inference_mode():
+        predicted = model(torch.stack([x for x, _ in val])).argmax(1)
+    top1 = 100 * (predicted == torch.tensor([y for _, y in val])).double().mean().item()
+    assert top1 == pytest.approx(float(best['eval_top1']))
+    assert timm.models.load_state_dict(root / 'run/model_best.pth.tar').keys() == model.state_dict().keys()
+
+
+def test_a_checkpoint_of_a_dks_run_is_safe_to_load_and_holds_the_plain_backbone(dks_run):
+    root, _, _ = dks_run
+    checkpoint = load_checkpoint_metadata(root / 'run/last.pth.tar')  # weights_only
+    plain = timm.create_model('test_resnet', num_classes=10, checkpoint_path=str(root / 'run/last.pth.tar'))
+    assert checkpoint['state_dict'].keys() == plain.state_dict().keys()
+    assert checkpoint['task_state']['branches'] and checkpoint['task_state_ema']['branches']
+    assert checkpoint['args'].dks and checkpoint['epoch'] == 1
+
+
+def test_without_dks_the_columns_are_timms(noise, tmp_path):
+    main(*noise, '--epochs', '1', '--output', tmp_path, '--experiment', 'plain')
+    assert list(rows(tmp_path / 'plain')[0]) == TIMM_COLUMNS
+    main(*noise, '--epochs', '1', '--output', tmp_path, '--experiment', 'no_eval', '--val-split', '')
+    assert list(rows(tmp_path / 'no_eval')[0]) == ['epoch', 'train_loss', 'lr']
+
+
+def test_the_run_is_named_as_timm_names_it(noise, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(*noise, '--epochs', '1')
+    name, = os.listdir('output/train')
+    assert name.endswith('-test_resnet-32') and name[:8].isdigit()
+
+
+@pytest.mark.parametrize('dks', [[], ['--dks']])
+def test_resume_continues_the_run(noise, tmp_path, dks):
+    argv = [*noise, *dks, '--model-ema', '--opt', 'adamw', '--output', tmp_path]
+    main(*argv, '--experiment', 'whole')
+    whole = rows(tmp_path / 'whole')
+    for path in ('last.pth.tar', 'checkpoint-1.pth.tar', 'checkpoint-2.pth.tar'):
+        (tmp_path / 'whole' / path).unlink()
+    main(*argv, '--experiment', 'whole', '--resume', 'auto')
+    resumed = rows(tmp_path / 'whole')
+    assert [row['epoch'] for row in resumed] == ['0', '1', '2']
+    assert resumed[0] == whole[0] and [row['lr'] for row in resumed] == [row['lr'] for row in whole]
+    # Without augmentation, the order of the batches alone is drawn anew.
+    assert float(resumed[2]['eval_loss']) == pytest.approx(float(whole[2]['eval_loss']), rel=0.05)
+    checkpoint = load_checkpoint_metadata(tmp_path / 'whole/last.pth.tar')
+    assert checkpoint['epoch'] == 2 and checkpoint['optimizer']['state'][0]['step'] == 6
+    assert [name for name, _ in checkpoint['saver']['checkpoint_files']].count('checkpoint-0.pth.tar') == 1
+
+
+def test_resume_auto_finds_the_run_with_the_same_flags_and_says_when_it_has_finished(noise, tmp_path, capfd):
+    argv = [*noise, '--epochs', '1', '--output', tmp_path, '--resume', 'auto']
+    main(*argv)
+    main(*argv, '--seed', '1')
+    assert len(os.listdir(tmp_path)) == 2
+    main(*argv)
+    assert len(os.listdir(tmp_path)) == 2
+    assert 'has finished its 1 epochs' in capfd.readouterr().out
+
+
+def test_resume_passes_over_a_checkpoint_that_is_not_complete(noise, tmp_path, capfd):
+    argv = [*noise, '--output', tmp_path, '--experiment', 'x', '--resume', 'auto']
+    main(*argv, '--epochs', '2')
+    last = tmp_path / 'x/last.pth.tar'
+    last.write_bytes(last.read_bytes()[:1000])
+    os.utime(last)
+    main(*argv)
+    assert 'last.pth.tar is not complete' in capfd.readouterr().err
+    assert [row['epoch'] for row in rows(tmp_path / 'x')] == ['0', '1', '2']
+
+
+def test_the_same_seed_gives_the_same_weights_and_batches_with_dks_and_without(noise, tmp_path, monkeypatch):
+    seen = {}
+
+    class Recorder(engine.Trainer):
+        def fit(self):
+            module = self.task.get_trainable_module()
+            seen['weights'] = {k: v.clone() for k, v in getattr(module, 'backbone', module).state_dict().items()}
+            seen['batches'] = []
+            super().fit()
+
+        def _to_device(self, x, y):
+            seen['batches'].append((x, y))
+            return super()._to_device(x, y)
+
+    monkeypatch.setattr(engine, 'Trainer', Recorder)
+    argv = [a for a in noise if a != '--no-aug'] + ['--output', tmp_path, '--drop', '0.2', '--reprob', '0.5']
+    main(*argv)
+    plain = dict(seen)
+    main(*argv, '--dks')
+    assert plain['weights'].keys() == seen['weights'].keys()
+    assert all(torch.equal(v, seen['weights'][k]) for k, v in plain['weights'].items())
+    assert len(plain['batches']) == len(seen['batches']) == 3 * (2 + 2)
+    for (x, y), (x_dks, y_dks) in zip(plain['batches'], seen['batches'], strict=True):
+        assert torch.equal(x, x_dks) and torch.equal(y, y_dks)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(noise, tmp_path):
+    argv = [
+        *noise, '--model', 'test_convnext', '--dks', '--dks-branches', 'tail', '--epochs', '1', '--output', tmp_path]
+    main(*argv, '-b', '16', '--experiment', 'whole')
+    main(*argv, '-b', '4', '--grad-accum-steps', '4', '--experiment', 'parts')
+    whole, parts = (load_checkpoint_metadata(tmp_path / name / 'last.pth.tar') for name in ('whole', 'parts'))
+    for name in ('state_dict', 'task_state'):
+        a, b = (x[name] if name == 'state_dict' else x[name]['branches'] for x in (whole, parts))
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('dks', [[], ['--dks', '--dks-branches', 'tail']])
+def test_two_processes_give_the_loss_and_gradients_of_one_with_the_same_global_batch(noise, tmp_path, dks):
+    # One batch is all the data, so the order does not matter; plain SGD keeps the gradient readable in the weights.
+    argv = [
+        *noise, '--model', 'test_convnext', '--opt', 'momentum', '--momentum', '0', *dks, '--output', tmp_path]
+    main(*argv, '-b', '16', '--experiment', 'one')
+    two_processes(*argv, '-b', '8', '--experiment', 'two')
+    one, two = rows(tmp_path / 'one'), rows(tmp_path / 'two')
+    assert list(one[0]) == list(two[0]) and len(one) == len(two) == 3
+    for a, b in zip(one, two, strict=True):
+        for name in a:
+            assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-5, abs=1e-6), name
+    one, two = (load_checkpoint_metadata(tmp_path / name / 'last.pth.tar') for name in ('one', 'two'))
+    states = [(one['state_dict'], two['state_dict'])]
+    if dks:
+        states.append((one['task_state']['branches'], two['task_state']['branches']))
+    for a, b in states:
+        assert a.keys() == b.keys()
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
+
+
+def test_evaluation_in_two_processes_counts_every_image_once(tmp_path):
+    root = image_folder(tmp_path / 'data', count=5)  # 10 images: 3 batches of 4, and 5 a process
+    (root / 'validation/0/0.png').unlink()  # 9: no even share
+    argv = [
+        '--data-dir', root, '--num-classes', '2', '--img-size', '32', '--device', 'cpu', '--workers', '0', '-b', '4',
+        '--model', 'test_convnext', '--epochs', '1', '--warmup-epochs', '0', '--lr', '1e-9', '--output', tmp_path,
+    ]
+    main(*argv, '--experiment', 'one')
+    two_processes(*argv, '--experiment', 'two')
+    one, two = rows(tmp_path / 'one')[0], rows(tmp_path / 'two')[0]
+    for name in ('eval_loss', 'eval_top1'):
+        assert float(one[name]) == pytest.approx(float(two[name]), rel=1e-5)
+
+
+def test_mixed_precision_on_the_cpu_is_bfloat16_and_said(noise, tmp_path, capfd):
+    main(*noise, '--epochs', '1', '--dks', '--amp', '--output', tmp_path / 'runs', '--export-dir', tmp_path / 'model')
+    out = capfd.readouterr()
+    assert '--amp on the CPU: bfloat16' in out.err and 'mixed precision bf16' in out.err
+    assert 'bit-identical' in out.out
+
+
+REFUSED = [
+    (['--model', 'resnet19'], ['--model resnet19', 'resnet18']),
+    (['--model', 'hf-hub:'], ['--model hf-hub:']),
+    (['--model', 'local-dir:nowhere'], ['--model local-dir:nowhere']),
+    (['--model-kwargs', 'depht=3'], ['--model test_resnet', 'depht']),
+    (['--opt', 'adamm'], ['--opt adamm', 'adam']),
+    (['--opt-kwargs', 'betaas=1'], ['--opt sgd', 'betaas']),
+    (['--device', 'cuda'], ['--device cuda', '--device cpu']),
+    (['--device', 'gpu'], ['--device gpu']),
+    (['--amp', '--amp-dtype', 'float16'], ['--amp-dtype float16', 'bfloat16']),
+    (['--num-classes', '1'], ['--num-classes 1', '2 classes']),
+    (['--data-dir', 'nowhere'], ['--data-dir nowhere', 'no such folder']),
+    (['--val-split', 'test'], ['--val-split test', 'train', 'validation']),
+    (['--model', 'vit_tiny_patch16_224'], ['--model vit_tiny_patch16_224', '(3, 32, 32)', '224']),
+    (['--sched', 'plateau', '--sched-on-updates'], ['--sched plateau']),
+    (['--device-modules', 'no_such_module'], ['--device-modules no_such_module']),
+    (['--log-with', 'tensorbored'], ['--log-with tensorbored', 'tensorboard']),
+    (['--export-dir', '{tmp}/taken'], ['--export-dir', 'taken', 'config.json']),
+    (['--output', '{tmp}/file'], ['--output', 'file']),
+    (['--resume', '{tmp}/file'], ['--resume', 'file']),
+    (['--dks', '--dks-stages', '7'], ['--dks-stages', '7', '48 channels']),
+    (['--dks', '--dks-stages', '4'], ['--dks-stages', '4', 'last']),
+    (['--dks', '--dks-branch-kwargs', '1.layers=(1,1,1,1)'], ['--dks-branch-kwargs', '1.layers', '2, 3']),
+    (['--dks', '--dks-budget', '1.0'], ['--dks-budget', '1.0']),
+    (['--dks', '--dks-ce-weight', '1', '0.5'], ['--dks-ce-weight 1.0 0.5', '3 classifiers']),
+    (['--dks', '--dks-synergy-weight', '1', '2', '3', '4'], ['--dks-synergy-weight 1.0 2.0 3.0 4.0', '9']),
+]
+
+
+@pytest.mark.parametrize('argv, words', REFUSED, ids=[' '.join(argv) for argv, _ in REFUSED])
+def test_bad_input_is_refused_in_one_line_and_nothing_is_written(noise, tmp_path, monkeypatch, capfd, argv, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'taken').mkdir()
+    (tmp_path / 'taken/config.json').write_text('{}')
+    (tmp_path / 'file').write_text('text')
+    before = sorted(tmp_path.rglob('*'))
+    spent = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+    with pytest.raises(SystemExit) as e:
+        main(*noise, *(a.format(tmp=tmp_path) for a in argv))
+    assert e.value.code == 2
+    out = capfd.readouterr()
+    assert len(out.err.splitlines()) == 1 and not out.out
+    assert all(word in out.err for word in words), out.err
+    assert sorted(tmp_path.rglob('*')) == before
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_utime - spent < 10
+
+
+def test_a_refusal_in_a_fresh_process_is_one_line_and_exit_code_2(noise, tmp_path):
+    out = subprocess.run(
+        [sys.executable, ROOT / 'train.py', *map(str, noise), '--dks', '--dks-stages', '4'],
+        cwd=tmp_path, capture_output=True, text=True)
+    assert out.returncode == 2 and not out.stdout
+    assert len(out.stderr.splitlines()) == 1 and '--dks-stages' in out.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('first, then, words', [
+    ([], ['--dks'], ['--initial-checkpoint']),
+    ([], ['--model', 'test_resnet', '--num-classes', '3'], ['test_resnet', '3 classes']),
+    ([], ['--model', 'test_convnext'], ['test_resnet', 'test_convnext']),
+    ([], ['--opt', 'adamw', '--opt-kwargs', 'filter_bias_and_bn=False'], ['--no-resume-opt']),
+    (['--dks'], ['--dks', '--dks-stages', '1', '3'], ['stages']),
+])
+def test_a_checkpoint_that_does_not_fit_is_refused(noise, tmp_path, capfd, first, then, words):
+    main(*noise, '--epochs', '1', '--output', tmp_path, '--experiment', 'x', *first)
+    capfd.readouterr()
+    path = tmp_path / 'x/last.pth.tar'
+    with pytest.raises(SystemExit) as e:
+        main(*noise, '--output', tmp_path, '--experiment', 'y', *then, '--resume', path)
+    assert e.value.code == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and all(word in lines[0] for word in ['--resume', str(path), *words]), lines
+    assert not (tmp_path / 'y').exists()
+
+
+def test_dks_can_start_from_the_backbone_of_a_plain_run(noise, tmp_path):
+    main(*noise, '--epochs', '1', '--output', tmp_path, '--experiment', 'plain')
+    main(*noise, '--epochs', '1', '--output', tmp_path, '--experiment', 'dks', '--dks', '--lr', '1e-9',
+         '--initial-checkpoint', tmp_path / 'plain/last.pth.tar')
+    plain, dks = (load_checkpoint_metadata(tmp_path / name / 'last.pth.tar') for name in ('plain', 'dks'))
+    torch.testing.assert_close(plain['state_dict']['fc.weight'], dks['state_dict']['fc.weight'], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('recipe', sorted((ROOT / 'recipes').glob('*.yaml')), ids=lambda path: path.stem)
+def test_every_recipe_parses(recipe):
+    args, _, _ = options.parse_args(['--config', str(recipe)])
+    assert timm.is_model(args.model)
