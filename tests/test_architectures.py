@@ -10,27 +10,27 @@ from dks_timm.inspection import inspect_model
 from dks_timm.stages import resolve_stages
 
 QUICK = (
-    'test_byobnet', 'cait_xxs24_224', 'convit_tiny', 'test_convnext', 'cpubone_nano', 'crossvit_tiny_240',
-    'cs3darknet_focus_s', 'cspnext_tiny', 'deit_tiny_patch16_224', 'dla46x_c', 'edgenext_xx_small',
-    'efficientformer_l1', 'efficientformerv2_s0', 'test_efficientnet', 'efficientvim_m1', 'efficientvit_b0',
-    'efficientvit_m0', 'vit_tiny_patch16_dinov3_qkvb', 'fasternet_t0', 'fastvit_t8', 'gcvit_xxtiny', 'ghostnet_050',
-    'hardcorenas_b', 'hgnetv2_b0', 'iformer_t', 'inception_next_atto', 'lcnetv2_small', 'levit_128s', 'test_mambaout',
-    'test_coatnet', 'poolformerv2_s12', 'gmlp_ti16_224', 'mobilenetv3_small_050', 'mobilevit_xxs', 'test_nfnet',
-    'pit_ti_224', 'pvt_v2_b0', 'regnetx_002', 'repghostnet_050', 'repvit_m1', 'resnest14d', 'test_resnet',
-    'resnetv2_18', 'rexnet_100', 'legacy_seresnet18', 'shvit_s1', 'skresnet18', 'starnet_s050', 'tiny_vit_5m_224',
-    'visformer_tiny', 'test_vit', 'vit_tiny_r_s16_p8_224', 'test_vit_relpos', 'ese_vovnet19b_slim_dw',
-    'xcit_nano_12_p8_224',
+    'cpubone_nano', 'cs3darknet_focus_s', 'cspnext_tiny', 'efficientformerv2_s0', 'efficientvim_m1', 'efficientvit_b0',
+    'ese_vovnet19b_slim_dw', 'fasternet_t0', 'ghostnet_050', 'hardcorenas_b', 'hgnetv2_b0', 'mobilenetv3_small_050',
+    'mobilevit_xxs', 'pvt_v2_b0', 'regnetx_002', 'repghostnet_050', 'repvit_m1', 'resnetv2_18', 'starnet_s050',
+    'test_byobnet', 'test_coatnet', 'test_convnext', 'test_efficientnet', 'test_mambaout', 'test_nfnet', 'test_resnet',
+    'test_vit',
 )
 # A step of these takes longer, or more memory; -m slow runs them.
 SLOW = (
-    'beit_base_patch16_224', 'halonet_h1', 'coat_tiny', 'convmixer_768_32', 'csatv2', 'davit_tiny',
-    'deepseek_vit_412m', 'densenet121', 'dpn48b', 'focalnet_tiny_srf', 'gemma4_vit_167m', 'hiera_tiny_224',
-    'sam2_hiera_tiny', 'hrnet_w18_small', 'inception_resnet_v2', 'inception_v3', 'inception_v4', 'lowformer_b0',
-    'mobilenetv5_base', 'mvitv2_tiny', 'naflexvit_base_patch16_parfac_gap', 'nasnetalarge', 'nest_tiny',
-    'nextvit_small', 'pnasnet5large', 'qwen3_vit_88m', 'rdnet_tiny', 'res2next50', 'selecsls42', 'sequencer2d_s',
-    'swiftformer_xs', 'swin_tiny_patch4_window7_224', 'swinv2_tiny_window16_256', 'swinv2_cr_tiny_224',
-    'tnt_s_legacy_patch16_224', 'tresnet_m', 'twins_svt_small', 'vgg11', 'samvit_base_patch16_224',
-    'vitamin_small_224', 'volo_d1_224', 'legacy_xception', 'xception41p',
+    'beit_base_patch16_224', 'cait_xxs24_224', 'coat_tiny', 'convit_tiny', 'convmixer_768_32', 'crossvit_tiny_240',
+    'csatv2', 'davit_tiny', 'deepseek_vit_412m', 'deit_tiny_patch16_224', 'densenet121', 'dla46x_c', 'dpn48b',
+    'edgenext_xx_small', 'efficientformer_l1', 'efficientvit_m0', 'fastvit_t8', 'focalnet_tiny_srf', 'gcvit_xxtiny',
+    'gemma4_vit_167m', 'gmlp_ti16_224', 'halonet_h1', 'hiera_tiny_224', 'hrnet_w18_small', 'iformer_t',
+    'inception_next_atto', 'inception_resnet_v2', 'inception_v3', 'inception_v4', 'lcnetv2_small', 'legacy_seresnet18',
+    'legacy_xception', 'levit_128s', 'lowformer_b0', 'mobilenetv5_base', 'mvitv2_tiny',
+    'naflexvit_base_patch16_parfac_gap', 'nasnetalarge', 'nest_tiny', 'nextvit_small', 'pit_ti_224', 'pnasnet5large',
+    'poolformerv2_s12', 'qwen3_vit_88m', 'rdnet_tiny', 'res2next50', 'resnest14d', 'rexnet_100', 'sam2_hiera_tiny',
+    'samvit_base_patch16_224', 'selecsls42', 'sequencer2d_s', 'shvit_s1', 'skresnet18', 'swiftformer_xs',
+    'swin_tiny_patch4_window7_224', 'swinv2_cr_tiny_224', 'swinv2_tiny_window16_256', 'test_vit_relpos',
+    'tiny_vit_5m_224', 'tnt_s_legacy_patch16_224', 'tresnet_m', 'twins_svt_small', 'vgg11', 'visformer_tiny',
+    'vit_tiny_patch16_dinov3_qkvb', 'vit_tiny_r_s16_p8_224', 'vitamin_small_224', 'volo_d1_224', 'xception41p',
+    'xcit_nano_12_p8_224',
 )
 # No tail after one of their default stages: two tensors are passed along, or all stages meet in the head.
 WITH_CONV = {'efficientvim_m1', 'nasnetalarge', 'pnasnet5large'}
