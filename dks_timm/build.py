@@ -1,4 +1,6 @@
 """From flags to model, task and learning rate, each as timm's trainer makes it."""
+import logging
+
 import timm
 import torch
 from timm import task as tasks
@@ -11,6 +13,8 @@ from .loss import DKSLoss
 from .model import create_dks_model
 from .options import OptionError, closest, mixup_active, naming
 from .task import DKSTask
+
+_logger = logging.getLogger(__name__)
 
 
 def check_model_name(name: str, flag: str = 'MODEL') -> None:
@@ -59,6 +63,7 @@ def create_model(args):
                 image_size=image_size,
                 **kwargs,
             )
+            _logger.info(model.describe())
         else:
             model = timm.create_model(args.model, **kwargs)
 

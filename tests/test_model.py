@@ -4,6 +4,7 @@ import copy
 import pytest
 import timm
 import torch
+from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 
@@ -192,3 +193,30 @@ def test_models_without_a_classifier_are_refused():
 
 def test_public_names():
     assert {'DKSModel', 'create_dks_model', 'prune'} <= set(dir(dks_timm))
+
+
+def test_channels_last_gives_the_same_logits():
+    net = make().eval()
+    expected = net.exits(IMAGES)
+    net.to(memory_format=torch.channels_last)
+    for a, b in zip(net.exits(IMAGES.contiguous(memory_format=torch.channels_last)), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_parts_of_the_backbone_stay_frozen_while_branches_on_them_learn():
+    net = make()
+    for part in (net.backbone.conv1, net.backbone.bn1, net.backbone.layer1, net.backbone.layer2, net.backbone.layer3):
+        part.requires_grad_(False)
+    sum(z.square().sum() for z in net(IMAGES)).backward()
+    assert all(p.grad is None for p in net.parameters() if not p.requires_grad)
+    assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
+
+
+def test_fine_tuning_with_new_classes_starts_backbone_and_tails_from_the_weights(tmp_path):
+    source = timm.create_model('resnet10t', num_classes=5)
+    save_for_hf(source, tmp_path, safe_serialization=True)
+    net = create_dks_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=3)
+    assert [tuple(z.shape) for z in net(IMAGES)] == [(2, 3)] * 3
+    expected = source.layer4[0].conv1.weight
+    assert torch.equal(net.backbone.layer4[0].conv1.weight, expected)
+    assert all(torch.equal(b.template.layer4[0].conv1.weight, expected) for b in net.branches)
