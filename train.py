@@ -4,6 +4,9 @@
     accelerate launch train.py --config recipes/quickstart.yaml
     accelerate launch train.py --model resnet18 --dks --data-dir DIR --num-classes 100 --export-dir out/resnet18
 """
+import shlex
+import sys
+
 from dks_timm import options
 
 
@@ -57,9 +60,11 @@ def main(argv=None):
 
     # Export the best weights of the backbone as a folder for plain timm.
     if args.export_dir:
+        trainer.load_best(model)
         hub.export(
             args.export_dir,
-            trainer.load_best(model),
+            model,
+            card=dict(command=shlex.join(['train.py', *(argv or sys.argv[1:])]), training=build.describe(args)),
             data_config=data_config,
             label_names=data.label_names(dataset_train),
             results=hub.eval_results(trainer.best_metrics(), args.dataset or args.data_dir, args.val_split),

@@ -180,6 +180,9 @@ def create_loaders(args, train, val, data_config, model, device):
     """
     if args.aug_repeats and not args.distributed:
         raise OptionError(f'--aug-repeats {args.aug_repeats:g}: repeats over several processes, and this is one')
+    channels = data_config['input_size'][0]
+    if args.no_prefetcher and len(data_config['mean']) != channels:
+        raise OptionError(f'--no-prefetcher: needs --mean and --std for images of {channels} channels')
     common = dict(
         mean=data_config['mean'],
         std=data_config['std'],

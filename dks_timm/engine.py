@@ -249,6 +249,7 @@ class Trainer:
             max_history=args.checkpoint_hist,
             task=self.task,
         )
+        logging.getLogger(utils.checkpoint_saver.__name__).setLevel(logging.WARNING)  # it lists all files every epoch
         self.summary = os.path.join(self.output_dir, 'summary.csv')
         utils.summary.trim_summary(self.summary, self.start_epoch)
         if resume and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(self.output_dir):
@@ -474,14 +475,13 @@ class Trainer:
         return self._line(f'Best epoch {self.saver.best_epoch}', self.best_metrics()) + f', in {self.output_dir}'
 
     def load_best(self, model):
-        """Load the best weights into the plain model, its average's if that is what was evaluated."""
+        """Load the best weights into the model's backbone, those of the average if that is what was evaluated."""
         self.accelerator.unwrap_model(self.task.get_trainable_module(), keep_fp32_wrapper=False)
         load_checkpoint(
             prune(model),
             os.path.join(self.output_dir, 'model_best.pth.tar'),
             use_ema=self.task.has_ema() and not self.args.model_ema_force_cpu,
         )
-        return prune(model)
 
 
 class Totals:

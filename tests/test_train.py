@@ -268,6 +268,28 @@ def test_evaluation_in_two_processes_counts_every_image_once(tmp_path):
         assert float(one[name]) == pytest.approx(float(two[name]), rel=1e-5)
 
 
+@pytest.mark.parametrize('flags', [
+    '--aug-splits 3 --jsd-loss --aa augmix-m5-w4-d2 --split-bn --resplit --reprob 0.3',
+    '--train-img-sizes 24 32 40 --train-batch-sizes 8 8 4 --variable-batch-loss-scale linear',
+    '--mixup 0.2 --cutmix 1 --mixup-off-epoch 1 --epochs 2 --no-prefetcher',
+    '--bce-loss --bce-target-thresh 0.2 --head-init-scale 0.1 --head-init-bias -1',
+    '--opt lookahead_adamw --layer-decay 0.7 --clip-grad 0.1 --clip-mode agc --drop-path 0.1',
+    '--channels-last --grad-checkpointing --model-dtype bfloat16',
+    '--torchcompile eager --model-ema',
+    '--model-ema --model-ema-force-cpu --val-interval 2 --epochs 3',
+    '--recovery-interval 1 --save-images --log-interval 1 --eval-metric loss',
+    '--val-split= --sched plateau',
+    '--dks-branches conv --dks-stages 1 2 3 --dks-direction top-down --dks-temperature 2 --dks-ce-weight 1 .5 .5 .5',
+    '--dks-synergy-weight 0 1 2 3 0 4 5 6 0 --dks-branch-kwargs layers=(1,1,2,1) --sync-bn',
+    '--dks-budget 1.6 --in-chans 1 --tta 2',
+    '--model test_vit --opt adamw --lr 1e-3 --smoothing 0',
+])
+def test_timms_switches_work_with_dks(noise, tmp_path, flags):
+    main(*(a for a in noise if a != '--no-aug'), '--epochs', '1', '--dks', *flags.split(), '--output', tmp_path,
+         '--experiment', 'x')
+    assert all(np.isfinite([float(v) for v in row.values()]).all() for row in rows(tmp_path / 'x'))
+
+
 def test_mixed_precision_on_the_cpu_is_bfloat16_and_said(noise, tmp_path, capfd):
     main(*noise, '--epochs', '1', '--dks', '--amp', '--output', tmp_path / 'runs', '--export-dir', tmp_path / 'model')
     out = capfd.readouterr()
@@ -290,6 +312,7 @@ REFUSED = [
     (['--val-split', 'test'], ['--val-split test', 'train', 'validation']),
     (['--model', 'vit_tiny_patch16_224'], ['--model vit_tiny_patch16_224', '(3, 32, 32)', '224']),
     (['--sched', 'plateau', '--sched-on-updates'], ['--sched plateau']),
+    (['--in-chans', '1', '--no-prefetcher'], ['--no-prefetcher', '--mean']),
     (['--device-modules', 'no_such_module'], ['--device-modules no_such_module']),
     (['--log-with', 'tensorbored'], ['--log-with tensorbored', 'tensorboard']),
     (['--export-dir', '{tmp}/taken'], ['--export-dir', 'taken', 'config.json']),
