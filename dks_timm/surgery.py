@@ -40,7 +40,7 @@ def shapes(tree: Any) -> Any:
     return tree_map_only(torch.Tensor, lambda t: t.shape, tree)
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
     """One module call of a traced forward; ``start`` and ``end`` count calls and returns."""
     name: str
