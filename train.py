@@ -45,7 +45,7 @@ def main(argv=None):
         names = ['backbone', *(f'stage{stage}' for stage in model.stages)] if args.dks else ['backbone']
         trainer = engine.Trainer(args, accelerator, task, optimizer, loaders, names, resume)
         if trainer.finished:
-            print(f'{resume} has finished its {trainer.num_epochs} epochs: nothing left to train.')
+            print(f'Nothing left to train: {resume or "--start-epoch"} is at the end of {trainer.num_epochs} epochs.')
             return
         if args.export_dir and resume:
             with options.naming(f'--export-dir {args.export_dir}'):

@@ -64,10 +64,11 @@ def create_accelerator(args, given) -> Accelerator:
 
     trackers = args.log_with + ['wandb'] * args.log_wandb
     for tracker in trackers:
+        if tracker not in LOGGER_TYPE_TO_CLASS:
+            raise OptionError(f'--log-with {tracker}: no tracker of Accelerate{closest(tracker, LOGGER_TYPE_TO_CLASS)}')
         if tracker not in [str(t) for t in get_available_trackers()]:
-            known = sorted(LOGGER_TYPE_TO_CLASS)
-            hint = f'; pip install {tracker}' if tracker in known else closest(tracker, known)
-            raise OptionError(f'--log-with {tracker}: is not installed or no tracker of Accelerate{hint}')
+            flag = f'--log-with {tracker}' if tracker in args.log_with else '--log-wandb'
+            raise OptionError(f'{flag}: {tracker} is not installed; pip install {tracker}')
 
     accelerator = Accelerator(
         mixed_precision=precision,
@@ -116,12 +117,9 @@ def find_resume(args, args_text: str) -> str:
     if args.experiment:
         folders = [root / args.experiment]
     else:
-        wanted = {**yaml.safe_load(args_text), 'resume': ''}
-        folders = sorted(
-            (f.parent for f in root.glob('*/args.yaml') if {**yaml.safe_load(f.read_text()), 'resume': ''} == wanted),
-            key=lambda f: f.stat().st_mtime,
-            reverse=True,
-        )[:1]
+        wanted = _without_resume(args_text)
+        folders = [f.parent for f in root.glob('*/args.yaml') if _without_resume(f.read_text()) == wanted]
+        folders = sorted(folders, key=lambda f: f.stat().st_mtime, reverse=True)[:1]
     for folder in folders:
         files = [*folder.glob('last.pth.tar'), *folder.glob('checkpoint-*.pth.tar'), *folder.glob('recovery-*.pth.tar')]
         for file in sorted(files, key=lambda f: f.stat().st_mtime, reverse=True):
@@ -133,6 +131,13 @@ def find_resume(args, args_text: str) -> str:
                 return str(file)
     _logger.info('--resume auto: no checkpoint yet, starting from the beginning.')
     return ''
+
+
+def _without_resume(args_text):
+    try:
+        return {**yaml.safe_load(args_text), 'resume': ''}
+    except (TypeError, yaml.YAMLError):  # not written to its end
+        return None
 
 
 class Trainer:
@@ -528,8 +533,13 @@ class Progress:
     def __init__(self, accelerator, epoch, num_epochs, updates, log_interval):
         self.shown = accelerator.is_main_process
         self.epoch, self.num_epochs, self.updates, self.log_interval = epoch, num_epochs, updates, log_interval
-        self.bar = tqdm(total=updates, desc=f'Epoch {epoch}', unit='step', leave=False,
-                        disable=not (self.shown and sys.stderr.isatty()))
+        self.bar = tqdm(
+            total=updates,
+            desc=f'Epoch {epoch}',
+            bar_format='{desc}: {percentage:3.0f}%|{bar:10}|{postfix}',
+            leave=False,
+            disable=not (self.shown and sys.stderr.isatty()),
+        )
         self.done = 0
         self.start = time.monotonic()
 
@@ -554,8 +564,8 @@ class Progress:
         top1 = ', '.join(f'{name[5:]} {value:.1f}' for name, value in means.items() if name.startswith('top1_'))
         lr = sum(group['lr'] for group in param_groups) / len(param_groups)
         text = (
-            f'loss {means["loss"]:.4f}, train top-1 {top1}, lr {lr:.3g}, {images / seconds:.0f} images/s, '
-            f'{timedelta(seconds=round(left))} left'
+            f'loss {means["loss"]:.4f}, {images / seconds:.0f} images/s, {timedelta(seconds=round(left))} left, '
+            f'train top-1 {top1}, lr {lr:.3g}'
         )
         if self.bar.disable:
             _logger.info(f'Epoch {self.epoch} [{self.done}/{self.updates}]: {text}')

@@ -180,7 +180,7 @@ def test_resume_auto_finds_the_run_with_the_same_flags_and_says_when_it_has_fini
     assert len(os.listdir(tmp_path)) == 2
     main(*argv)
     assert len(os.listdir(tmp_path)) == 2
-    assert 'has finished its 1 epochs' in capfd.readouterr().out
+    assert 'Nothing left to train' in capfd.readouterr().out
 
 
 def test_resume_passes_over_a_checkpoint_that_is_not_complete(noise, tmp_path, capfd):
