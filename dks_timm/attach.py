@@ -73,7 +73,8 @@ class Retrace:
     device: str
 
     def __call__(self, image_size: Tuple[int, int]) -> Dict[str, Any]:
-        with torch.random.fork_rng(devices=[]), torch.device(self.device):
+        # A trace follows gradients, also where the forward that asks for it does not.
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.device(self.device):
             x = torch.zeros(TRACE_BATCH, self.in_chans, *image_size)
             trace = Trace(self.template.make(**self.overrides), x)
         return trace.stubs(trace.sources(self.stage)[self.rank])

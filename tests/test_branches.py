@@ -88,6 +88,8 @@ def test_tails_follow_the_image_size():
     net = create_dks_model('test_vit', num_classes=5, dynamic_img_size=True)
     for size in (160, 96):
         assert [tuple(z.shape) for z in net(torch.randn(2, 3, size, size))] == [(2, 5)] * 3
+    with torch.inference_mode():
+        assert [tuple(z.shape) for z in net.eval().exits(torch.randn(2, 3, 128, 128))] == [(2, 5)] * 3
 
 
 def test_unknown_kind_of_branch_is_refused():
