@@ -3,6 +3,8 @@ import random
 
 # Before anything imports huggingface_hub: what a test does not serve itself must fail, not reach for the network.
 os.environ['HF_HUB_OFFLINE'] = '1'
+# Before anything imports torch: the models here are too small for threads, and several processes share the machine.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 # The tensors of the tests are too small to share among threads.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
