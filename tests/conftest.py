@@ -5,8 +5,6 @@ import random
 os.environ['HF_HUB_OFFLINE'] = '1'
 # Before anything imports torch: the models here are too small for threads, and several processes share the machine.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-# The tensors of the tests are too small to share among threads.
-os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import numpy as np
 import pytest
