@@ -234,10 +234,7 @@ class Feed:
         self.image = None
         self.shapes: Dict[str, Any] = {}
 
-    def hand_on(self, *args, **kwargs):
-        return self.features
-
-    def stand_in(self, name: str, *args, **kwargs):
+    def stand_in(self, name: str) -> Any:
         return self._empty(self.shapes[name])
 
     def _empty(self, tree):
@@ -256,7 +253,7 @@ class _WatchedFeed(Feed):
         super().__init__()
         self.watched: List[torch.Tensor] = []
 
-    def stand_in(self, name: str, *args, **kwargs):
+    def stand_in(self, name: str) -> Any:
         return tree_map_only(torch.Tensor, self.watch, super().stand_in(name))
 
     def watch(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -266,8 +263,32 @@ class _WatchedFeed(Feed):
         return self.watched[-1] * 1
 
 
-def _pass_on(count: int, *args, **kwargs):
-    return args[:count] if count else args[0]
+# New forwards of modules: objects that look their feed up when called, as torch.compile would take a bound method's for
+# another one than the tail fills.
+
+@dataclass
+class _HandOn:
+    feed: Feed
+
+    def __call__(self, *args, **kwargs):
+        return self.feed.features
+
+
+@dataclass
+class _StandIn:
+    feed: Feed
+    name: str
+
+    def __call__(self, *args, **kwargs):
+        return self.feed.stand_in(self.name)
+
+
+@dataclass
+class _PassOn:
+    count: int
+
+    def __call__(self, *args, **kwargs):
+        return args[:self.count] if self.count else args[0]
 
 
 def _training_mode(model: nn.Module) -> nn.Module:
@@ -339,9 +360,9 @@ def cut(template: nn.Module, plan: TailPlan, feed: Feed) -> nn.Module:
     their attributes (BatchNorm excepted). Parameters that no logit depends on become buffers outside the state dict.
     """
     modules = dict(template.named_modules())
-    forwards = {plan.source: feed.hand_on}
-    forwards.update({name: partial(feed.stand_in, name) for name in plan.stubs})
-    forwards.update({name: partial(_pass_on, count) for name, count in plan.skips.items()})
+    forwards = {plan.source: _HandOn(feed)}
+    forwards.update({name: _StandIn(feed, name) for name in plan.stubs})
+    forwards.update({name: _PassOn(count) for name, count in plan.skips.items()})
     alive = {id(modules[name]) for name in plan.alive}
     for name, forward in forwards.items():
         for path, module in list(modules[name].named_modules(prefix=name)):
