@@ -64,7 +64,7 @@ def main(argv=None):
         hub.export(
             args.export_dir,
             model,
-            card=dict(command=shlex.join(['train.py', *(argv or sys.argv[1:])]), training=build.describe(args)),
+            card=dict(command=shlex.join(['train.py', *(argv or sys.argv[1:])]), training=hub.run_settings(vars(args))),
             data_config=data_config,
             label_names=data.label_names(dataset_train),
             results=hub.eval_results(trainer.best_metrics(), args.dataset or args.data_dir, args.val_split),

@@ -173,17 +173,3 @@ def set_learning_rate(args, batch_size: float) -> None:
     if not args.lr_base_scale:
         args.lr_base_scale = 'sqrt' if any(name in args.opt.lower() for name in ('ada', 'lamb')) else 'linear'
     args.lr = args.lr_base * (ratio ** 0.5 if args.lr_base_scale == 'sqrt' else ratio)
-
-
-def describe(args) -> dict:
-    """What a run was made with, for people."""
-    batch_size = args.batch_size * args.world_size * args.grad_accum_steps
-    found = dict(
-        Epochs=args.epochs,
-        Batch=f'{batch_size} images',
-        Optimizer=f'{args.opt}, learning rate {args.lr:g} ({args.sched}), weight decay {args.weight_decay:g}',
-        Seed=args.seed,
-    )
-    if args.dks:
-        found['Synergy'] = f'{args.dks_direction}, temperature {args.dks_temperature:g}'
-    return found
