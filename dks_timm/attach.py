@@ -114,7 +114,7 @@ class BranchBuilder:
         device: Device of the traces.
 
     Raises:
-        ValueError: The model has no classifier.
+        ValueError: The model has no classifier, or does not put out logits.
     """
     backbone: nn.Module
     model_kwargs: Dict[str, Any] = field(default_factory=dict)
@@ -125,6 +125,8 @@ class BranchBuilder:
         self.stages = list_stages(backbone)
         self.template = Template.of(backbone, self.model_kwargs)
         name = self.template.architecture
+        if not hasattr(backbone, 'get_classifier'):
+            raise ValueError(f'{name} cannot classify: it is an encoder that timm has no classifier for.')
         if not backbone.num_classes:
             raise ValueError(f'{name} has no classifier (num_classes is 0); give it one with num_classes.')
         kwargs = self.template.kwargs
@@ -147,7 +149,7 @@ class BranchBuilder:
         if not isinstance(output, torch.Tensor) or output.shape != (TRACE_BATCH, backbone.num_classes):
             raise ValueError(
                 f'{name} cannot classify: its output in training mode is {shapes(output)} instead of logits '
-                f'(B, {backbone.num_classes}); timm has no classifier for this encoder.')
+                f'(B, {backbone.num_classes}).')
 
     def image(self) -> torch.Tensor:
         return torch.zeros(TRACE_BATCH, self.in_chans, *self.image_size, device=self.device)

@@ -24,7 +24,7 @@ def test_inspect_prints_json(capsys):
     (['resnet10t', '--dks-stages', '7'], '--dks-stages has 7, which this model does not have'),
     (['resnet10t', '--dks-budget', '1.001'], '--dks-budget is 1.001, but the cheapest'),
     (['resnet10t', '--dks-branches', 'tial'], '--dks-branches'),
-    (['qwen3_vit_88m_enc'], 'qwen3_vit_88m_enc has no classifier'),
+    (['qwen3_vit_88m_enc'], 'qwen3_vit_88m_enc cannot classify'),
     (['resnet10t', '--model-kwargs', 'layerz=1'], 'layerz'),
 ])
 def test_inspect_refuses_bad_input_in_one_line(flags, message, capsys):
