@@ -12,7 +12,7 @@ from .data import model_dtype
 from .loss import DKSLoss
 from .model import create_dks_model
 from .options import OptionError, closest, mixup_active, naming
-from .task import DKSTask
+from .task import DKSDistillationTask, DKSTask
 
 _logger = logging.getLogger(__name__)
 
@@ -119,17 +119,23 @@ def create_task(args, model, device):
     """Create the task that turns a batch into a loss: DKS, distillation, or plain classification."""
     criterion = create_criterion(args).to(device)
     common = dict(device=device, dtype=model_dtype(args), verbose=args.rank == 0)
-    if args.dks:
-        return DKSTask(model, _create_dks_loss(args, criterion, num_classifiers=1 + len(model.branches)), **common)
+    loss_fn = _create_dks_loss(args, criterion, num_classifiers=1 + len(model.branches)) if args.dks else None
     if args.kd_model_name is None:
+        if args.dks:
+            return DKSTask(model, loss_fn, **common)
         return tasks.ClassificationTask(model, criterion=criterion, **common)
+    task = _create_distillation_task(args, model.backbone if args.dks else model, criterion, common)
+    return DKSDistillationTask(model, task, loss_fn, **common) if args.dks else task
 
-    common.update(
-        student_model=model,
+
+def _create_distillation_task(args, student, criterion, common):
+    common = dict(
+        student_model=student,
         teacher_model=args.kd_model_name,
         criterion=criterion,
         distill_loss_weight=args.distill_loss_weight,
         task_loss_weight=args.task_loss_weight,
+        **common,
     )
     with naming(f'--kd-model-name {args.kd_model_name}', AssertionError, OSError, RuntimeError):
         if args.kd_distill_type == 'feature':

@@ -56,6 +56,7 @@ class DKSModel(nn.Module):
         self.backbone = backbone
         self.branches = nn.ModuleList(branches)
         self.stages: Tuple[int, ...] = tuple(branch.stage for branch in branches)
+        self._student: Optional[nn.Module] = None
         self._taps = _Taps()
         self._tap()
 
@@ -121,7 +122,7 @@ class DKSModel(nn.Module):
         taps = self._taps
         taps.open = True
         try:
-            logits = self.backbone(x)
+            logits = (self._student if self.training and self._student is not None else self.backbone)(x)
         finally:
             taps.open = False  # gradient checkpointing calls the modules again in the backward pass
         features, taps.outputs = taps.outputs, {}
@@ -133,6 +134,14 @@ class DKSModel(nn.Module):
 
     def _run_branches(self, x: torch.Tensor, features: Dict[str, Any]) -> List[torch.Tensor]:
         return [branch(x, features[branch.source]) for branch in self.branches]
+
+    def set_student(self, student: nn.Module) -> None:
+        """Have a module that wraps the backbone run it in training mode; what it returns takes the place of the logits.
+
+        For distillation that asks more of a backbone than its logits. Modules of its own have to be registered by name.
+        """
+        # Not registered, because a state dict would then hold the backbone twice, and an average count it twice.
+        object.__setattr__(self, '_student', student)
 
     def _tap(self) -> None:
         for name in {branch.source for branch in self.branches}:

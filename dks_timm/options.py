@@ -489,7 +489,6 @@ def check(args, given) -> None:
         set_without = [name for name in given if name.startswith('dks_')]
         refuse(set_without, f'{flag(min(set_without, default=""))}: needs --dks')
         return
-    refuse(args.kd_model_name, f'--kd-model-name {args.kd_model_name}: distillation cannot be combined with --dks yet')
     refuse(args.naflex_loader, '--naflex-loader: patch sequences cannot be combined with --dks')
     refuse(not args.dks_temperature > 0, f'--dks-temperature {args.dks_temperature}: must be above 0')
 

@@ -3,7 +3,7 @@ from typing import Any, Dict, List, Optional
 
 import torch
 import torch.nn as nn
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, TrainingTask
 from timm.utils import unwrap_model
 
 from .loss import DKSLoss
@@ -115,6 +115,96 @@ class DKSTask(ClassificationTask):
                 _check_fit(net.backbone, state_dict, 'backbone')
                 _check_fit(net.branches, task_state['branches'], 'branches')
         super().load_checkpoint_state(state_dict, task_state, ema=ema, strict=strict)
+
+
+class DKSDistillationTask(DKSTask):
+    """DKS with a pretrained teacher: timm's distillation of the backbone is one more term.
+
+    loss = task_loss_weight * DKS + distill_loss_weight * distillation of the backbone
+
+    Args:
+        net: The model to train.
+        distillation: timm's LogitDistillationTask, FeatureDistillationTask or TokenDistillationTask whose student is
+            `net.backbone`. It brings the teacher, the divergence and both weights.
+        loss_fn: Loss of the list of logits, DKSLoss() when None.
+        device: Device for task tensors/buffers
+        dtype: Dtype for task tensors/buffers
+        verbose: Enable info logging
+    """
+
+    def __init__(
+            self,
+            net: DKSModel,
+            distillation: TrainingTask,
+            loss_fn: Optional[DKSLoss] = None,
+            device: Optional[torch.device] = None,
+            dtype: Optional[torch.dtype] = None,
+            verbose: bool = True,
+    ):
+        super().__init__(net, loss_fn, device=device, dtype=dtype, verbose=verbose)
+        if distillation.trainable_module is not net.backbone:
+            net.set_student(distillation.trainable_module)
+            net.projection = distillation.trainable_module.projection
+        # The backbone has run when the distillation is asked for, and labels are DKSLoss's affair.
+        distillation.trainable_module = _Given()
+        distillation.criterion = _Given(0.)
+        self.distillation = distillation
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, Any]:
+        """As :meth:`DKSTask.forward`, with the teacher's term in 'loss', and by itself in 'kd_loss', unweighted."""
+        student, *branch_logits = self.trainable_module(input)
+        logits = [student[0] if isinstance(student, tuple) else student, *branch_logits]
+        out = self.criterion(logits, target)
+        self.distillation.trainable_module.value = student
+        distilled = self.distillation(input, target)
+        self.distillation.trainable_module.value = None
+        kd_loss = distilled['kd_loss' if 'kd_loss' in distilled else 'distill_loss'].detach()
+        loss = self.distillation.task_loss_weight * out['loss'] + distilled['loss']
+        return {**out, 'loss': loss, 'output': logits[0], 'logits': logits, 'kd_loss': kd_loss}
+
+    def train(self, mode: bool = True) -> 'DKSDistillationTask':
+        """Set training mode; the teacher stays in evaluation mode."""
+        super().train(mode)
+        self.distillation.teacher.eval()
+        return self
+
+    def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs) -> nn.Module:
+        """Compile student and teacher."""
+        self.distillation.teacher.compile(backend, mode, compile_features=True, **compile_kwargs)
+        return super().compile(backend, mode, **compile_kwargs)
+
+    def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
+        """State of the branches, and of the projection to the teacher's features where there is one."""
+        net = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
+        state = super().get_task_state(net)
+        if getattr(net, 'projection', None) is not None:
+            state['projection'] = net.projection.state_dict()
+        return state
+
+    def load_task_state(
+            self,
+            state: Optional[Dict[str, Any]],
+            strict: bool = True,
+            module: Optional[nn.Module] = None,
+            ema: bool = False,
+    ) -> None:
+        super().load_task_state(state, strict=strict, module=module, ema=ema)
+        net = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
+        if getattr(net, 'projection', None) is not None:
+            if 'projection' not in state:
+                raise ValueError("the checkpoint holds no projection to the teacher's features")
+            net.projection.load_state_dict(state['projection'], strict=strict)
+
+
+class _Given(nn.Module):
+    """Hands out a value that was computed elsewhere, whatever it is called with."""
+
+    def __init__(self, value: Any = None):
+        super().__init__()
+        self.value = value
+
+    def forward(self, *args: Any) -> Any:
+        return self.value
 
 
 def _check_fit(module: nn.Module, state_dict: Dict[str, Any], name: str) -> None:

@@ -124,7 +124,6 @@ def test_args_text_is_a_recipe(tmp_path):
     (['--dks-stages', '2'], ['--dks-stages', '--dks']),
     (['--dks', '--dks-direction', 'up'], ['--dks-direction', "'up'", 'bottom-up']),
     (['--dks', '--dks-temperature', '0'], ['--dks-temperature 0.0', 'above 0']),
-    (['--dks', '--kd-model-name', 'resnet18'], ['--kd-model-name resnet18', '--dks']),
     (['--dks', '--naflex-loader'], ['--naflex-loader', '--dks']),
 ])
 def test_what_cannot_work_is_refused_by_name(argv, words):

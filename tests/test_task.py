@@ -1,15 +1,24 @@
 """DKSTask in timm's own task loop: training, EMA, compile, clipping and checkpoints."""
 import argparse
+from copy import deepcopy
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models import load_state_dict
 from timm.optim import create_optimizer_v2
-from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
+from timm.task import (
+    FeatureDistillationTask,
+    LogitDistillationTask,
+    TokenDistillationTask,
+    load_task_ema_checkpoint,
+    resume_task_checkpoint,
+)
 from timm.utils import CheckpointSaver, NativeScaler, dispatch_clip_grad, unwrap_model
 
 from dks_timm import DKSLoss, DKSTask, create_dks_model
+from dks_timm.task import DKSDistillationTask
 
 MODEL = 'test_resnet'
 NUM_CLASSES = 5
@@ -311,3 +320,89 @@ def test_a_distributed_task_keeps_plain_checkpoints_and_evaluation(process_group
     plain = timm.create_model(MODEL, num_classes=NUM_CLASSES)
     plain.load_state_dict(state['state_dict'], strict=True)
     task.load_checkpoint_state(**state)
+
+
+DISTILLATION = dict(
+    logit=(MODEL, LogitDistillationTask),
+    feature=(MODEL, FeatureDistillationTask),
+    token=('deit_tiny_distilled_patch16_224', TokenDistillationTask),
+)
+
+
+def make_distillation_task(kind='logit', loss_fn=None, teacher=None, **weights):
+    name, create = DISTILLATION[kind]
+    kwargs = dict(img_size=32, depth=4, embed_dim=48) if kind == 'token' else {}
+    net = create_dks_model(name, num_classes=NUM_CLASSES, **kwargs)
+    teacher = teacher or timm.create_model('test_resnet', num_classes=NUM_CLASSES, channels=(8, 16, 24, 40)).eval()
+    if kind != 'feature':
+        weights.setdefault('temperature', 2.)
+    distillation = create(net.backbone, teacher, torch.nn.CrossEntropyLoss(), verbose=False, **weights)
+    task = DKSDistillationTask(net, distillation, loss_fn, verbose=False)
+    return task.train(), teacher
+
+
+@pytest.mark.parametrize('direction', ['both', 'none'])
+def test_a_teacher_is_one_more_term_of_the_dks_loss(direction):
+    loss_fn = DKSLoss(direction=direction)
+    task, teacher = make_distillation_task(loss_fn=loss_fn, task_loss_weight=0.5, distill_loss_weight=3.)
+    x, y = batch()
+    result = task(x, y)
+    logits = [z.detach().requires_grad_() for z in result['logits']]
+    teacher_probs = (teacher(x) / 2).softmax(-1).detach()
+    kd_loss = 4 * F.kl_div((logits[0] / 2).log_softmax(-1), teacher_probs, reduction='batchmean')
+    expected = 0.5 * loss_fn(logits, y)['loss'] + 3 * kd_loss
+    torch.testing.assert_close(result['loss'], expected)
+    torch.testing.assert_close(result['kd_loss'], kd_loss.detach())
+    assert result['output'] is result['logits'][0] and len(result['logits']) == 3
+    for z in result['logits']:
+        z.retain_grad()
+    result['loss'].backward()
+    expected.backward()
+    for z, wanted in zip(result['logits'], logits, strict=True):
+        torch.testing.assert_close(z.grad, wanted.grad)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize('kind', DISTILLATION)
+def test_every_kind_of_distillation_trains_the_same_backbone_as_timms_task_does_without_branches(kind):
+    # With the labels and the branches weighted by 0, what is left is timm's distillation.
+    torch.manual_seed(3)
+    task, teacher = make_distillation_task(kind, task_loss_weight=0., distill_loss_weight=1.)
+    backbone = deepcopy(task.trainable_module.backbone)
+    projection = getattr(task.trainable_module, 'projection', None)
+    _, create = DISTILLATION[kind]
+    weights = dict(task_loss_weight=0., distill_loss_weight=1., **({} if kind == 'feature' else dict(temperature=2.)))
+    plain = create(backbone, teacher, torch.nn.CrossEntropyLoss(), verbose=False, **weights).train()
+    if projection is not None:
+        plain.trainable_module.projection.load_state_dict(projection.state_dict())
+    x, y = batch()
+    result, wanted = task(x, y), plain(x, y)
+    torch.testing.assert_close(result['loss'], wanted['loss'])
+    torch.testing.assert_close(result['output'], wanted['output'])
+    result['loss'].backward()
+    wanted['loss'].backward()
+    for p, q in zip(task.trainable_module.backbone.parameters(), backbone.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize('kind', DISTILLATION)
+def test_distillation_with_dks_averages_saves_and_resumes_every_part_of_the_student(kind, tmp_path):
+    task, teacher = make_distillation_task(kind)
+    task.setup_ema(decay=0.5)
+    optimizer = train(task, steps=1)  # the first update of an average is a copy
+    before = {k: v.clone() for k, v in task.get_trainable_module().state_dict().items()}
+    with torch.no_grad():
+        for p in task.get_trainable_module().parameters():
+            p.add_(1)
+    task.update_ema(step=9)
+    after, average = (unwrap_model(task.get_trainable_module(ema=ema)).state_dict() for ema in (False, True))
+    assert before.keys() == after.keys() == average.keys()
+    for key, value in average.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, (before[key] + after[key]) / 2)
+    path = save(task, tmp_path, optimizer)
+    other, _ = make_distillation_task(kind, teacher=teacher)
+    assert_other_state(other.get_trainable_module().state_dict(), after)
+    resume_task_checkpoint(other, path)
+    assert_same_state(other.get_trainable_module().state_dict(), after)
+    timm.models.load_checkpoint(other.get_eval_model(), path)  # the plain backbone
