@@ -17,9 +17,12 @@ import tarfile
 from importlib.metadata import version
 from pathlib import Path
 
+import timm
+import torch
 import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
+from timm.models import save_for_hf
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = '--num-classes 10 --img-size 32 --epochs 2 -b 32 -j 1 --device cpu --warmup-epochs 1'
@@ -59,6 +62,8 @@ COMBINATIONS = {
     'channels_last, one channel, multi-epoch loader': (
         f'{CNN} --channels-last --use-multi-epochs-loader --crop-pct 1.0 --in-chans 1'),
     'no augmentation, adahessian': f'{CNN} --no-aug --opt adahessian --lr 0.05 --epochs 1',
+    'distillation from logits': f'{CNN} --kd-model-name local-dir:{{teacher}} --distill-loss-weight 2',
+    'distillation from features': f'{CNN} --kd-model-name local-dir:{{teacher}} --kd-distill-type feature',
     'resume of a checkpoint by timm': f'{CNN} --epochs 4 --model-ema --model-ema-decay 0.9 --resume {{checkpoint}}',
     'two processes, repeated augmentation': f'{CNN} --aug-repeats 2 -b 16',
     'two processes, gradient accumulation, EMA': f'{CNN} -b 8 --grad-accum-steps 4 --model-ema --model-ema-decay 0.9',
@@ -80,6 +85,12 @@ def make_data(work):
         with tarfile.open(work / 'tars' / f'{split}.tar', 'w') as tar:
             for folder in sorted((work / 'data' / split).iterdir()):
                 tar.add(folder, folder.name)
+
+
+def make_teacher(work):
+    """An untrained model in the form of a trained one."""
+    torch.manual_seed(0)
+    save_for_hf(timm.create_model('resnet10t', num_classes=10), work / 'teacher', safe_serialization=True)
 
 
 def copy_timm_script(path, work):
@@ -135,6 +146,7 @@ def main():
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     make_data(work)
+    make_teacher(work)
     scripts = dict(ours=ROOT / 'train.py', timm=copy_timm_script(args.timm_train, work))
 
     lines = []
@@ -146,7 +158,8 @@ def main():
         if '{checkpoint}' in flags:
             first = flags.partition(' --resume')[0]
             run(scripts['timm'], first, out, 'first')
-        flags = flags.format(tars=work / 'tars', checkpoint=out / 'first' / 'checkpoint-1.pth.tar')
+        flags = flags.format(
+            tars=work / 'tars', teacher=work / 'teacher', checkpoint=out / 'first' / 'checkpoint-1.pth.tar')
         for who, script in scripts.items():
             run(script, flags, out, who, processes=2 if name.startswith('two processes') else 1)
         difference, column, rest = compare(out)

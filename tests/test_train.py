@@ -290,6 +290,25 @@ def test_timms_switches_work_with_dks(noise, tmp_path, flags):
     assert all(np.isfinite([float(v) for v in row.values()]).all() for row in rows(tmp_path / 'x'))
 
 
+@pytest.mark.parametrize('flags', [
+    '--kd-distill-type logit --model-ema --torchcompile eager',
+    '--kd-distill-type feature --distill-loss-weight 2',
+    '--kd-distill-type token --model deit_tiny_distilled_patch16_224 --model-kwargs img_size=32 depth=4 embed_dim=48 '
+    '--task-loss-weight 0.3',
+])
+def test_a_teacher_and_dks_train_one_backbone(noise, tmp_path, flags):
+    teacher = timm.create_model('test_resnet', num_classes=2, channels=(8, 16, 24, 40))
+    timm.models.save_for_hf(teacher, tmp_path / 'teacher', safe_serialization=True)
+    main(*noise, '--dks', '--kd-model-name', f'local-dir:{tmp_path / "teacher"}', *flags.split(),
+         '--epochs', '1', '--output', tmp_path, '--experiment', 'x')
+    main(*noise, '--dks', '--kd-model-name', f'local-dir:{tmp_path / "teacher"}', *flags.split(),
+         '--epochs', '2', '--output', tmp_path, '--experiment', 'x', '--resume', 'auto')
+    table = rows(tmp_path / 'x')
+    assert len(table) == 2 and all(np.isfinite([float(v) for v in row.values()]).all() for row in table)
+    checkpoint = load_checkpoint_metadata(tmp_path / 'x/last.pth.tar')
+    assert ('projection' in checkpoint['task_state']) == ('feature' in flags)
+
+
 def test_mixed_precision_on_the_cpu_is_bfloat16_and_said(noise, tmp_path, capfd):
     main(*noise, '--epochs', '1', '--dks', '--amp', '--output', tmp_path / 'runs', '--export-dir', tmp_path / 'model')
     out = capfd.readouterr()
