@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from . import models  # noqa: F401  (registers its networks with timm)
 from .branches import Branch, ConvBranch, Layout, Tail
 from .stages import Stage, list_stages
 from .surgery import TRACE_BATCH, SurgeryError, TailPlan, Trace, plan_tail, shapes
@@ -24,14 +25,24 @@ _logger = logging.getLogger(__name__)
 
 BRANCH_KINDS = ('auto', 'tail', 'conv')
 
-# The paper's branches as overrides of the template, by supervised stage. After layer2: layer3 at about half depth and
-# two blocks of layer4. After layer3: layer4 at twice the width.
+# The paper's branches as overrides of the template, by supervised stage. On ImageNet, after layer2: layer3 at about
+# half depth and two blocks of layer4; after layer3: layer4 at twice the width. On CIFAR, after the first stage: all of
+# the second and half of the third (ResNet-110: half of both), rounded up; after the second: the third at twice the
+# width. The networks that the paper does not have (ResNet-20, -44, -56, WRN-16-2, -40-4) follow ResNet-32, WRN-28-10.
 PRESETS: Dict[str, Dict[int, Dict[str, Any]]] = {
     'resnet18': {2: dict(layers=(2, 2, 1, 2)), 3: dict(channels=(64, 128, 256, 1024))},
     'resnet34': {2: dict(layers=(3, 4, 3, 2)), 3: dict(channels=(64, 128, 256, 1024))},
     'resnet50': {2: dict(layers=(3, 4, 3, 2)), 3: dict(channels=(64, 128, 256, 1024))},
     'resnet101': {2: dict(layers=(3, 4, 12, 2)), 3: dict(channels=(64, 128, 256, 1024))},
     'resnet152': {2: dict(layers=(3, 8, 18, 2)), 3: dict(channels=(64, 128, 256, 1024))},
+    'resnet20_cifar': {1: dict(layers=(3, 3, 2)), 2: dict(channels=(16, 32, 128))},
+    'resnet32_cifar': {1: dict(layers=(5, 5, 3)), 2: dict(channels=(16, 32, 128))},
+    'resnet44_cifar': {1: dict(layers=(7, 7, 4)), 2: dict(channels=(16, 32, 128))},
+    'resnet56_cifar': {1: dict(layers=(9, 9, 5)), 2: dict(channels=(16, 32, 128))},
+    'resnet110_cifar': {1: dict(layers=(18, 9, 9)), 2: dict(channels=(16, 32, 128))},
+    'wrn_16_2_cifar': {1: dict(layers=(2, 2, 1)), 2: dict(channels=(32, 64, 256))},
+    'wrn_28_10_cifar': {1: dict(layers=(4, 4, 2)), 2: dict(channels=(160, 320, 1280))},
+    'wrn_40_4_cifar': {1: dict(layers=(6, 6, 3)), 2: dict(channels=(64, 128, 512))},
 }
 
 # Arguments of timm.create_model that say where weights come from, not what the model looks like.

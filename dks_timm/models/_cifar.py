@@ -1,0 +1,218 @@
+"""What the paper's CIFAR networks share: everything but their blocks."""
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
+
+import torch
+import torch.nn as nn
+from timm.layers import ClassifierHead
+from timm.models import build_model_with_cfg, checkpoint_seq
+from timm.models._features import feature_take_indices
+
+__all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'CifarNet', 'check_layout', 'cifar_cfg', 'create_cifar_model']
+
+# Of the training images, as the paper's settings have them.
+CIFAR_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
+CIFAR_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
+
+
+def cifar_cfg(**kwargs: Any) -> Dict[str, Any]:
+    """Configuration of a network for 32x32 images; there are no pretrained weights."""
+    return {
+        'url': '',
+        'num_classes': 100, 'input_size': (3, 32, 32), 'pool_size': (8, 8),
+        'crop_pct': 1.0, 'interpolation': 'bilinear',
+        'mean': CIFAR_MEAN, 'std': CIFAR_STD,
+        'first_conv': 'stem.conv', 'classifier': 'head.fc',
+        'license': 'apache-2.0',
+        **kwargs,
+    }
+
+
+def create_cifar_model(model_cls: type, variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Build a :class:`CifarNet` from its configuration, with all its stages as the default features."""
+    feature_cfg = dict(out_indices=tuple(range(len(kwargs['layers']) + 1)), flatten_sequential=True)
+    return build_model_with_cfg(model_cls, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+
+
+def check_layout(layers: Sequence[int], **per_stage: Sequence[Any]) -> None:
+    """Refuse a number of blocks below one, and arguments that do not have one value for each stage.
+
+    Raises:
+        ValueError: As said.
+    """
+    if not layers or min(layers) < 1:
+        raise ValueError(f'layers is {tuple(layers)}; give each stage at least one block')
+    for name, values in per_stage.items():
+        if len(values) != len(layers):
+            raise ValueError(f'{name} is {tuple(values)}, but layers has {len(layers)} stages; give one value for each')
+
+
+class CifarNet(nn.Module):
+    """Stem, stages of which each but the first halves the resolution, norm, classifier.
+
+    ``feature_info`` has the stem as entry 0 and stage i as entry i + 1.
+
+    Convolutions start from Kaiming's normal distribution (fan out), BatchNorm from weight 1 and bias 0. The paper's
+    authors draw BatchNorm's weights from U(0, 1) instead.
+
+    Args:
+        stem: Stem, at full resolution.
+        stem_chs: Its channels.
+        stages: Sequential of stages, which are Sequentials of blocks.
+        stage_chs: Their channels.
+        norm: Norm (and activation) between the last stage and the classifier.
+        num_classes: Number of classes, 0 for no classifier.
+        in_chans: Input channels.
+        global_pool: Type of the global pooling.
+        drop_rate: Dropout before the classifier.
+    """
+
+    def __init__(
+            self,
+            stem: nn.Module,
+            stem_chs: int,
+            stages: List[nn.Sequential],
+            stage_chs: Sequence[int],
+            norm: nn.Module,
+            num_classes: int,
+            in_chans: int,
+            global_pool: str,
+            drop_rate: float,
+            device=None,
+            dtype=None,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.grad_checkpointing = False
+
+        self.stem = stem
+        self.stages = nn.Sequential(*stages)
+        self.norm = norm
+        self.num_features = stage_chs[-1]
+        self.head = ClassifierHead(
+            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, device=device, dtype=dtype)
+        self.head_hidden_size = self.head.num_features
+        self.feature_info = [dict(num_chs=stem_chs, reduction=1, module='stem')]
+        self.feature_info += [
+            dict(num_chs=chs, reduction=2 ** i, module=f'stages.{i}') for i, chs in enumerate(stage_chs)]
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Draw new weights for convolutions, and clear the classifier's bias."""
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
+            elif isinstance(m, nn.Linear):
+                nn.init.zeros_(m.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names of parameters to exempt from weight decay: none."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Patterns that group parameters by stage (coarse) or by block."""
+        return dict(
+            stem=r'^stem',
+            blocks=r'^stages\.(\d+)' if coarse else [(r'^stages\.(\d+)\.(\d+)', None), (r'^norm', (99999,))],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the activations of each block in the backward pass."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The classifier."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the classifier, and the pooling where ``global_pool`` is given."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+        self.head_hidden_size = self.head.num_features
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """Features of several stages in one forward.
+
+        Args:
+            x: Images [B, C, H, W].
+            indices: Entries of ``feature_info``: the last n if int, all if None.
+            norm: Apply the final norm to the last stage's features.
+            stop_early: Do not run what follows the last of them.
+            output_fmt: 'NCHW'.
+            intermediates_only: Leave out the final features.
+
+        Returns:
+            Final features and the list of intermediate ones, or only the list.
+        """
+        assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
+        take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
+        intermediates = []
+
+        x = self.stem(x)
+        if 0 in take_indices:
+            intermediates.append(x)
+        stages = self.stages[:max_index] if stop_early else self.stages
+        for feat_idx, stage in enumerate(stages, 1):
+            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
+            if feat_idx in take_indices:
+                last = feat_idx == len(self.stages)
+                intermediates.append(self.norm(x) if norm and last else x)
+
+        if intermediates_only:
+            return intermediates
+
+        return self.norm(x), intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Drop what the given entries of ``feature_info`` do not need.
+
+        Returns:
+            The entries as non-negative indices.
+        """
+        take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
+        prune_end = max_index < len(self.stages)
+        self.stages = self.stages[:max_index]
+        if prune_norm or prune_end:
+            self.norm = nn.Identity()
+        if prune_end:
+            self.num_features = self.feature_info[max_index]['num_chs']
+            self.head.in_features = self.num_features
+        if prune_head or prune_end:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Features before pooling [B, C, H, W]."""
+        x = self.stem(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.stages, x, flatten=True)
+        else:
+            x = self.stages(x)
+        return self.norm(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Logits [B, num_classes] of final features, or what the classifier is given."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.forward_features(x)
+        x = self.forward_head(x)
+        return x

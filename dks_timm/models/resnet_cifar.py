@@ -1,0 +1,229 @@
+"""Residual networks for 32x32 images, plain and wide.
+
+Papers:
+* `Deep Residual Learning for Image Recognition`, section 4.2 - https://arxiv.org/abs/1512.03385
+* `Wide Residual Networks` - https://arxiv.org/abs/1605.07146
+"""
+from typing import Any, Optional, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import (
+    ConvNormAct,
+    DropPath,
+    LayerType,
+    calculate_drop_path_rates,
+    create_conv2d,
+    get_act_layer,
+    get_norm_act_layer,
+    get_norm_layer,
+)
+from timm.models import generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock
+
+from ._cifar import CifarNet, check_layout, cifar_cfg, create_cifar_model
+
+__all__ = ['PadShortcut', 'PreActBlock', 'ResNetCifar']  # register_model adds the entry points
+
+
+class PadShortcut(nn.Module):
+    """Shortcut without parameters: every ``stride``-th pixel, new channels are zero (option A of He et al.)."""
+
+    def __init__(self, in_chs: int, out_chs: int, stride: int = 1):
+        super().__init__()
+        if out_chs < in_chs:
+            raise ValueError(
+                f'channels shrinks from {in_chs} to {out_chs}; shortcuts without parameters can only add channels')
+        self.new_chs = out_chs - in_chs
+        self.stride = stride
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, 0, self.new_chs))
+
+
+class PreActBlock(nn.Module):
+    """Two 3x3 convolutions, each after norm and activation, with dropout between them (Zagoruyko and Komodakis)."""
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            stride: int = 1,
+            proj_drop: float = 0.,
+            act_layer: LayerType = nn.ReLU,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            drop_path: Optional[nn.Module] = None,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            in_chs: Input channels.
+            out_chs: Output channels.
+            stride: Stride of the first convolution, and of the shortcut.
+            proj_drop: Dropout between the convolutions.
+            act_layer: Activation layer.
+            norm_layer: Normalization layer.
+            drop_path: Stochastic depth.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        norm_act_layer = get_norm_act_layer(norm_layer, act_layer)
+        self.norm1 = norm_act_layer(in_chs, **dd)
+        self.conv1 = create_conv2d(in_chs, out_chs, 3, stride=stride, **dd)
+        self.norm2 = norm_act_layer(out_chs, **dd)
+        self.drop = nn.Dropout(proj_drop)
+        self.conv2 = create_conv2d(out_chs, out_chs, 3, **dd)
+        self.drop_path = drop_path or nn.Identity()
+        # The projection sees the activated input, the identity the raw one.
+        projects = stride != 1 or in_chs != out_chs
+        self.downsample = create_conv2d(in_chs, out_chs, 1, stride=stride, **dd) if projects else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x
+        x = self.norm1(x)
+        if self.downsample is not None:
+            shortcut = self.downsample(x)
+        x = self.conv1(x)
+        x = self.norm2(x)
+        x = self.drop(x)
+        x = self.conv2(x)
+        return self.drop_path(x) + shortcut
+
+
+class ResNetCifar(CifarNet):
+    """ResNet with a 3x3 stem at full resolution; every stage but the first begins with stride 2.
+
+    With ``preact``, blocks are :class:`PreActBlock` with a projection where the shape changes (wide residual networks),
+    else timm's ``BasicBlock`` with shortcuts without parameters.
+    """
+
+    def __init__(
+            self,
+            layers: Tuple[int, ...],
+            channels: Tuple[int, ...] = (16, 32, 64),
+            preact: bool = False,
+            stem_width: int = 16,
+            num_classes: int = 100,
+            in_chans: int = 3,
+            global_pool: str = 'avg',
+            act_layer: LayerType = nn.ReLU,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            drop_rate: float = 0.,
+            proj_drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            layers: Number of blocks in each stage.
+            channels: Channels of each stage.
+            preact: Norm and activation before the convolutions, not after.
+            stem_width: Channels of the stem.
+            num_classes: Number of classes.
+            in_chans: Input channels.
+            global_pool: Type of the global pooling.
+            act_layer: Activation layer.
+            norm_layer: Normalization layer.
+            drop_rate: Dropout before the classifier.
+            proj_drop_rate: Dropout between the convolutions of a block, with ``preact``.
+            drop_path_rate: Stochastic depth rate.
+        """
+        check_layout(layers, channels=channels)
+        if proj_drop_rate and not preact:
+            raise ValueError(f'proj_drop_rate is {proj_drop_rate}, but only blocks of a wide network have such dropout')
+        dd = {'device': device, 'dtype': dtype}
+        common = dict(act_layer=get_act_layer(act_layer), norm_layer=get_norm_layer(norm_layer), **dd)
+        if preact:
+            stem = create_conv2d(in_chans, stem_width, 3, **dd)
+            norm = get_norm_act_layer(norm_layer, act_layer)(channels[-1], **dd)
+        else:
+            stem = ConvNormAct(in_chans, stem_width, 3, norm_layer=norm_layer, act_layer=act_layer, **dd)
+            norm = nn.Identity()
+
+        stages = []
+        in_chs = stem_width
+        rates = calculate_drop_path_rates(drop_path_rate, list(layers), stagewise=True)
+        for stage_idx, (stage_rates, out_chs) in enumerate(zip(rates, channels, strict=True)):
+            blocks = []
+            for block_idx, rate in enumerate(stage_rates):
+                stride = 2 if stage_idx > 0 and block_idx == 0 else 1
+                drop_path = DropPath(rate) if rate > 0. else None
+                if preact:
+                    block = PreActBlock(in_chs, out_chs, stride, proj_drop_rate, drop_path=drop_path, **common)
+                else:
+                    same = stride == 1 and in_chs == out_chs
+                    shortcut = None if same else PadShortcut(in_chs, out_chs, stride)
+                    block = BasicBlock(in_chs, out_chs, stride, shortcut, drop_path=drop_path, **common)
+                blocks.append(block)
+                in_chs = out_chs
+            stages.append(nn.Sequential(*blocks))
+
+        super().__init__(
+            stem, stem_width, stages, channels, norm, num_classes, in_chans, global_pool, drop_rate, **dd)
+
+
+default_cfgs = generate_default_cfgs({
+    'resnet20_cifar': cifar_cfg(),
+    'resnet32_cifar': cifar_cfg(),
+    'resnet44_cifar': cifar_cfg(),
+    'resnet56_cifar': cifar_cfg(),
+    'resnet110_cifar': cifar_cfg(),
+    'wrn_16_2_cifar': cifar_cfg(first_conv='stem'),
+    'wrn_28_10_cifar': cifar_cfg(first_conv='stem'),
+    'wrn_40_4_cifar': cifar_cfg(first_conv='stem'),
+})
+
+
+def _resnet(variant: str, pretrained: bool, kwargs: Any, **model_args: Any) -> ResNetCifar:
+    return create_cifar_model(ResNetCifar, variant, pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def resnet20_cifar(pretrained: bool = False, **kwargs) -> ResNetCifar:
+    """ResNet-20 for 32x32 images, 3 blocks a stage."""
+    return _resnet('resnet20_cifar', pretrained, kwargs, layers=(3, 3, 3))
+
+
+@register_model
+def resnet32_cifar(pretrained: bool = False, **kwargs) -> ResNetCifar:
+    """ResNet-32 for 32x32 images, 5 blocks a stage."""
+    return _resnet('resnet32_cifar', pretrained, kwargs, layers=(5, 5, 5))
+
+
+@register_model
+def resnet44_cifar(pretrained: bool = False, **kwargs) -> ResNetCifar:
+    """ResNet-44 for 32x32 images, 7 blocks a stage."""
+    return _resnet('resnet44_cifar', pretrained, kwargs, layers=(7, 7, 7))
+
+
+@register_model
+def resnet56_cifar(pretrained: bool = False, **kwargs) -> ResNetCifar:
+    """ResNet-56 for 32x32 images, 9 blocks a stage."""
+    return _resnet('resnet56_cifar', pretrained, kwargs, layers=(9, 9, 9))
+
+
+@register_model
+def resnet110_cifar(pretrained: bool = False, **kwargs) -> ResNetCifar:
+    """ResNet-110 for 32x32 images, 18 blocks a stage."""
+    return _resnet('resnet110_cifar', pretrained, kwargs, layers=(18, 18, 18))
+
+
+@register_model
+def wrn_16_2_cifar(pretrained: bool = False, **kwargs) -> ResNetCifar:
+    """WRN-16-2 for 32x32 images, 2 blocks a stage, twice the width."""
+    return _resnet('wrn_16_2_cifar', pretrained, kwargs, layers=(2, 2, 2), channels=(32, 64, 128), preact=True)
+
+
+@register_model
+def wrn_28_10_cifar(pretrained: bool = False, **kwargs) -> ResNetCifar:
+    """WRN-28-10 for 32x32 images, 4 blocks a stage, ten times the width."""
+    return _resnet('wrn_28_10_cifar', pretrained, kwargs, layers=(4, 4, 4), channels=(160, 320, 640), preact=True)
+
+
+@register_model
+def wrn_40_4_cifar(pretrained: bool = False, **kwargs) -> ResNetCifar:
+    """WRN-40-4 for 32x32 images, 6 blocks a stage, four times the width."""
+    return _resnet('wrn_40_4_cifar', pretrained, kwargs, layers=(6, 6, 6), channels=(64, 128, 256), preact=True)
