@@ -14,9 +14,12 @@ from timm.data import (
     create_dataset,
     create_loader,
     create_naflex_loader,
+    create_transform,
 )
 from timm.data.readers.reader import Reader
+from torchvision.transforms import RandomCrop
 
+from .device_data import DeviceLoader, check_fit, decode
 from .options import OptionError, mixup_active, naming
 
 _logger = logging.getLogger(__name__)
@@ -228,7 +231,11 @@ def create_loaders(args, train, val, data_config, model, device):
         else args.workers,
         crop_pct=data_config['crop_pct'],
     )
+    if args.train_pad is not None and args.train_pad >= min(data_config['input_size'][1:]):
+        raise OptionError(f'--train-pad {args.train_pad}: must be below the image size {data_config["input_size"][-1]}')
     create = _create_naflex_loaders if args.naflex_loader else _create_image_loaders
+    if args.data_on_device:
+        create = _create_device_loaders
     patch_size = model.get_patch_size() if hasattr(model, 'get_patch_size') else (16, 16)
     with naming('data loader', AssertionError, RuntimeError, TypeError):
         loader_train, loader_eval, mixup_fn = create(
@@ -276,9 +283,63 @@ def _create_image_loaders(args, train, val, data_config, train_kwargs, eval_kwar
         use_multi_epochs_loader=args.use_multi_epochs_loader,
         **train_kwargs,
     )
+    if args.train_pad is not None:
+        # In the place of the resized crop, which comes first.
+        size = data_config['input_size'][1:]
+        train.transform.transforms[:1] = [
+            *_fit(data_config, train_kwargs['interpolation']).transforms[:-1],
+            RandomCrop(size, padding=args.train_pad, padding_mode='reflect'),
+        ]
     loader_eval = None
     if val is not None:
         loader_eval = create_loader(val, input_size=data_config['input_size'], **eval_kwargs)
+    return loader_train, loader_eval, mixup_fn
+
+
+def _fit(data_config, interpolation, **kwargs):
+    """Transform that brings an image to the input size: its shorter side, and of the longer one the middle."""
+    if interpolation == 'random':
+        interpolation = data_config['interpolation']
+    return create_transform(
+        data_config['input_size'], crop_pct=1.0, interpolation=interpolation, use_prefetcher=True, **kwargs)
+
+
+def _create_device_loaders(args, train, val, data_config, train_kwargs, eval_kwargs, patch_size):
+    size, device = data_config['input_size'], train_kwargs['device']
+    check_fit([d for d in (train, val) if d is not None], size, device)
+    common = dict(
+        mean=data_config['mean'],
+        std=data_config['std'],
+        dtype=train_kwargs['img_dtype'],
+        seed=args.seed,
+        rank=args.rank,
+        world_size=args.world_size,
+    )
+    augmentation = {} if args.no_aug else dict(pad=args.train_pad, hflip=args.hflip, vflip=args.vflip)
+    whole = dict(is_training=True, no_aug=True) if args.no_aug else {}
+    loader_train = DeviceLoader(
+        train,
+        *decode(train, _fit(data_config, train_kwargs['interpolation'], **whole), size, device, args.workers,
+                f'--train-split {args.train_split}'),
+        batch_size=args.batch_size,
+        is_training=True,
+        **augmentation,
+        **common,
+    )
+    loader_eval = None
+    if val is not None:
+        transform = create_transform(
+            size, crop_pct=data_config['crop_pct'], interpolation=data_config['interpolation'], use_prefetcher=True)
+        loader_eval = DeviceLoader(
+            val,
+            *decode(val, transform, size, device, args.workers, f'--val-split {args.val_split}'),
+            batch_size=eval_kwargs['batch_size'],
+            is_training=False,
+            **common,
+        )
+    mixup_fn = None
+    if mixup_active(args):
+        mixup_fn = Mixup(mode=args.mixup_mode, cutmix_minmax=args.cutmix_minmax, **_mixup_kwargs(args))
     return loader_train, loader_eval, mixup_fn
 
 

@@ -294,6 +294,12 @@ def create_parser() -> Parser:
                        help='who teaches: each other, deeper the shallower, shallower the deeper, nobody')
     group.add_argument('--dks-temperature', type=float, default=1.0, metavar='T', help='temperature of synergy')
 
+    group = parser.add_argument_group('Small images')
+    group.add_argument('--train-pad', type=int, metavar='N',
+                       help='pad training images by N reflected pixels and crop at random, in place of resized crops')
+    group.add_argument('--data-on-device', action='store_true',
+                       help='hold the decoded dataset on the device and augment whole batches there')
+
     group = parser.add_argument_group('Export and tracking')
     group.add_argument('--export-dir', type=str, metavar='DIR',
                        help='write the best weights here, pruned to the plain timm model')
@@ -414,7 +420,7 @@ CHOICES = dict(
 AT_LEAST = dict(
     num_classes=1, img_size=1, in_chans=1, batch_size=1, validation_batch_size=1, epochs=1, lr_base_size=1,
     log_interval=1, val_interval=1, checkpoint_hist=1, workers=0, recovery_interval=0, start_epoch=0, warmup_epochs=0,
-    cooldown_epochs=0, mixup=0, cutmix=0, smoothing=0, drop=0, tta=0,
+    cooldown_epochs=0, mixup=0, cutmix=0, smoothing=0, drop=0, tta=0, train_pad=0,
 )
 
 
@@ -484,6 +490,22 @@ def check(args, given) -> None:
         values, choices = getattr(args, name), getattr(args, of)
         refuse(values is not None and choices is not None and len(values) != len(choices),
                f'{flag(name)} {values}: needs one value for each of {flag(of)} {choices}')
+
+    if args.train_pad is not None:
+        for name in ('no_aug', 'train_crop_mode', 'scale', 'ratio', 'train_img_sizes', 'naflex_loader'):
+            refuse(name in given and given[name] not in (None, False),
+                   f'{flag(name)}: cannot be combined with --train-pad; use one of the two')
+    if args.data_on_device:
+        refuse(args.train_pad is None and not args.no_aug,
+               '--data-on-device: does not do resized crops; give --train-pad, or --no-aug')
+        refuse(args.mixup_mode == 'half', '--mixup-mode half: not with --data-on-device; use batch, pair or elem')
+        # What --no-aug switches off anyway does not matter.
+        left_out = [] if args.no_aug else [
+            'color_jitter', 'grayscale_prob', 'gaussian_blur_prob', 'aa', 'reprob', 'resplit']
+        for name in (*left_out, 'aug_repeats', 'aug_splits', 'train_img_sizes', 'naflex_loader', 'no_prefetcher'):
+            value = getattr(args, name)
+            refuse(value, f'{flag(name)}{"" if value is True else f" {value}"}: not with --data-on-device'
+                   + ('; use --color-jitter 0' if name == 'color_jitter' else '; leave out one of the two'))
 
     if not args.dks:
         set_without = [name for name in given if name.startswith('dks_')]
