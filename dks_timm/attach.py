@@ -43,7 +43,9 @@ PRESETS: Dict[str, Dict[int, Dict[str, Any]]] = {
     'wrn_16_2_cifar': {1: dict(layers=(2, 2, 1)), 2: dict(channels=(32, 64, 256))},
     'wrn_28_10_cifar': {1: dict(layers=(4, 4, 2)), 2: dict(channels=(160, 320, 1280))},
     'wrn_40_4_cifar': {1: dict(layers=(6, 6, 3)), 2: dict(channels=(64, 128, 512))},
+    'densenet_40_12_cifar': {1: dict(layers=(12, 12, 6)), 2: dict(growth_rate=(12, 12, 36))},
 }
+PRESETS.update(resnet18_cifar=PRESETS['resnet18'], resnet50_cifar=PRESETS['resnet50'])
 
 # Arguments of timm.create_model that say where weights come from, not what the model looks like.
 _NOT_THE_LAYOUT = ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir')
@@ -204,7 +206,9 @@ class BranchBuilder:
 
     def _ladder(self, stage: Stage, kind: str, overrides: Optional[Dict[str, Any]]) -> List[BranchSpec]:
         """What the branch of a stage may be, the preferred form first, then ever cheaper ones."""
-        preset = PRESETS.get(self.template.architecture, {}).get(stage.index)
+        preset = PRESETS.get(self.template.architecture, {}).get(stage.index, {})
+        if preset.keys() & self.template.kwargs.keys():
+            preset = {}  # it is for the architecture's own layout, not for one that was asked for
         tails = []
         if overrides:
             tails = [BranchSpec('tail', f'template with {_listed(overrides)}', overrides)]

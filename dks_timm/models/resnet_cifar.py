@@ -19,12 +19,12 @@ from timm.layers import (
     get_norm_act_layer,
     get_norm_layer,
 )
-from timm.models import generate_default_cfgs, register_model
-from timm.models.resnet import BasicBlock
+from timm.models import ResNet, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck
 
 from ._cifar import CifarNet, check_layout, cifar_cfg, create_cifar_model
 
-__all__ = ['PadShortcut', 'PreActBlock', 'ResNetCifar']  # register_model adds the entry points
+__all__ = ['PadShortcut', 'PreActBlock', 'ResNet3x3', 'ResNetCifar']  # register_model adds the entry points
 
 
 class PadShortcut(nn.Module):
@@ -104,7 +104,7 @@ class ResNetCifar(CifarNet):
             layers: Tuple[int, ...],
             channels: Tuple[int, ...] = (16, 32, 64),
             preact: bool = False,
-            stem_width: int = 16,
+            stem_width: Optional[int] = None,
             num_classes: int = 100,
             in_chans: int = 3,
             global_pool: str = 'avg',
@@ -121,7 +121,7 @@ class ResNetCifar(CifarNet):
             layers: Number of blocks in each stage.
             channels: Channels of each stage.
             preact: Norm and activation before the convolutions, not after.
-            stem_width: Channels of the stem.
+            stem_width: Channels of the stem, None for those of the first stage.
             num_classes: Number of classes.
             in_chans: Input channels.
             global_pool: Type of the global pooling.
@@ -132,6 +132,7 @@ class ResNetCifar(CifarNet):
             drop_path_rate: Stochastic depth rate.
         """
         check_layout(layers, channels=channels)
+        stem_width = stem_width or channels[0]
         if proj_drop_rate and not preact:
             raise ValueError(f'proj_drop_rate is {proj_drop_rate}, but only blocks of a wide network have such dropout')
         dd = {'device': device, 'dtype': dtype}
@@ -165,6 +166,22 @@ class ResNetCifar(CifarNet):
             stem, stem_width, stages, channels, norm, num_classes, in_chans, global_pool, drop_rate, **dd)
 
 
+class ResNet3x3(ResNet):
+    """timm's ResNet with a 3x3 stem of stride 1 and no max-pooling, so that 32x32 images reach the head as 4x4.
+
+    Arguments and weights' initialization are timm's (the last norm of a block starts from zero).
+    """
+
+    def __init__(self, *args, in_chans: int = 3, device=None, dtype=None, **kwargs):
+        super().__init__(*args, in_chans=in_chans, device=device, dtype=dtype, **kwargs)
+        self.conv1 = create_conv2d(in_chans, self.bn1.num_features, 3, device=device, dtype=dtype)
+        nn.init.kaiming_normal_(self.conv1.weight, mode='fan_out', nonlinearity='relu')
+        self.maxpool = nn.Identity()
+        stem, *stages = self.feature_info
+        self.feature_info = [dict(stem, reduction=1)]
+        self.feature_info += [dict(stage, reduction=stage['reduction'] // 4) for stage in stages]
+
+
 default_cfgs = generate_default_cfgs({
     'resnet20_cifar': cifar_cfg(),
     'resnet32_cifar': cifar_cfg(),
@@ -174,11 +191,17 @@ default_cfgs = generate_default_cfgs({
     'wrn_16_2_cifar': cifar_cfg(first_conv='stem'),
     'wrn_28_10_cifar': cifar_cfg(first_conv='stem'),
     'wrn_40_4_cifar': cifar_cfg(first_conv='stem'),
+    'resnet18_cifar': cifar_cfg(pool_size=(4, 4), first_conv='conv1', classifier='fc'),
+    'resnet50_cifar': cifar_cfg(pool_size=(4, 4), first_conv='conv1', classifier='fc'),
 })
 
 
 def _resnet(variant: str, pretrained: bool, kwargs: Any, **model_args: Any) -> ResNetCifar:
     return create_cifar_model(ResNetCifar, variant, pretrained, **dict(model_args, **kwargs))
+
+
+def _wrn(variant: str, pretrained: bool, kwargs: Any, **model_args: Any) -> ResNetCifar:
+    return _resnet(variant, pretrained, kwargs, preact=True, stem_width=16, **model_args)
 
 
 @register_model
@@ -214,16 +237,30 @@ def resnet110_cifar(pretrained: bool = False, **kwargs) -> ResNetCifar:
 @register_model
 def wrn_16_2_cifar(pretrained: bool = False, **kwargs) -> ResNetCifar:
     """WRN-16-2 for 32x32 images, 2 blocks a stage, twice the width."""
-    return _resnet('wrn_16_2_cifar', pretrained, kwargs, layers=(2, 2, 2), channels=(32, 64, 128), preact=True)
+    return _wrn('wrn_16_2_cifar', pretrained, kwargs, layers=(2, 2, 2), channels=(32, 64, 128))
 
 
 @register_model
 def wrn_28_10_cifar(pretrained: bool = False, **kwargs) -> ResNetCifar:
     """WRN-28-10 for 32x32 images, 4 blocks a stage, ten times the width."""
-    return _resnet('wrn_28_10_cifar', pretrained, kwargs, layers=(4, 4, 4), channels=(160, 320, 640), preact=True)
+    return _wrn('wrn_28_10_cifar', pretrained, kwargs, layers=(4, 4, 4), channels=(160, 320, 640))
 
 
 @register_model
 def wrn_40_4_cifar(pretrained: bool = False, **kwargs) -> ResNetCifar:
     """WRN-40-4 for 32x32 images, 6 blocks a stage, four times the width."""
-    return _resnet('wrn_40_4_cifar', pretrained, kwargs, layers=(6, 6, 6), channels=(64, 128, 256), preact=True)
+    return _wrn('wrn_40_4_cifar', pretrained, kwargs, layers=(6, 6, 6), channels=(64, 128, 256))
+
+
+@register_model
+def resnet18_cifar(pretrained: bool = False, **kwargs) -> ResNet3x3:
+    """ResNet-18 with a 3x3 stem and no max-pooling."""
+    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
+    return build_model_with_cfg(ResNet3x3, 'resnet18_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def resnet50_cifar(pretrained: bool = False, **kwargs) -> ResNet3x3:
+    """ResNet-50 with a 3x3 stem and no max-pooling."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
+    return build_model_with_cfg(ResNet3x3, 'resnet50_cifar', pretrained, **dict(model_args, **kwargs))
