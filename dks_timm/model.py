@@ -9,6 +9,7 @@ from timm.models import group_parameters
 from timm.optim import auto_group_layers
 from timm.utils import unwrap_model
 
+from . import published
 from .attach import BranchBuilder
 from .branches import Branch
 from .stages import list_stages, resolve_stages
@@ -49,6 +50,7 @@ class DKSModel(nn.Module):
         backbone: The timm model.
         branches: One branch per supervised stage, shallowest first; ``branches[i].kind`` is 'tail' or 'conv'.
         stages: Supervised stages, ascending indices into the backbone's ``feature_info``.
+        layout: Arguments of :meth:`from_timm` that make the same branches again, {} if it did not make them.
     """
 
     def __init__(self, backbone: nn.Module, branches: Sequence[Branch]):
@@ -57,6 +59,7 @@ class DKSModel(nn.Module):
         self.branches = nn.ModuleList(branches)
         self.stages: Tuple[int, ...] = tuple(branch.stage for branch in branches)
         self._student: Optional[nn.Module] = None
+        self.layout: Dict[str, Any] = {}
         self._taps = _Taps()
         self._tap()
 
@@ -99,6 +102,13 @@ class DKSModel(nn.Module):
             builder = BranchBuilder(backbone, dict(model_kwargs or {}), image_size)
             built = builder.attach(indices, branches, overrides, budget)
         net = cls(backbone, built)
+        net.layout = dict(
+            stages=list(net.stages),
+            branches=branches,
+            branch_kwargs=dict(branch_kwargs or {}),
+            budget=budget,
+            image_size=list(builder.image_size),
+        )
         net.branches.to(like.device, like.dtype).train(backbone.training)
         net.training = backbone.training
         return net
@@ -246,9 +256,13 @@ def create_dks_model(
 ) -> DKSModel:
     """Create a timm model with supervision branches.
 
+    Where a published model was exported with its branches, they come back too, unless ``stages``, ``branches``,
+    ``branch_kwargs`` or ``budget`` ask for others. With another number of classes, their classifiers are fresh.
+
     Args:
         model_name: Any name ``timm.create_model`` takes, ``hf-hub:`` and ``local-dir:`` ones included.
-        pretrained: Load pretrained weights. Tails then start from the backbone's wherever name and shape agree.
+        pretrained: Load pretrained weights, those of published branches included. Other tails start from the
+            backbone's wherever name and shape agree.
         stages: See :meth:`DKSModel.from_timm`.
         branches: See :meth:`DKSModel.from_timm`.
         branch_kwargs: See :meth:`DKSModel.from_timm`.
@@ -260,8 +274,19 @@ def create_dks_model(
         ValueError: See :meth:`DKSModel.from_timm`.
     """
     backbone = timm.create_model(model_name, pretrained=pretrained, **timm_kwargs)
-    net = DKSModel.from_timm(backbone, stages, branches, timm_kwargs, branch_kwargs, budget, image_size)
-    if pretrained or timm_kwargs.get('checkpoint_path'):
+    layout = None
+    if stages is None and branches == 'auto' and not branch_kwargs and budget is None:
+        layout = published.read_layout(model_name, timm_kwargs.get('cache_dir'))
+    if layout:
+        if backbone.pretrained_cfg.get('fixed_input_size'):
+            layout['image_size'] = image_size  # the published one may not be that of this backbone
+        net = DKSModel.from_timm(backbone, model_kwargs=timm_kwargs, **layout)
+    else:
+        net = DKSModel.from_timm(backbone, stages, branches, timm_kwargs, branch_kwargs, budget, image_size)
+    from_elsewhere = timm_kwargs.get('checkpoint_path') or timm_kwargs.get('pretrained_cfg_overlay')
+    if layout and pretrained and not from_elsewhere:
+        published.load_branches(net, model_name, timm_kwargs.get('cache_dir'))
+    elif pretrained or from_elsewhere:
         for branch in net.branches:
             if branch.kind == 'tail':
                 branch.start_from(backbone)
