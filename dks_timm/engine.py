@@ -164,6 +164,7 @@ class Trainer:
         self.scaler = accelerator.scaler
         if self.scaler is not None:
             self.scaler.state_dict_key = utils.NativeScaler.state_dict_key  # what timm's saver asks for
+        self.earlier_seconds = 0.
         resume_epoch = self._resume(resume, optimizer) if resume else None
         if args.model_ema:
             # Before DDP wraps the module, as the average has to be of the plain one.
@@ -201,6 +202,8 @@ class Trainer:
         args = self.args
         with naming(f'--resume {path}', EOFError, OSError, RuntimeError):
             checkpoint = load_checkpoint_metadata(path)
+        if isinstance(checkpoint, dict):
+            self.earlier_seconds = getattr(checkpoint.get('args'), 'train_seconds', 0.)
         try:
             return resume_task_checkpoint(
                 self.task,
@@ -270,9 +273,14 @@ class Trainer:
                 init_kwargs=dict(wandb=wandb),
             )
 
-    def fit(self):
-        """Train from the start epoch to the last one."""
+    def fit(self, on_best=None):
+        """Train from the start epoch to the last one.
+
+        Args:
+            on_best: Called on the main process when a checkpoint is the best so far.
+        """
         args = self.args
+        start = time.monotonic()
         for epoch in range(self.start_epoch, self.num_epochs):
             train_metrics = self.train_one_epoch(epoch)
             self._distribute_bn(self.task.get_trainable_module())
@@ -292,7 +300,10 @@ class Trainer:
             _logger.info(self._line(f'Epoch {epoch}', eval_metrics, train_loss=train_metrics['loss']))
             if self.saver is not None:
                 self._write_summary(epoch, train_metrics, eval_metrics)
-                self.saver.save_checkpoint(epoch, metric=metric)
+                args.train_seconds = self.earlier_seconds + time.monotonic() - start  # for the card of an export
+                _, best_epoch = self.saver.save_checkpoint(epoch, metric=metric)
+                if on_best is not None and best_epoch == epoch:
+                    on_best()
             if self.scheduler is not None:
                 self.scheduler.step(epoch + 1, metric)
         self.accelerator.end_training()
