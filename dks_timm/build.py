@@ -6,12 +6,13 @@ import torch
 from timm import task as tasks
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.loss import create_classification_loss
+from timm.models import NaFlexVit
 from timm.optim import get_optimizer_info
 
 from .data import model_dtype
 from .loss import DKSLoss
 from .model import create_dks_model
-from .options import OptionError, closest, mixup_active, naming
+from .options import UNREADABLE, OptionError, closest, mixup_active, naming
 from .task import DKSDistillationTask, DKSTask
 
 _logger = logging.getLogger(__name__)
@@ -52,7 +53,10 @@ def create_model(args):
     if args.pretrained_path:
         kwargs['pretrained_cfg_overlay'] = dict(file=args.pretrained_path, num_classes=-1)  # -1 adapts the classifier
     image_size = tuple(args.input_size[1:]) if args.input_size else args.img_size and (args.img_size, args.img_size)
-    with naming(f'--model {args.model}', AssertionError, OSError, RuntimeError, TypeError):
+    subject = f'--model {args.model}'
+    if args.initial_checkpoint:
+        subject += f' with --initial-checkpoint {args.initial_checkpoint}'
+    with naming(subject, AssertionError, *UNREADABLE):
         if args.dks:
             model = create_dks_model(
                 args.model,
@@ -76,7 +80,10 @@ def create_model(args):
             if args.head_init_bias is not None:
                 head.bias.fill_(args.head_init_bias)
     if args.grad_checkpointing:
-        model.set_grad_checkpointing(enable=True)
+        with naming(f'--grad-checkpointing with --model {args.model}', AssertionError):
+            model.set_grad_checkpointing(enable=True)
+    if args.naflex_loader and not isinstance(model, NaFlexVit):
+        raise OptionError(f'--naflex-loader: --model {args.model} does not take patch sequences; use a naflexvit model')
     return model
 
 

@@ -26,7 +26,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .data import model_dtype
 from .model import prune
-from .options import OptionError, closest, naming
+from .options import UNREADABLE, OptionError, closest, naming
 
 _logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def find_resume(args, args_text: str) -> str:
         for file in sorted(files, key=lambda f: f.stat().st_mtime, reverse=True):
             try:
                 load_checkpoint_metadata(file)
-            except (EOFError, OSError, RuntimeError) as e:
+            except UNREADABLE as e:
                 _logger.warning(f'{file} is not complete ({e}); trying the checkpoint before.')
             else:
                 return str(file)
@@ -176,9 +176,11 @@ class Trainer:
             if resume:
                 load_task_ema_checkpoint(task, resume)
         if args.torchcompile:
-            task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
-            if task.has_ema():
-                task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
+            mode = f' --torchcompile-mode {args.torchcompile_mode}' if args.torchcompile_mode else ''
+            with naming(f'--torchcompile {args.torchcompile}{mode}', RuntimeError):
+                task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+                if task.has_ema():
+                    task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
         self.eval_model = task.get_eval_model()
         task.trainable_module, self.optimizer = accelerator.prepare(task.get_trainable_module(), optimizer)
 
@@ -200,7 +202,7 @@ class Trainer:
     def _resume(self, path, optimizer):
         """Load a checkpoint of ours or timm's; returns the epoch that comes after it."""
         args = self.args
-        with naming(f'--resume {path}', EOFError, OSError, RuntimeError):
+        with naming(f'--resume {path}', *UNREADABLE):
             checkpoint = load_checkpoint_metadata(path)
         if isinstance(checkpoint, dict):
             self.earlier_seconds = getattr(checkpoint.get('args'), 'train_seconds', 0.)

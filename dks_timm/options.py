@@ -7,10 +7,18 @@ import contextlib
 import difflib
 import logging
 import logging.handlers
+import math
 import os
+import pickle
+import struct
 import sys
+import textwrap
 
 import yaml
+
+
+# What reading a file can raise that is no checkpoint, or not a whole one.
+UNREADABLE = (AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, pickle.PickleError, struct.error)
 
 
 class OptionError(ValueError):
@@ -417,11 +425,21 @@ CHOICES = dict(
     eval_metric=('top1', 'top5', 'loss'),
     kd_loss_type=('kl',),
 )
-AT_LEAST = dict(
-    num_classes=1, img_size=1, in_chans=1, batch_size=1, validation_batch_size=1, epochs=1, lr_base_size=1,
-    log_interval=1, val_interval=1, checkpoint_hist=1, workers=0, recovery_interval=0, start_epoch=0, warmup_epochs=0,
-    cooldown_epochs=0, mixup=0, cutmix=0, smoothing=0, drop=0, tta=0, train_pad=0,
-)
+# Least and, where there is one, most that a number may be.
+RANGES = {
+    **dict.fromkeys(
+        ('num_classes', 'img_size', 'in_chans', 'batch_size', 'validation_batch_size', 'epochs', 'lr_base_size',
+         'log_interval', 'val_interval', 'checkpoint_hist'), (1, None)),
+    **dict.fromkeys(
+        ('workers', 'recovery_interval', 'start_epoch', 'warmup_epochs', 'cooldown_epochs', 'lr', 'lr_base', 'mixup',
+         'cutmix', 'color_jitter', 'clip_grad', 'tta', 'train_pad', 'seed', 'distill_loss_weight', 'task_loss_weight',
+         'dks_ce_weight', 'dks_synergy_weight'), (0, None)),
+    **dict.fromkeys(
+        ('hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'mixup_prob',
+         'mixup_switch_prob', 'momentum', 'smoothing', 'drop', 'drop_path', 'drop_block', 'drop_connect',
+         'model_ema_decay'), (0, 1)),
+}
+ABOVE_ZERO = ('crop_pct', 'kd_temperature', 'dks_temperature', 'std')
 
 
 def flag(name: str) -> str:
@@ -439,10 +457,19 @@ def check(args, given) -> None:
         value = getattr(args, name)
         if value is not None and value not in choices:
             raise OptionError(f'{flag(name)} {value}: must be one of {", ".join(c or repr(c) for c in choices)}')
-    for name, least in AT_LEAST.items():
-        value = getattr(args, name)
-        if value is not None and not value >= least:
-            raise OptionError(f'{flag(name)} {value}: must be at least {least}')
+    for name, value in vars(args).items():
+        least, most = RANGES.get(name, (None, None))
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                continue
+            if not math.isfinite(number):
+                raise OptionError(f'{flag(name)} {number}: must be a finite number')
+            if least is not None and number < least:
+                raise OptionError(f'{flag(name)} {number}: must be at least {least}')
+            if most is not None and number > most:
+                raise OptionError(f'{flag(name)} {number}: must be at most {most}')
+            if name in ABOVE_ZERO and number <= 0:
+                raise OptionError(f'{flag(name)} {number}: must be above 0')
     for name in ('resume', 'initial_checkpoint', 'pretrained_path'):
         path = getattr(args, name)
         if path and path != 'auto' and not os.path.isfile(path):
@@ -460,6 +487,14 @@ def check(args, given) -> None:
         value = getattr(args, name)
         refuse(value is not None and len(value) != 2, f'{flag(name)} {value}: must be two numbers, least and most')
     in_chans = args.in_chans or (args.input_size or [3])[0]
+    refuse(args.input_size and args.input_size[0] != in_chans,
+           f'--in-chans {in_chans}: --input-size {args.input_size} says {(args.input_size or [3])[0]}; give the same')
+    refuse(args.lr_noise and len(args.lr_noise) > 2,
+           f'--lr-noise {args.lr_noise}: must be one number, where noise begins, or two, where it begins and ends')
+    refuse(args.pretrained_path and not args.pretrained, f'--pretrained-path {args.pretrained_path}: needs --pretrained')
+    eval_batch = args.validation_batch_size or args.batch_size
+    refuse(args.tta > 1 and eval_batch % args.tta,
+           f'--tta {args.tta}: evaluation batches of {eval_batch} (-vb) must be a multiple of it')
     for name in ('mean', 'std'):
         value = getattr(args, name)
         refuse(value is not None and len(value) not in (1, in_chans),
@@ -512,7 +547,6 @@ def check(args, given) -> None:
         refuse(set_without, f'{flag(min(set_without, default=""))}: needs --dks')
         return
     refuse(args.naflex_loader, '--naflex-loader: patch sequences cannot be combined with --dks')
-    refuse(not args.dks_temperature > 0, f'--dks-temperature {args.dks_temperature}: must be above 0')
 
 
 def mixup_active(args) -> bool:
@@ -535,7 +569,7 @@ def naming(subject: str, *more_errors):
         argument, _, rest = reason.partition(' ')
         if argument in ('stages', 'branches', 'branch_kwargs', 'budget'):
             raise OptionError(f'{flag("dks_" + argument)} {rest}') from e
-        raise OptionError(f'{subject}: {reason}') from e
+        raise OptionError(f'{subject}: {textwrap.shorten(reason, 400, placeholder=" ...")}') from e
 
 
 class _Formatter(logging.Formatter):

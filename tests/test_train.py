@@ -334,6 +334,14 @@ REFUSED = [
     (['--in-chans', '1', '--no-prefetcher'], ['--no-prefetcher', '--mean']),
     (['--device-modules', 'no_such_module'], ['--device-modules no_such_module']),
     (['--log-with', 'tensorbored'], ['--log-with tensorbored', 'tensorboard']),
+    (['--initial-checkpoint', '{tmp}/file'], ['--initial-checkpoint', 'file']),
+    (['--initial-checkpoint', '{tmp}/other.pth'], ['--initial-checkpoint', 'other.pth', '--model test_resnet']),
+    (['--grad-checkpointing', '--model', 'vgg11'], ['--grad-checkpointing', '--model vgg11']),
+    (['--naflex-loader'], ['--naflex-loader', '--model test_resnet']),
+    (['--torchcompile', 'nobackend'], ['--torchcompile nobackend']),
+    (['--torchcompile', '--torchcompile-mode', 'fast'], ['--torchcompile-mode fast', 'max-autotune']),
+    (['--kd-model-name', 'resnet19'], ['--kd-model-name resnet19']),
+    (['--dks', '--kd-distill-type', 'token', '--kd-model-name', 'local-dir:nowhere'], ['--kd-model-name', 'nowhere']),
     (['--export-dir', '{tmp}/taken'], ['--export-dir', 'taken', 'config.json']),
     (['--output', '{tmp}/file'], ['--output', 'file']),
     (['--resume', '{tmp}/file'], ['--resume', 'file']),
@@ -352,6 +360,7 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(noise, tmp_path
     (tmp_path / 'taken').mkdir()
     (tmp_path / 'taken/config.json').write_text('{}')
     (tmp_path / 'file').write_text('text')
+    torch.save(timm.create_model('test_convnext', num_classes=2).state_dict(), tmp_path / 'other.pth')
     before = sorted(tmp_path.rglob('*'))
     spent = resource.getrusage(resource.RUSAGE_SELF).ru_utime
     with pytest.raises(SystemExit) as e:
