@@ -16,7 +16,6 @@ import textwrap
 
 import yaml
 
-
 # What reading a file can raise that is no checkpoint, or not a whole one.
 UNREADABLE = (AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, pickle.PickleError, struct.error)
 
@@ -491,7 +490,8 @@ def check(args, given) -> None:
            f'--in-chans {in_chans}: --input-size {args.input_size} says {(args.input_size or [3])[0]}; give the same')
     refuse(args.lr_noise and len(args.lr_noise) > 2,
            f'--lr-noise {args.lr_noise}: must be one number, where noise begins, or two, where it begins and ends')
-    refuse(args.pretrained_path and not args.pretrained, f'--pretrained-path {args.pretrained_path}: needs --pretrained')
+    refuse(args.pretrained_path and not args.pretrained,
+           f'--pretrained-path {args.pretrained_path}: needs --pretrained')
     eval_batch = args.validation_batch_size or args.batch_size
     refuse(args.tta > 1 and eval_batch % args.tta,
            f'--tta {args.tta}: evaluation batches of {eval_batch} (-vb) must be a multiple of it')

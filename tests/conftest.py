@@ -1,3 +1,4 @@
+import logging
 import os
 import random
 
@@ -17,3 +18,12 @@ def seeded():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was():
+    """A run in this process sets the root logger up for its console."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
