@@ -10,11 +10,11 @@ from dks_timm.inspection import inspect_model
 from dks_timm.stages import resolve_stages
 
 QUICK = (
-    'cpubone_nano', 'cs3darknet_focus_s', 'cspnext_tiny', 'efficientformerv2_s0', 'efficientvim_m1', 'efficientvit_b0',
-    'ese_vovnet19b_slim_dw', 'fasternet_t0', 'ghostnet_050', 'hardcorenas_b', 'hgnetv2_b0', 'mobilenetv3_small_050',
-    'mobilevit_xxs', 'pvt_v2_b0', 'regnetx_002', 'repghostnet_050', 'repvit_m1', 'resnetv2_18', 'starnet_s050',
-    'test_byobnet', 'test_coatnet', 'test_convnext', 'test_efficientnet', 'test_mambaout', 'test_nfnet', 'test_resnet',
-    'test_vit',
+    'cpubone_nano', 'cs3darknet_focus_s', 'cspnext_tiny', 'densenet_40_12_cifar', 'efficientformerv2_s0',
+    'efficientvim_m1', 'efficientvit_b0', 'ese_vovnet19b_slim_dw', 'fasternet_t0', 'ghostnet_050', 'hardcorenas_b',
+    'hgnetv2_b0', 'mobilenetv3_small_050', 'mobilevit_xxs', 'pvt_v2_b0', 'regnetx_002', 'repghostnet_050', 'repvit_m1',
+    'resnet20_cifar', 'resnetv2_18', 'starnet_s050', 'test_byobnet', 'test_coatnet', 'test_convnext',
+    'test_efficientnet', 'test_mambaout', 'test_nfnet', 'test_resnet', 'test_vit',
 )
 # A step of these takes longer, or more memory; -m slow runs them.
 SLOW = (
