@@ -3,36 +3,36 @@
 It answers what ``huggingface_hub`` 1.x and 2.x ask in order to create, upload, read and download a model repository
 without Xet, keeps everything in memory, writes down who asked for what, and fails on request::
 
-    with HubServer() as hub:                       # hub.url; user 'alice' with write token hub.token, member of 'lab'
-        subprocess.run(command, env=hub.env(tmp_path))        # HF_ENDPOINT, HF_TOKEN, an empty HF_HOME, no Xet
-        subprocess.run(command, env=hub.env(tmp_path, token=None))                             # not logged in
-        bob = hub.add_user('bob', role='read')                # another token
-        hub.create('alice/net', {'config.json': b'{}'}, private=True)                          # without the client
+    with HubServer() as hub:                       # hub.url; user 'alice', member of 'lab', whose token is hub.token
+        subprocess.run(command, env=hub.env(tmp_path))                  # logged in, HF_HOME is tmp_path, no Xet
+        subprocess.run(command, env=hub.env(tmp_path, token=False))     # not logged in
+        bob = hub.add_user('bob', role='read')     # another token
+        hub.create('alice/net', {'config.json': b'{}'}, private=True)   # without the client
 
         hub.files('alice/net')                     # {path: bytes} on main; hub.files('alice/net', 'v1') of a revision
         hub.commits('alice/net')                   # newest first: .id, .parent, .title, .description, .author, .files
         hub.repos['alice/net']                     # .private, .gated, .branches, .tags (name -> commit id)
         hub.requests_to('commit')                  # Requests: .method, .path, .headers, .size, .json, .token, .status
-        hub.requests.clear()
 
-Routes have names, for ``requests_to`` and for faults; '*' is all of them: whoami, create, delete, validate-yaml,
-preupload, lfs-batch, lfs-upload, lfs-verify, commit, info, settings, auth-check, tree, paths-info, refs, commits,
-branch, tag, resolve. A new repository has, as on the Hub, one commit with a ``.gitattributes``.
+Routes have names, for ``requests_to`` and for faults; '*' is all of them: whoami, create, validate-yaml, preupload,
+lfs-batch, lfs-upload, lfs-verify, commit, info, settings, auth-check, tree, paths-info, refs, commits, branch, tag,
+resolve (HEAD and GET of a file). A new repository has, as on the Hub, one commit with a ``.gitattributes``.
 
 Faults hit the next ``times`` requests to a route (``None``: all of them), after ``skip`` undisturbed ones; with
 ``path`` only those whose path contains it. ``hub.recover()`` takes them all back::
 
     hub.fail('commit', 500)                        # an error answer; the request has no effect
-    hub.fail('*', 429, retry_after=60, times=None)
+    hub.fail('*', 429, times=None, retry_after=60)
     hub.fail('resolve', 404, code='EntryNotFound', path='model.safetensors')     # code: the X-Error-Code header
     hub.drop('preupload')                          # connection closed instead of an answer, no effect
     hub.drop('lfs-upload', when='upload')          # ... when half of the request's body has arrived
     hub.drop('resolve', when='answer')             # ... when half of the answer's body has left
     hub.lose_response('commit')                    # the commit takes effect, then the connection is closed
     hub.slow('info', 30)                           # seconds before the answer; ends early when the server stops
+    hub.slow('*', 600, times=None)                 # a Hub that takes connections and never answers
     hub.stop(), hub.start()                        # connections are refused in between; the port stays
 
-In a process of its own the client is reached by ``hub.env``. In the test's own process ``HfApi(endpoint=hub.url,
+A process of its own reaches the server by ``hub.env``. In the test's process ``HfApi(endpoint=hub.url,
 token=hub.token)`` does, after ``hub.use(monkeypatch)`` has set what the client read from the environment at import.
 """
 import base64
@@ -47,8 +47,8 @@ from datetime import datetime, timezone
 from fnmatch import fnmatch
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Dict, List, Optional
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from typing import Any, Dict, List, Optional, Union
+from urllib.parse import parse_qs, unquote, urlsplit
 
 LFS_PATTERNS = ('*.bin', '*.ckpt', '*.gz', '*.npy', '*.npz', '*.onnx', '*.pkl', '*.pt', '*.pth', '*.safetensors')
 GITATTRIBUTES = ''.join(f'{p} filter=lfs diff=lfs merge=lfs -text\n' for p in LFS_PATTERNS).encode()
@@ -62,6 +62,18 @@ ERROR_MESSAGES = {
     429: 'Too many requests',
     500: 'Internal error',
 }
+FAILURES = {'fail', 'upload', 'before', 'answer', 'after'}
+
+
+@dataclass
+class Answer:
+    status: int = 200
+    content: bytes = b''
+    headers: Dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, value: Any, status: int = 200, headers: Optional[dict] = None) -> 'Answer':
+        return cls(status, json.dumps(value).encode(), {'Content-Type': 'application/json', **(headers or {})})
 
 
 class HubError(Exception):
@@ -69,9 +81,10 @@ class HubError(Exception):
 
     def __init__(self, status: int, message: str = '', code: str = '', headers: Optional[dict] = None, **body: Any):
         message = message or ERROR_MESSAGES.get(status, 'Error')
-        self.status = status
-        self.headers = {'X-Error-Message': message, **({'X-Error-Code': code} if code else {}), **(headers or {})}
-        self.content = json.dumps({'error': message, **body}).encode()
+        headers = {'X-Error-Message': message.encode('ascii', 'replace').decode(), **(headers or {})}
+        if code:
+            headers['X-Error-Code'] = code
+        self.answer = Answer.of({'error': message, **body}, status, headers)
 
 
 @dataclass(frozen=True)
@@ -174,13 +187,6 @@ class Request:
 
 
 @dataclass
-class Answer:
-    status: int = 200
-    content: bytes = b''
-    headers: Dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
 class Fault:
     kind: str  # 'slow', 'fail', or when the connection is dropped: 'upload', 'before', 'answer', 'after'
     route: str
@@ -193,6 +199,8 @@ class Fault:
     def takes(self, request: Request) -> bool:
         if self.times == 0 or self.route not in ('*', request.route) or self.path not in request.path:
             return False
+        if self.kind == 'answer' and request.method == 'HEAD':
+            return False  # has no body to lose half of
         if self.skip:
             self.skip -= 1
             return False
@@ -205,7 +213,7 @@ _MODEL = '/api/models/(?P<repo>[^/]+/[^/]+)'
 
 
 def _route(name: str, method: str, pattern: str, needs: str = ''):
-    """Register a handler; ``needs``: what the user must be able to do with the path's repository, 'read' or 'write'."""
+    """Register a handler; ``needs``: what the user must be allowed in the path's repository, 'read' or 'write'."""
     def register(function):
         _ROUTES.append((name, method, re.compile(pattern), needs, function))
         return function
@@ -251,22 +259,26 @@ class HubServer:
             for connection in list(self.connections):
                 _hang_up(connection)
 
-    def env(self, home: Any, token: Optional[str] = '') -> Dict[str, str]:
-        """Environment of a process whose client talks to this server, with an empty cache in the folder ``home``."""
+    def env(self, home: Any, token: Union[str, bool] = True) -> Dict[str, str]:
+        """Environment of a process whose client talks to this server and keeps its cache in the folder ``home``."""
         env = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGING'))}
         env.update(
             HF_ENDPOINT=self.url, HF_HOME=str(home), HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_TELEMETRY='1',
-            HF_HUB_DISABLE_PROGRESS_BARS='1', NO_PROXY='127.0.0.1', no_proxy='127.0.0.1')
-        if token is not None:
-            env['HF_TOKEN'] = token or self.token
+            NO_PROXY='127.0.0.1', no_proxy='127.0.0.1')
+        if token:
+            env['HF_TOKEN'] = self.token if token is True else token
         return env
 
     def use(self, monkeypatch: Any) -> None:
         """Let the client that this process has imported talk to this server, while a test lasts."""
-        from huggingface_hub import constants
+        from huggingface_hub import constants, hf_api
         monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
         monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
+        monkeypatch.setattr(constants, 'HF_HUB_DISABLE_TELEMETRY', True)
         monkeypatch.setattr(constants, 'ENDPOINT', self.url)
+        monkeypatch.setattr(
+            constants, 'HUGGINGFACE_CO_URL_TEMPLATE', self.url + '/{repo_id}/resolve/{revision}/{filename}')
+        monkeypatch.setattr(hf_api.api, 'endpoint', self.url)  # of huggingface_hub.create_repo() and the like
         for name in ('NO_PROXY', 'no_proxy'):
             monkeypatch.setenv(name, '127.0.0.1')
 
@@ -296,46 +308,47 @@ class HubServer:
         return [r for r in self.requests if r.route in routes]
 
     def fail(
-            self, route: str, status: int = 500, times: Optional[int] = 1, *, skip: int = 0, path: str = '',
+            self, route: str, status: int, times: Optional[int] = 1, *, skip: int = 0, path: str = '',
             message: str = '', code: str = '', retry_after: Optional[int] = None, headers: Optional[dict] = None,
             **body: Any,
     ) -> None:
         """Answer with an error; ``body``: further fields of its JSON body."""
-        headers = {**({} if retry_after is None else {'Retry-After': str(retry_after)}), **(headers or {})}
+        headers = dict(headers or {})
+        if retry_after is not None:
+            headers['Retry-After'] = str(retry_after)
         error = HubError(status, message, code, headers, **body)
         self.faults.append(Fault('fail', route, times, skip, path, error=error))
 
-    def drop(
-            self, route: str, times: Optional[int] = 1, *, when: str = 'before', skip: int = 0, path: str = '',
-    ) -> None:
-        if when not in ('upload', 'before', 'answer', 'after'):
+    def drop(self, route: str, times: Optional[int] = 1, *, when: str = 'before', **where: Any) -> None:
+        if when not in FAILURES - {'fail'}:
             raise ValueError(f"when is {when!r}; it must be 'upload', 'before', 'answer' or 'after'")
-        self.faults.append(Fault(when, route, times, skip, path))
+        self.faults.append(Fault(when, route, times, **where))
 
-    def lose_response(self, route: str, times: Optional[int] = 1, *, skip: int = 0, path: str = '') -> None:
-        self.drop(route, times, when='after', skip=skip, path=path)
+    def lose_response(self, route: str, times: Optional[int] = 1, **where: Any) -> None:
+        self.drop(route, times, when='after', **where)
 
-    def slow(self, route: str, seconds: float, times: Optional[int] = 1, *, skip: int = 0, path: str = '') -> None:
+    def slow(self, route: str, seconds: float, times: Optional[int] = 1, **where: Any) -> None:
         """Wait before answering; goes together with another fault of the same request."""
-        self.faults.append(Fault('slow', route, times, skip, path, seconds=seconds))
+        self.faults.append(Fault('slow', route, times, seconds=seconds, **where))
 
     def recover(self) -> None:
         self.faults.clear()
 
     # What follows runs in the connections' threads.
 
-    def _take_faults(self, request: Request) -> Dict[str, Fault]:
-        """The faults of a request: at most one wait and one failure."""
+    def take_faults(self, request: Request) -> Dict[str, Fault]:
+        """The faults of a request by kind: at most one wait and one failure."""
         with self.lock:
             taken = {}
             for fault in self.faults:
-                if not (taken.keys() - {'slow'} if fault.kind != 'slow' else 'slow' in taken) and fault.takes(request):
+                same = {'slow'} if fault.kind == 'slow' else FAILURES
+                if not taken.keys() & same and fault.takes(request):
                     taken[fault.kind] = fault
             return taken
 
-    def _answer(self, request: Request, function: Any, needs: str, args: Dict[str, str]) -> Answer:
-        try:
-            with self.lock:
+    def answer(self, request: Request, function: Any, needs: str, args: Dict[str, Any]) -> Answer:
+        with self.lock:
+            try:
                 if request.token is not None and request.token not in self.users:
                     raise HubError(401)
                 request.user = self.users.get(request.token)
@@ -344,11 +357,11 @@ class HubServer:
                 if needs:
                     args['repo'] = self._repo(args['repo'], request.user, needs)
                 result = function(self, request, **args)
-        except HubError as e:
-            return Answer(e.status, e.content, {'Content-Type': 'application/json', **e.headers})
-        if isinstance(result, Answer):
-            return result
-        return Answer(200, json.dumps(result).encode(), {'Content-Type': 'application/json'})
+            except HubError as e:
+                return e.answer
+            except (KeyError, ValueError, TypeError) as e:
+                return HubError(400, f'Malformed request: {e!r}').answer
+        return result if isinstance(result, Answer) else Answer.of(result)
 
     def _repo(self, repo_id: str, user: Optional[User], needs: str) -> Repo:
         repo = self.repos.get(repo_id)
@@ -382,13 +395,6 @@ class HubServer:
             raise HubError(409, 'You already created this model repo', url=url, name=repo_id)
         self.create(repo_id, private=_is_private(request.json))
         return {'url': url, 'name': repo_id}
-
-    @_route('delete', 'DELETE', '/api/repos/delete')
-    def _delete(self, request):
-        owner = request.json.get('organization') or request.user and request.user.name
-        repo = self._repo(f'{owner}/{request.json["name"]}', request.user, 'write')
-        del self.repos[repo.id]
-        return {}
 
     @_route('validate-yaml', 'POST', '/api/validate-yaml')
     def _validate_yaml(self, request):
@@ -624,17 +630,17 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.server.hub
         url = urlsplit(self.path)
         method = 'GET' if self.command == 'HEAD' else self.command
-        name, function, needs, args = None, None, '', {}
-        for route, route_method, pattern, route_needs, route_function in _ROUTES:
+        name, needs, function, args = None, '', None, {}
+        for route, route_method, pattern, *handler in _ROUTES:
             match = pattern.fullmatch(url.path)
             if match and route_method == method:
-                name, function, needs = route, route_function, route_needs
+                name, (needs, function) = route, handler
                 args = {k: v and unquote(v) for k, v in match.groupdict().items()}
                 break
         headers = {k.lower(): v for k, v in self.headers.items()}
         request = Request(name, self.command, unquote(url.path), parse_qs(url.query), headers)
         hub.requests.append(request)
-        faults = hub._take_faults(request)
+        faults = hub.take_faults(request)
 
         if 'upload' in faults:
             request.body = self.rfile.read(int(headers.get('content-length', 0)) // 2)
@@ -644,25 +650,21 @@ class _Handler(BaseHTTPRequestHandler):
             hub.stopped.wait(faults['slow'].seconds)
         if 'before' in faults:
             return self.hang_up()
-        if 'fail' in faults:
-            error = faults['fail'].error
-            answer = Answer(error.status, error.content, {'Content-Type': 'application/json', **error.headers})
-        else:
-            answer = hub._answer(request, function, needs, args)
+        answer = faults['fail'].error.answer if 'fail' in faults else hub.answer(request, function, needs, args)
         if 'after' in faults:
             return self.hang_up()
         request.status = answer.status
         self.send_response(answer.status)
         for key, value in answer.headers.items():
-            self.send_header(key, quote(value, safe=' "\'!#$&()*+,-./:;<=>?@[]^_`{|}~%'))
-        self.send_header('Content-Length', str(len(answer.content)))
+            self.send_header(key, value)
+        size = len(answer.content)
+        self.send_header('Content-Length', str(max(size, 1) if 'answer' in faults else size))
         self.end_headers()
-        if self.command == 'HEAD':
-            return None
         if 'answer' in faults:
-            self.wfile.write(answer.content[:len(answer.content) // 2])
+            self.wfile.write(answer.content[:size // 2])
             return self.hang_up()
-        self.wfile.write(answer.content)
+        if self.command != 'HEAD':
+            self.wfile.write(answer.content)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request
 
