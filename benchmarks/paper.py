@@ -1,0 +1,462 @@
+#!/usr/bin/env python3
+"""The paper's CIFAR-100 experiments: each network, method and seed is a run of train.py, continued where it stopped.
+
+    python benchmarks/paper.py --list
+    python benchmarks/paper.py --data-dir CIFAR100                # all that is not finished yet, in the order of --list
+    python benchmarks/paper.py --data-dir CIFAR100 --rows mini    # the part that a CPU can do
+    python benchmarks/paper.py --summarise
+
+CIFAR100 is a folder of images, train/<class>/*.png and validation/<class>/*.png. Checkpoints go to --output, one line
+of JSON an epoch to --results; a run whose lines are complete there is not run again, on whatever machine it was.
+"""
+import argparse
+import csv
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+import psutil
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = ROOT / 'recipes' / 'cifar100'
+sys.path.insert(0, str(ROOT))  # for dks_timm, where it is not installed
+
+# The row's title, and the top-1 errors (%) that the paper reports.
+ROWS = dict(
+    mini=dict(title='ResNet-20, 20 classes, 100 images each', classes=20, images=100),
+    resnet32=dict(title='ResNet-32', paper=dict(baseline=29.97, ds=29.89, dks=26.81)),
+    wrn_28_10=dict(title='WRN-28-10', paper=dict(baseline=18.72, dks=17.24)),
+    resnet110=dict(title='ResNet-110', paper=dict(baseline=27.66, ds=26.95, dks=24.98)),
+    wrn_28_10_dropout=dict(title='WRN-28-10, dropout 0.3', paper=dict(baseline=18.64, dks=16.71)),
+    densenet_40_12=dict(title='DenseNet-40-12'),
+)
+
+# Three classifiers: the backbone and two branches. Rows of a matrix teach its columns.
+METHODS = dict(
+    baseline=('baseline', []),
+    ds=('DS', ['--dks', '--dks-direction', 'none']),
+    dks=('DKS', ['--dks']),
+    top_down=('top-down', ['--dks', '--dks-direction', 'top-down']),
+    bottom_up=('bottom-up', ['--dks', '--dks-direction', 'bottom-up']),
+    byot=('BYOT-style', ['--dks', '--dks-synergy-weight', *'0 1 1 0 0 0 0 0 0'.split()]),
+    # The mean divergence from several teachers has the gradient of the divergence from their mean.
+    ensemble=('ensemble teaches backbone', ['--dks', '--dks-synergy-weight', *'0 0 0 .5 0 0 .5 0 0'.split()]),
+)
+
+# What is run where nothing is chosen, and in which order.
+PLAN = (
+    ('mini', ('baseline', 'ds', 'dks'), range(5)),
+    ('mini', ('top_down', 'bottom_up'), range(3)),
+    ('resnet32', ('baseline', 'ds', 'dks'), range(3)),
+    ('resnet32', ('top_down', 'bottom_up', 'byot', 'ensemble'), range(3)),
+    ('wrn_28_10', ('baseline', 'dks'), range(3)),
+    ('resnet110', ('baseline', 'ds', 'dks'), range(3)),
+    ('wrn_28_10_dropout', ('baseline', 'dks'), range(3)),
+    ('densenet_40_12', ('baseline', 'ds', 'dks'), range(3)),
+)
+
+KEPT = re.compile(r'lr|train_loss|eval_loss|eval_top[15](_\w+)?')  # of the columns of summary.csv
+PROGRESS = re.compile(r'Epoch (\d+) \[(\d+)/(\d+)\]')  # what train.py logs after the first and the last update
+
+
+class Run:
+    """One network, method and seed."""
+
+    def __init__(self, args, row: str, method: str, seed: int):
+        self.row, self.method, self.seed = row, method, seed
+        self.name = f'{row}-{method}-{seed}'
+        self.results = Path(args.results, row, f'{method}-{seed}.jsonl')
+        self.folder = Path(args.output, self.name).resolve()
+        recipe = RECIPES / f'{row}.yaml'
+        self.data_dir = Path(args.output, 'data', row) if 'classes' in ROWS[row] else Path(args.data_dir or 'CIFAR100')
+        settings = yaml.safe_load(recipe.read_text())
+        self.epochs = settings['epochs']
+        self.extra = args.extra
+        if args.epochs:
+            self.epochs = args.epochs
+            self.extra = [*self.extra, '--epochs', str(args.epochs)]
+        self.arguments = [
+            'train.py', '--config', from_root(recipe), '--data-dir', from_root(self.data_dir),
+            '--seed', str(seed), *METHODS[method][1], *self.extra,
+            '--output', from_root(args.output), '--experiment', self.name, '--resume', 'auto', '--checkpoint-hist', '1',
+        ]
+
+    def lines(self):
+        """What is known of its epochs."""
+        if not self.results.exists():
+            return []
+        return [json.loads(line) for line in self.results.read_text().splitlines()]
+
+    @property
+    def finished(self):
+        return len(self.lines()) >= self.epochs
+
+    def collect(self, seconds, device) -> None:
+        """Bring the lines up to date with the run's summary.csv.
+
+        Args:
+            seconds: Of an epoch's training, (wall clock, CPU time), by epoch.
+            device: What it ran on.
+        """
+        summary = self.folder / 'summary.csv'
+        if not summary.exists():
+            return
+        old = {line['epoch']: line for line in self.lines()}
+        lines = []
+        with open(summary, newline='') as f:
+            for row in csv.DictReader(f):
+                line = dict(epoch=int(row.pop('epoch')))
+                line.update((key, float(f'{float(value):.5g}')) for key, value in row.items() if KEPT.fullmatch(key))
+                known = old.get(line['epoch'], {})
+                if all(known.get(key) == value for key, value in line.items()):
+                    line = known  # with its timing
+                if line['epoch'] in seconds:
+                    wall, cpu = seconds[line['epoch']]
+                    line.update(seconds=round(wall, 2), cpu_seconds=round(cpu, 2), device=device)
+                lines.append(line)
+        self.results.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.results.with_suffix('.tmp')
+        temporary.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+        temporary.replace(self.results)
+
+
+def from_root(path) -> str:
+    """The path as seen from the folder of train.py, which is where runs are started."""
+    path = Path(path).resolve()
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+class Job:
+    """A run under way. Reads what train.py logs, to know when epochs begin and end."""
+
+    def __init__(self, run: Run, deadline: float, env, device: str):
+        self.run, self.deadline, self.device = run, deadline, device
+        self.seconds = {}
+        self.stopped = False
+        run.folder.mkdir(parents=True, exist_ok=True)
+        self.log = open(run.folder / 'log.txt', 'a')
+        self.process = subprocess.Popen(
+            [sys.executable, *run.arguments], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True)
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+        self.thread.start()
+
+    def _follow(self):
+        usage = psutil.Process(self.process.pid)
+        boundary = first = None
+        for text in self.process.stdout:
+            self.log.write(text)
+            self.log.flush()
+            match = PROGRESS.search(text)
+            if match is None or self.stopped:
+                continue
+            epoch, update, updates = map(int, match.groups())
+            now = time.monotonic()
+            try:
+                cpu = sum(usage.cpu_times()[:2])
+            except psutil.Error:
+                cpu = 0.
+            if update == 1:
+                # The checkpoint of the epoch before is complete: the place to stop.
+                self.run.collect(self.seconds, self.device)
+                length = now - boundary if boundary else 0.
+                if boundary and now + length > self.deadline:
+                    self.stop()
+                    continue
+                boundary, first = now, (now, cpu)
+            elif update == updates > 1 and first is not None:
+                # The first update is not in it, so neither are evaluation, checkpoint and the start of the program.
+                scale = updates / (updates - 1)
+                self.seconds[epoch] = ((now - first[0]) * scale, (cpu - first[1]) * scale)
+
+    def stop(self):
+        """End it where it is; what is lost is the epoch that has begun."""
+        self.stopped = True
+        self.process.terminate()
+
+    def poll(self):
+        """None while it runs, then whether it went well."""
+        if self.process.poll() is None:
+            if time.monotonic() > self.deadline and not self.stopped:
+                self.stop()
+            return None
+        self.thread.join()
+        self.run.collect(self.seconds, self.device)
+        self.log.close()
+        return self.stopped or self.process.returncode == 0
+
+
+def planned(args):
+    """Runs that the arguments choose: by row, then seed by seed."""
+    if not args.methods and not args.seeds:
+        plan = [entry for entry in PLAN if entry[0] in (args.rows or ROWS)]
+    else:
+        rows, methods = args.rows or list(ROWS), args.methods or ['baseline', 'ds', 'dks']
+        plan = [(row, methods, args.seeds or range(3)) for row in rows]
+    return [Run(args, row, method, seed) for row, methods, seeds in plan for seed in seeds for method in methods]
+
+
+def make_subset(source: Path, target: Path, classes: int, images: int) -> None:
+    """Link the first classes by name, and of each its first training images by name and all for validation."""
+    for name in sorted(p.name for p in (source / 'train').iterdir() if p.is_dir())[:classes]:
+        for split, count in (('train', images), ('validation', None)):
+            (target / split / name).mkdir(parents=True, exist_ok=True)
+            for file in sorted((source / split / name).iterdir())[:count]:
+                link = target / split / name / file.name
+                if not link.exists():
+                    link.unlink(missing_ok=True)
+                    link.symlink_to(file.resolve())
+
+
+def execute(args, runs) -> int:
+    """Run what is not finished, several at once, until all is done or time is up. Returns an exit code."""
+    import torch
+    deadline = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
+    waiting = deque(run for run in runs if not run.finished)
+    print(f'{len(runs) - len(waiting)} of {len(runs)} runs are finished.', flush=True)
+    for row in sorted({run.row for run in waiting if 'classes' in ROWS[run.row]}):
+        target = next(run.data_dir for run in waiting if run.row == row)
+        make_subset(Path(args.data_dir), target, ROWS[row]['classes'], ROWS[row]['images'])
+    threads = os.environ.get('OMP_NUM_THREADS') or str(max(1, os.cpu_count() // args.jobs))
+    env = dict(os.environ, OMP_NUM_THREADS=threads, PYTHONUNBUFFERED='1')
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'cpu, threads {threads}'
+
+    jobs, failed = [], []
+
+    def interrupt(*_):
+        waiting.clear()
+        for job in jobs:
+            job.stop()
+
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
+    while waiting or jobs:
+        while waiting and len(jobs) < args.jobs and time.monotonic() < deadline:
+            run = waiting.popleft()
+            print(f'{time.strftime("%H:%M:%S")} {run.name}: {shlex.join(run.arguments)}', flush=True)
+            jobs.append(Job(run, deadline, env, device))
+        if not jobs:
+            break
+        time.sleep(0.2)
+        for job in list(jobs):
+            well = job.poll()
+            if well is None:
+                continue
+            jobs.remove(job)
+            lines = job.run.lines()
+            state = f'{len(lines)} of {job.run.epochs} epochs'
+            if lines:
+                state += f', top-1 {lines[-1]["eval_top1"]:.2f}'
+            print(f'{time.strftime("%H:%M:%S")} {job.run.name}: {state}' + ('' if well else ', failed'), flush=True)
+            if not well:
+                failed.append(job.run)
+                print((job.run.folder / 'log.txt').read_text()[-1500:], file=sys.stderr, flush=True)
+    if failed:
+        print(f'failed: {", ".join(run.name for run in failed)}; see log.txt in {args.output}/<run>', file=sys.stderr)
+        return 1
+    return 0
+
+
+def table(args, row: str) -> str:
+    """Markdown table of a row's finished runs, with what is known of the others below it."""
+    from dks_timm.inspection import inspect_model
+    runs = [Run(args, row, method, seed) for method, seed in found(args, row)]
+    finished = {method: [run for run in runs if run.method == method and run.finished] for method in METHODS}
+    recipe = yaml.safe_load((RECIPES / f'{row}.yaml').read_text())
+    cost = inspect_model(
+        recipe['model'], img_size=recipe['img_size'], num_classes=recipe['num_classes'],
+        **recipe.get('model_kwargs', {}))['cost']['flops']
+    base = final(finished['baseline'])
+    base_seconds = epoch_seconds(finished['baseline'])
+    paper = ROWS[row].get('paper', {})
+    text = [
+        '| method | runs | top-1 % | error % | paper\'s error % | against baseline | training time | training FLOPs |',
+        '|---|---|---|---|---|---|---|---|',
+    ]
+    for method, (name, _) in METHODS.items():
+        top1 = final(finished[method])
+        if not top1:
+            continue
+        mean, spread = mean_and_deviation(top1)
+        difference = time_ratio = ''
+        if base and method != 'baseline':
+            base_mean, base_spread = mean_and_deviation(base)
+            difference = f'{mean - base_mean:+.2f}'
+            if len(top1) > 1 and len(base) > 1:
+                difference += f' ± {math.sqrt(spread ** 2 / len(top1) + base_spread ** 2 / len(base)):.2f}'
+        seconds = epoch_seconds(finished[method])
+        ratios = [seconds[device] / base_seconds[device] for device in seconds if device in base_seconds]
+        if ratios:
+            time_ratio = f'{statistics.mean(ratios):.2f}x'
+        deviation = f' ± {spread:.2f}' if len(top1) > 1 else ''
+        text.append(
+            f'| {name} | {len(top1)} | {mean:.2f}{deviation} | {100 - mean:.2f} | {paper.get(method, "")} | '
+            f'{difference} | {time_ratio} | {1. if method == "baseline" else cost:.2f}x |')
+    others = [f'{r.method} {r.seed} ({len(r.lines())} of {r.epochs} epochs)' for r in runs if not r.finished]
+    if others:
+        text += ['', f'Not finished, and not in the table: {", ".join(others)}.']
+    return '\n'.join(text)
+
+
+def found(args, row: str):
+    """Methods and seeds of a row that have results."""
+    for file in sorted(Path(args.results, row).glob('*.jsonl')):
+        method, _, seed = file.stem.rpartition('-')
+        if method in METHODS:
+            yield method, int(seed)
+
+
+def final(runs):
+    """Top-1 accuracy of each run after its last epoch."""
+    return [run.lines()[-1]['eval_top1'] for run in runs]
+
+
+def epoch_seconds(runs):
+    """Seconds that training one epoch takes, by device: the median of a run, the mean over runs."""
+    by_device = {}
+    for run in runs:
+        by_run = {}
+        for line in run.lines():
+            if 'device' in line:
+                # On a CPU that others use too, time on the clock says little.
+                key = 'cpu_seconds' if line['device'].startswith('cpu') else 'seconds'
+                by_run.setdefault(line['device'], []).append(line[key])
+        for device, values in by_run.items():
+            by_device.setdefault(device, []).append(statistics.median(values))
+    return {device: statistics.mean(values) for device, values in by_device.items()}
+
+
+def mean_and_deviation(values):
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.
+
+
+COLOURS = ('#4d4d4d', '#e69f00', '#0072b2', '#009e73', '#cc79a7', '#d55e00', '#56b4e9')
+
+
+def curves(args, row: str) -> str:
+    """SVG of accuracy against epoch: per method the mean of its runs, and a band of one standard deviation."""
+    series = {}
+    for method in METHODS:
+        runs = [Run(args, row, m, seed) for m, seed in found(args, row) if m == method]
+        runs = [run for run in runs if run.finished]
+        if runs:
+            by_epoch = zip(*([line['eval_top1'] for line in run.lines()] for run in runs), strict=True)
+            series[method] = [mean_and_deviation(values) for values in by_epoch]
+    if not series:
+        return ''
+    width, height, left, right, top, bottom = 720, 400, 46, 14, 14, 36
+    epochs = max(len(points) for points in series.values())
+    # The start of training would take up most of the height.
+    later = [mean for points in series.values() for mean, _ in points[len(points) // 5:]]
+    low = 5 * math.floor(min(later) / 5)
+    high = 5 * math.ceil(max(m + s for points in series.values() for m, s in points) / 5)
+
+    def place(epoch, value):
+        x = left + (width - left - right) * epoch / epochs
+        y = height - bottom - (height - top - bottom) * (max(value, low) - low) / (high - low)
+        return f'{x:.1f},{y:.1f}'
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        'font-size="12" fill="#333">',
+        f'<rect width="{width}" height="{height}" fill="#fff"/>',
+    ]
+    for value in range(low, high + 1, 5):
+        (x0, y), (x1, _) = (place(epoch, value).split(',') for epoch in (0, epochs))
+        parts.append(f'<path d="M{x0},{y}H{x1}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{value}</text>')
+    for tick in range(5):
+        epoch = round(epochs * (tick + 1) / 5)
+        x = place(epoch, low).split(',')[0]
+        parts.append(f'<text x="{x}" y="{height - bottom + 16}" text-anchor="middle">{epoch}</text>')
+    parts.append(f'<text x="{width / 2}" y="{height - 4}" text-anchor="middle">epoch</text>')
+    parts.append(f'<text x="{left + 4}" y="{top + 10}">top-1 accuracy, %</text>')
+    for position, (method, points) in enumerate(series.items()):
+        colour = COLOURS[list(METHODS).index(method)]
+        upper = [place(i + 1, m + s) for i, (m, s) in enumerate(points)]
+        lower = [place(i + 1, m - s) for i, (m, s) in enumerate(points)]
+        parts.append(f'<polygon points="{" ".join([*upper, *reversed(lower)])}" fill="{colour}" opacity="0.15"/>')
+        line = ' '.join(place(i + 1, m) for i, (m, _) in enumerate(points))
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        y = height - bottom - 14 - 18 * (len(series) - 1 - position)
+        parts.append(f'<path d="M{width - 210},{y - 4}h22" stroke="{colour}" stroke-width="3"/>')
+        parts.append(f'<text x="{width - 182}" y="{y}">{METHODS[method][0]}: {points[-1][0]:.2f}</text>')
+    return '\n'.join([*parts, '</svg>']) + '\n'
+
+
+def summarise(args) -> None:
+    """Write README.md with the tables, and a picture of the curves a row, into the results folder."""
+    text = [
+        '# The paper on CIFAR-100',
+        'Written by `python benchmarks/paper.py --summarise` from the lines in these folders, one an epoch.',
+        'Accuracy is that of the backbone alone on the validation images after the last epoch, as mean and standard '
+        'deviation over seeds. The difference comes with its standard error. Training time is that of an epoch without '
+        'evaluation, CPU time where a CPU did it; FLOPs are those of one training forward; both in multiples of the '
+        'baseline.',
+    ]
+    for row, what in ROWS.items():
+        if not any(found(args, row)):
+            continue
+        command = f'python benchmarks/paper.py --data-dir CIFAR100 --rows {row}'
+        text += [f'## {what["title"]}', f'`{command}`', table(args, row)]
+        picture = curves(args, row)
+        if picture:
+            Path(args.results, f'{row}.svg').write_text(picture)
+            text.append(f'![accuracy by epoch]({row}.svg)')
+    Path(args.results, 'README.md').write_text('\n\n'.join(text) + '\n')
+
+
+def create_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition('\n')[0],
+        epilog='Arguments after -- go to train.py, for instance: -- --amp --amp-dtype bfloat16')
+    parser.add_argument('--list', action='store_true', help='show the runs with their commands, and stop')
+    parser.add_argument('--summarise', action='store_true', help='write tables and curves, and stop')
+    parser.add_argument('--data-dir', metavar='DIR', help='CIFAR-100 as folders of images')
+    parser.add_argument('--rows', nargs='+', choices=ROWS, metavar='ROW', help=', '.join(ROWS))
+    parser.add_argument('--methods', nargs='+', choices=METHODS, metavar='METHOD', help=', '.join(METHODS))
+    parser.add_argument('--seeds', nargs='+', type=int, metavar='S')
+    parser.add_argument('--jobs', type=int, default=1, metavar='N', help='runs at once')
+    parser.add_argument('--minutes', type=float, metavar='N', help='stop after the last epoch that fits')
+    parser.add_argument('--epochs', type=int, metavar='N', help='shorter runs than the recipes\', to try things out')
+    parser.add_argument('--output', default=str(ROOT / 'output' / 'paper'), metavar='DIR', help='checkpoints and logs')
+    parser.add_argument('--results', default=str(ROOT / 'results' / 'cifar100'), metavar='DIR', help='lines and tables')
+    return parser
+
+
+def main(argv=None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    extra = []
+    if '--' in argv:
+        argv, extra = argv[:argv.index('--')], argv[argv.index('--') + 1:]
+    parser = create_parser()
+    args = parser.parse_args(argv)
+    args.extra = extra
+    if args.summarise:
+        summarise(args)
+        return 0
+    runs = planned(args)
+    if args.list:
+        for run in runs:
+            lines = len(run.lines())
+            state = 'finished' if run.finished else f'{lines} of {run.epochs} epochs'
+            print(f'{run.row:18} {run.method:10} seed {run.seed}  {state:18} python {shlex.join(run.arguments)}')
+        return 0
+    if not args.data_dir or not Path(args.data_dir, 'train').is_dir():
+        parser.error(f'--data-dir {args.data_dir}: must be a folder with train/<class>/* and validation/<class>/*')
+    return execute(args, runs)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
