@@ -32,8 +32,9 @@ Faults hit the next ``times`` requests to a route (``None``: all of them), after
     hub.slow('*', 600, times=None)                 # a Hub that takes connections and never answers
     hub.stop(), hub.start()                        # connections are refused in between; the port stays
 
-A process of its own reaches the server by ``hub.env``. In the test's process ``HfApi(endpoint=hub.url,
-token=hub.token)`` does, after ``hub.use(monkeypatch)`` has set what the client read from the environment at import.
+``hub.env`` is for processes of their own, which is the way to test a whole command. In the test's process the client
+has read its environment long ago; ``hub.use(monkeypatch, tmp_path)`` changes what it read, for ``huggingface_hub``'s
+functions, for timm's, and for ``HfApi(endpoint=hub.url, token=...)``.
 """
 import base64
 import hashlib
@@ -261,7 +262,7 @@ class HubServer:
 
     def env(self, home: Any, token: Union[str, bool] = True) -> Dict[str, str]:
         """Environment of a process whose client talks to this server and keeps its cache in the folder ``home``."""
-        env = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGING'))}
+        env = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGING', 'TRANSFORMERS_OFFLINE'))}
         env.update(
             HF_ENDPOINT=self.url, HF_HOME=str(home), HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_TELEMETRY='1',
             NO_PROXY='127.0.0.1', no_proxy='127.0.0.1')
@@ -269,18 +270,25 @@ class HubServer:
             env['HF_TOKEN'] = self.token if token is True else token
         return env
 
-    def use(self, monkeypatch: Any) -> None:
-        """Let the client that this process has imported talk to this server, while a test lasts."""
+    def use(self, monkeypatch: Any, home: Any, token: Union[str, bool] = True) -> None:
+        """The same for the client that this process has imported, while a test lasts."""
         from huggingface_hub import constants, hf_api
-        monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
-        monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
-        monkeypatch.setattr(constants, 'HF_HUB_DISABLE_TELEMETRY', True)
-        monkeypatch.setattr(constants, 'ENDPOINT', self.url)
-        monkeypatch.setattr(
-            constants, 'HUGGINGFACE_CO_URL_TEMPLATE', self.url + '/{repo_id}/resolve/{revision}/{filename}')
+        for name, value in dict(
+                ENDPOINT=self.url,
+                HUGGINGFACE_CO_URL_TEMPLATE=self.url + '/{repo_id}/resolve/{revision}/{filename}',
+                HF_HUB_CACHE=os.path.join(home, 'hub'),
+                HF_TOKEN_PATH=os.path.join(home, 'token'),
+                HF_HUB_OFFLINE=False,
+                HF_HUB_DISABLE_XET=True,
+                HF_HUB_DISABLE_TELEMETRY=True,
+        ).items():
+            monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(hf_api.api, 'endpoint', self.url)  # of huggingface_hub.create_repo() and the like
-        for name in ('NO_PROXY', 'no_proxy'):
-            monkeypatch.setenv(name, '127.0.0.1')
+        for name in os.environ.keys() & {'HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN'}:
+            monkeypatch.delenv(name)
+        for name in ('HF_TOKEN', 'NO_PROXY', 'no_proxy'):
+            if name in (env := self.env(home, token)):
+                monkeypatch.setenv(name, env[name])
 
     def add_user(self, name: str, role: str = 'write', orgs: tuple = ()) -> str:
         """Returns a token; a user may have several."""

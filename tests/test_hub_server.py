@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import huggingface_hub
 import pytest
 from hub_server import HubServer
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -14,6 +15,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -28,9 +30,9 @@ UPLOAD_ROUTES = ('preupload', 'lfs-batch', 'lfs-upload', 'lfs-verify')
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch, tmp_path):
     with HubServer() as hub:
-        hub.use(monkeypatch)
+        hub.use(monkeypatch, tmp_path / 'home')
         yield hub
 
 
@@ -69,7 +71,7 @@ def read(api, path='config.json', **kwargs):
         return file.read()
 
 
-def test_a_folder_comes_back_as_it_was_pushed_in_one_commit(hub, api, folder, tmp_path):
+def test_a_folder_comes_back_as_it_was_pushed_in_one_commit(hub, api, folder):
     assert api.create_repo('alice/net', private=True) == f'{hub.url}/alice/net'
     commit = api.upload_folder(
         repo_id='alice/net', folder_path=folder, commit_message='top-1 9.5', commit_description='d')
@@ -78,7 +80,7 @@ def test_a_folder_comes_back_as_it_was_pushed_in_one_commit(hub, api, folder, tm
     assert (latest.id, latest.parent, latest.title) == (commit.oid, initial.id, 'top-1 9.5')
     assert (latest.description, latest.author) == ('d', 'alice')
     assert commit.commit_url == f'{hub.url}/alice/net/commit/{commit.oid}'
-    snapshot = api.snapshot_download('alice/net', cache_dir=tmp_path / 'cache')
+    snapshot = api.snapshot_download('alice/net')
     assert os.path.basename(snapshot) == commit.oid
     assert {path: open(os.path.join(snapshot, path), 'rb').read() for path in FILES} == FILES
     assert not hub.requests_to(None)  # nothing was asked that the server does not know
@@ -210,21 +212,21 @@ def test_a_commit_upon_an_outdated_parent_is_refused(hub, api):
     assert e.value.response.status_code == 412 and 'b' not in pushed(hub)
 
 
-def test_what_is_missing_or_restricted_is_told_apart(hub, api, tmp_path):
+def test_what_is_missing_or_restricted_is_told_apart(hub, api):
     hub.create('alice/net', FILES)
     with pytest.raises(RepositoryNotFoundError):
-        api.hf_hub_download('alice/other', 'config.json', cache_dir=tmp_path)
+        api.hf_hub_download('alice/other', 'config.json')
     with pytest.raises(RevisionNotFoundError):
-        read(api, revision='v9', cache_dir=tmp_path)
+        read(api, revision='v9')
     with pytest.raises(RevisionNotFoundError):
         api.upload_file(repo_id='alice/net', path_or_fileobj=b'', path_in_repo='f', revision='v9')
     with pytest.raises(EntryNotFoundError) as e:
-        read(api, 'missing.json', cache_dir=tmp_path)
+        read(api, 'missing.json')
     assert not isinstance(e.value, LocalEntryNotFoundError) and not api.file_exists('alice/net', 'missing.json')
     api.update_repo_settings('alice/net', gated='auto')
     with pytest.raises(GatedRepoError):
-        HfApi(hub.url, token=hub.add_user('bob')).hf_hub_download('alice/net', 'config.json', cache_dir=tmp_path)
-    assert read(api, cache_dir=tmp_path) == b'{}'
+        HfApi(hub.url, token=hub.add_user('bob')).hf_hub_download('alice/net', 'config.json')
+    assert read(api) == b'{}'
 
 
 def test_trees_list_folders_and_what_is_in_them(hub, api):
@@ -333,11 +335,11 @@ def test_a_commit_whose_response_is_lost_is_made_and_pushing_again_changes_nothi
     assert len(hub.commits('alice/net')) == 2
 
 
-def test_a_download_that_breaks_off_goes_on_where_it_stopped(hub, api, waits, tmp_path, monkeypatch):
+def test_a_download_that_breaks_off_goes_on_where_it_stopped(hub, api, waits, monkeypatch):
     monkeypatch.setattr('huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE', 1000)
     hub.create('alice/net', FILES)
     hub.drop('resolve', when='answer')
-    assert read(api, 'model.safetensors', cache_dir=tmp_path) == WEIGHTS
+    assert read(api, 'model.safetensors') == WEIGHTS
     head, broken, rest = hub.requests_to('resolve')
     assert (head.method, broken.status, rest.status) == ('HEAD', 200, 206)
     assert rest.headers['range'] == f'bytes={len(WEIGHTS) // 2}-'
@@ -407,6 +409,17 @@ def test_a_process_of_its_own_is_led_to_the_server_by_its_environment(hub, tmp_p
     assert {r.token for r in hub.requests} == {hub.token}
     hub.requests.clear()
     assert 'LocalTokenNotFoundError' in run(token=False).stderr and hub.requests == []
+
+
+def test_the_client_of_this_process_is_led_to_the_server_too(hub, tmp_path, monkeypatch):
+    hub.create('alice/net', FILES, private=True)
+    assert huggingface_hub.whoami()['name'] == 'alice'
+    assert huggingface_hub.hf_hub_download('alice/net', 'config.json').startswith(str(tmp_path))
+    hub.use(monkeypatch, tmp_path / 'other', token=False)
+    with pytest.raises(LocalTokenNotFoundError):
+        huggingface_hub.whoami()
+    with pytest.raises(RepositoryNotFoundError):
+        huggingface_hub.model_info('alice/net')
 
 
 TIMM_LOADS = """
