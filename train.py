@@ -18,7 +18,7 @@ def main(argv=None):
         from timm.layers import set_fast_norm
         from timm.optim import create_optimizer_v2, optimizer_kwargs
 
-        from dks_timm import build, data, engine, hub
+        from dks_timm import build, data, engine, hub, readers
 
         # Build, in timm's order and without a random number that timm's script does not draw.
         build.check_names(args)
@@ -45,7 +45,7 @@ def main(argv=None):
         names = ['backbone', *(f'stage{stage}' for stage in model.stages)] if args.dks else ['backbone']
         trainer = engine.Trainer(args, accelerator, task, optimizer, loaders, names, resume)
         if trainer.finished:
-            print(f'Nothing left to train: {resume or "--start-epoch"} is at the end of {trainer.num_epochs} epochs.')
+            accelerator.print(f'Nothing left to train: {resume or "--start-epoch"} is at the end of {trainer.num_epochs} epochs.')
             return
         if args.export_dir and resume:
             with options.naming(f'--export-dir {args.export_dir}'):
@@ -53,14 +53,17 @@ def main(argv=None):
         trainer.open_output(args_text, data_config['input_size'], resume)
 
     # Fit.
-    trainer.fit()
+    try:
+        trainer.fit()
+    except readers.DataError as e:
+        sys.exit(f'train.py: error: {e}')
     if not accelerator.is_main_process:
         return
     print(trainer.result())
 
     # Export the best weights of the backbone as a folder for plain timm.
     if args.export_dir:
-        trainer.load_best(model)
+        model = trainer.load_best(model)
         hub.export(
             args.export_dir,
             model,

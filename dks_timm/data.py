@@ -1,14 +1,13 @@
-"""timm's datasets and loaders, wired as in timm's trainer, and a small dataset that needs no download."""
-import io
+"""timm's datasets and loaders, wired as in timm's trainer."""
 import logging
-import os
+import warnings
 
 import torch
-from PIL import Image
 from timm.data import (
     AugMixDataset,
     FastCollateMixup,
     ImageDataset,
+    IterableImageDataset,
     Mixup,
     NaFlexMixup,
     create_dataset,
@@ -16,93 +15,27 @@ from timm.data import (
     create_naflex_loader,
     create_transform,
 )
-from timm.data.readers.reader import Reader
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torchvision.transforms import RandomCrop
 
+from . import readers
 from .device_data import DeviceLoader, check_fit, decode
 from .options import OptionError, mixup_active, naming
 
 _logger = logging.getLogger(__name__)
-
-# Folder names that timm takes for one another.
-SPLITS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
-
-
-class ReaderDigits(Reader):
-    """scikit-learn's handwritten digits: 1,797 real 8x8 gray images; of each class, every fifth one validates."""
-
-    def __init__(self, split: str):
-        super().__init__()
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError:
-            raise OptionError('--dataset digits: needs scikit-learn; pip install "dks-timm[demo]"') from None
-        if not any(split in names for names in SPLITS):
-            raise OptionError(f'--dataset digits: has no split "{split}"; it has train and validation')
-        digits = load_digits()
-        held_out = torch.zeros(len(digits.target), dtype=torch.bool)
-        for label in range(10):
-            held_out[(digits.target == label).nonzero()[0][4::5]] = True
-        indices = (held_out if split in SPLITS[1] else ~held_out).nonzero().flatten().tolist()
-        self.samples = [(_png(digits.images[i]), int(digits.target[i])) for i in indices]
-        self.class_to_idx = {str(label): label for label in range(10)}
-
-    def __getitem__(self, index):
-        png, label = self.samples[index]
-        return io.BytesIO(png), label
-
-    def __len__(self):
-        return len(self.samples)
-
-    def _filename(self, index, basename=False, absolute=False):
-        return f'{self.samples[index][1]}/{index}.png'
-
-
-def _png(pixels) -> bytes:
-    """Encode an (8, 8) array of values 0 to 16 as timm's datasets expect images: as a file."""
-    file = io.BytesIO()
-    Image.fromarray((pixels * (255 / 16)).round().astype('uint8')).save(file, 'png')
-    return file.getvalue()
 
 
 def create_datasets(args):
     """Create the train dataset and, where --val-split names one, the evaluation dataset.
 
     Raises:
-        OptionError: if the data is not there, or holds more classes than --num-classes.
+        OptionError: if the data is not there, or is not what the flags say, or holds more classes than --num-classes.
     """
     if args.data and not args.data_dir:
         args.data_dir = args.data
-    if not args.dataset:
-        _check_folder(args)
-    in_chans = args.in_chans or (args.input_size or [3])[0]
-    img_mode = ('RGB' if in_chans == 3 else 'L') if args.input_img_mode is None else args.input_img_mode
-
-    def create(split, is_training, num_samples, **kwargs):
-        if args.dataset == 'digits':
-            return ImageDataset('', reader=ReaderDigits(split), input_img_mode=img_mode)
-        with naming(
-                f'--dataset {args.dataset}' if args.dataset else f'--data-dir {args.data_dir}',
-                AssertionError, ImportError, KeyError, OSError, RuntimeError, TypeError,
-        ):
-            return create_dataset(
-                args.dataset,
-                root=args.data_dir,
-                split=split,
-                is_training=is_training,
-                class_map=args.class_map,
-                download=args.dataset_download,
-                batch_size=args.batch_size,
-                input_img_mode=img_mode,
-                input_key=args.input_key,
-                target_key=args.target_key,
-                num_samples=num_samples,
-                trust_remote_code=args.dataset_trust_remote_code,
-                **kwargs,
-            )
-
-    train = create(args.train_split, True, args.train_num_samples, seed=args.seed, repeats=args.epoch_repeats)
-    val = create(args.val_split, False, args.val_num_samples) if args.val_split else None
+    readers.check_dataset(args)
+    train = _create_dataset(args, 'train', is_training=True, seed=args.seed, repeats=args.epoch_repeats)
+    val = _create_dataset(args, 'val', is_training=False) if args.val_split else None
     if val is not None and class_to_idx(val) != class_to_idx(train):
         differ = sorted(set(class_to_idx(val) or ()) ^ set(class_to_idx(train) or ()))
         raise OptionError(
@@ -113,34 +46,62 @@ def create_datasets(args):
     return train, val
 
 
-def _check_folder(args):
-    root = args.data_dir
-    if not root:
-        raise OptionError('--data-dir: missing; give a folder of images, or --dataset')
-    if not os.path.exists(root):
-        raise OptionError(f'--data-dir {root}: no such folder')
-    if not os.path.isdir(root):
-        if not root.endswith('.tar'):
-            raise OptionError(f'--data-dir {root}: neither a folder nor a .tar file')
-        return
-    for flag, split in (('--train-split', args.train_split), ('--val-split', args.val_split)):
-        name = split.partition('[')[0]
-        names = next((names for names in SPLITS if name in names), (name,))
-        whole = flag == '--train-split' and not args.val_split  # timm then trains on the folder itself
-        if not whole and not any(os.path.exists(os.path.join(root, n)) for n in names):
-            there = sorted(os.listdir(root))
-            raise OptionError(
-                f'{flag} {split}: --data-dir {root} has no such folder; it has '
-                + (', '.join(there[:8]) + (', ...' if len(there) > 8 else '') or 'nothing')
-            )
+def _create_dataset(args, prefix, is_training, **kwargs):
+    """Let timm create the dataset of one split, "train" or "val", and see to its bad images."""
+    split, num_samples = getattr(args, f'{prefix}_split'), getattr(args, f'{prefix}_num_samples')
+    in_chans = args.in_chans or (args.input_size or [3])[0]
+    img_mode = ('RGB' if in_chans == 3 else 'L') if args.input_img_mode is None else args.input_img_mode
+    kind = readers.kind(args)
+    if kind == 'digits':
+        return readers.Images(readers.ReaderDigits(split), img_mode, args.max_bad_images)
+    split_flag = f'--{prefix}-split {split}'
+    root = args.data_dir if kind else readers.split_root(args.data_dir, split)
+    class_map = readers.load_class_map(args, '' if kind else root) if args.class_map else None
+    readers.quieten(kind)
+    subject = f'--dataset {args.dataset}, {split_flag}' if args.dataset else f'--data-dir {args.data_dir}, {split_flag}'
+    with naming(subject, Exception):  # readers, and the packages behind them, raise whatever they like
+        try:
+            if not kind and readers.holds_tars(root):
+                dataset = ImageDataset('', reader=ReaderImageInTar(root, class_map=class_map))
+            else:
+                dataset = create_dataset(
+                    args.dataset,
+                    root=root,
+                    split=split,
+                    search_split=bool(kind),
+                    is_training=is_training,
+                    class_map=class_map,
+                    download=args.dataset_download,
+                    batch_size=args.batch_size,
+                    input_img_mode=img_mode,
+                    input_key=args.input_key,
+                    target_key=args.target_key,
+                    num_samples=num_samples,
+                    trust_remote_code=args.dataset_trust_remote_code,
+                    **kwargs,
+                )
+        except Exception as e:
+            if 'num_samples' in str(e):
+                raise OptionError(
+                    f'--{prefix}-num-samples: missing; --dataset {args.dataset} does not say how many samples its '
+                    f'split {split} has'
+                ) from e
+            raise
+        finally:
+            if not kind and class_map is not None:
+                readers.check_class_map(args, class_map.missing)
+        reader = getattr(dataset, 'reader', None) or readers.ReaderTorch(dataset)
+        readers.check_fields(args, reader, split_flag)
+    if isinstance(dataset, IterableImageDataset):
+        return readers.Stream(reader, args.max_bad_images)
+    return readers.Images(reader, img_mode, args.max_bad_images)
 
 
 def class_to_idx(dataset):
     """The mapping of class names to indices, or None where the dataset does not tell."""
-    for source in (getattr(dataset, 'reader', None), dataset):
-        for attribute in ('class_to_idx', 'class_name_to_idx'):
-            if getattr(source, attribute, None):
-                return getattr(source, attribute)
+    for attribute in ('class_to_idx', 'class_name_to_idx'):
+        if getattr(dataset.reader, attribute, None):
+            return getattr(dataset.reader, attribute)
     return None
 
 
@@ -153,9 +114,9 @@ def label_names(dataset):
 def check_num_classes(num_classes, dataset):
     """Refuse a model with too few classes for the data, and warn of one with more; no number is no check."""
     classes = class_to_idx(dataset)
-    if num_classes is None or classes is None:
+    present = max(classes.values()) + 1 if classes else getattr(dataset.reader, 'num_labels', 0)
+    if num_classes is None or not present:
         return
-    present = max(classes.values()) + 1
     if num_classes < present:
         raise OptionError(f'--num-classes {num_classes}: the training data has {present} classes')
     if num_classes > present:
@@ -183,6 +144,8 @@ def create_loaders(args, train, val, data_config, model, device):
     """
     if args.aug_repeats and not args.distributed:
         raise OptionError(f'--aug-repeats {args.aug_repeats:g}: repeats over several processes, and this is one')
+    if isinstance(train, readers.Stream):
+        readers.check_stream(args, train)
     channels = data_config['input_size'][0]
     if args.no_prefetcher and len(data_config['mean']) != channels:
         raise OptionError(f'--no-prefetcher: needs --mean and --std for images of {channels} channels')
@@ -227,7 +190,7 @@ def create_loaders(args, train, val, data_config, model, device):
         is_training=False,
         interpolation=data_config['interpolation'],
         # Streams cannot be divided evenly between many workers of many processes.
-        num_workers=min(2, args.workers) if args.distributed and args.dataset.startswith(('tfds/', 'wds/'))
+        num_workers=min(2, args.workers) if args.distributed and readers.kind(args) in ('tfds', 'wds')
         else args.workers,
         crop_pct=data_config['crop_pct'],
     )
@@ -242,6 +205,16 @@ def create_loaders(args, train, val, data_config, model, device):
             args, train, val, data_config, {**common, **augmentation}, {**common, **evaluation}, patch_size)
     if not len(loader_train):
         raise OptionError(f'--batch-size {args.batch_size}: the training split does not fill one batch')
+    for dataset in (train, val):
+        if isinstance(dataset, readers.Stream):
+            dataset.num_classes = args.num_classes
+            # torch takes it for a mistake that processes have different shares.
+            warnings.filterwarnings('ignore', 'Length of IterableDataset')
+    if isinstance(train, readers.Stream):
+        _logger.info(
+            f'An epoch of {args.dataset} is {len(train) * args.world_size:,} images, of {train.reader.num_samples:,}: '
+            'whole batches for every worker of every process.'
+        )
     scheduled = args.train_img_sizes is not None
     batch_size = loader_train.batch_sampler.average_batch_size if scheduled else float(args.batch_size)
     return loader_train, loader_eval, mixup_fn, batch_size

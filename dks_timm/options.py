@@ -307,6 +307,13 @@ def create_parser() -> Parser:
     group.add_argument('--data-on-device', action='store_true',
                        help='hold the decoded dataset on the device and augment whole batches there')
 
+    group = parser.add_argument_group('Bad data')
+    # timm's number, and the variable it is set by there.
+    group.add_argument('--max-bad-images', type=int, default=int(os.environ.get('TIMM_DATASET_MAX_RETRIES') or 10),
+                       metavar='N',
+                       help='most images in a row that may be unreadable; in training and evaluation each is named in '
+                            'a warning, and the next one takes its place (in a stream, it is passed over uncounted)')
+
     group = parser.add_argument_group('Export and tracking')
     group.add_argument('--export-dir', type=str, metavar='DIR',
                        help='write the best weights here, pruned to the plain timm model')
@@ -428,11 +435,11 @@ CHOICES = dict(
 RANGES = {
     **dict.fromkeys(
         ('num_classes', 'img_size', 'in_chans', 'batch_size', 'validation_batch_size', 'epochs', 'lr_base_size',
-         'log_interval', 'val_interval', 'checkpoint_hist'), (1, None)),
+         'log_interval', 'val_interval', 'checkpoint_hist', 'train_num_samples', 'val_num_samples'), (1, None)),
     **dict.fromkeys(
         ('workers', 'recovery_interval', 'start_epoch', 'warmup_epochs', 'cooldown_epochs', 'lr', 'lr_base', 'mixup',
          'cutmix', 'color_jitter', 'clip_grad', 'tta', 'train_pad', 'seed', 'distill_loss_weight', 'task_loss_weight',
-         'dks_ce_weight', 'dks_synergy_weight'), (0, None)),
+         'dks_ce_weight', 'dks_synergy_weight', 'max_bad_images'), (0, None)),
     **dict.fromkeys(
         ('hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'mixup_prob',
          'mixup_switch_prob', 'momentum', 'smoothing', 'drop', 'drop_path', 'drop_block', 'drop_connect',
@@ -580,6 +587,13 @@ class _Formatter(logging.Formatter):
         return text if record.levelno == logging.INFO else f'{record.levelname}: {text}'
 
 
+def _share(refusal: str) -> None:
+    """Tell the other processes, once this one has joined them."""
+    if 'dks_timm.engine' in sys.modules:
+        from .engine import share
+        share(refusal)
+
+
 @contextlib.contextmanager
 def exit_on_bad_input():
     """End with exit code 2 and one line where the input is at fault; on every node, one process says it.
@@ -591,7 +605,13 @@ def exit_on_bad_input():
     logging.basicConfig(level=level, handlers=[waiting], force=True)
     logging.captureWarnings(True)
     try:
-        yield
+        try:
+            yield
+        except ValueError as e:
+            _share(str(e))
+            raise
+        else:
+            _share('')
     except ValueError as e:
         waiting.buffer.clear()
         if int(os.environ.get('LOCAL_RANK', 0)) == 0:

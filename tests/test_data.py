@@ -91,7 +91,7 @@ def test_without_a_validation_split_the_folder_itself_may_be_the_training_data(t
     (['--data-dir', '{root}/notes.txt'], ['--data-dir', 'notes.txt', '.tar']),
     (['--data-dir', '{root}', '--num-classes', '1'], ['--num-classes 1', '2 classes']),
     (['--data-dir', '{root}', '--val-split', 'other'], ['--val-split other', 'b, c']),
-    (['--data-dir', '{root}', '--class-map', 'nowhere.txt'], ['--data-dir', 'nowhere.txt']),
+    (['--data-dir', '{root}', '--class-map', 'nowhere.txt'], ['--class-map nowhere.txt', '.txt', '.pkl']),
     (['--dataset', 'digits', '--val-split', 'test'], ['--dataset digits', '"test"', 'validation']),
     (['--dataset', 'digits', '--num-classes', '9'], ['--num-classes 9', '10 classes']),
     (['--dataset', 'torch/no_such'], ['--dataset torch/no_such']),

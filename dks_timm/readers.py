@@ -1,0 +1,542 @@
+"""timm's data readers: what they need before they start, images that cannot be read, shards that are few."""
+import glob
+import importlib.util
+import io
+import json
+import logging
+import numbers
+import os
+import re
+import struct
+import sys
+import tarfile
+from contextlib import suppress
+
+import torch
+from PIL import Image
+from timm.data import ImageDataset, IterableImageDataset
+from timm.data.readers.class_map import load_class_map as timm_load_class_map
+from timm.data.readers.reader import Reader
+from timm.data.readers.targets import get_field, has_field
+
+from .options import OptionError, closest, flag, naming
+
+_logger = logging.getLogger(__name__)
+
+# Folder names that timm takes for one another.
+SPLITS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
+
+# Kinds of dataset, with those of the flags below that timm's reader of that kind understands.
+FIELD_FLAGS = ('class_map', 'input_key', 'target_key')
+KINDS = {
+    '': ('class_map', 'input_key'),
+    'digits': (),
+    'torch': (),
+    'hfds': FIELD_FLAGS,
+    'hfids': FIELD_FLAGS,
+    'wds': FIELD_FLAGS,
+    'tfds': FIELD_FLAGS,
+}
+PACKAGES = {
+    'hfds': ('datasets', '"dks-timm[readers]"'),
+    'hfids': ('datasets', '"dks-timm[readers]"'),
+    'wds': ('webdataset', '"dks-timm[readers]"'),
+    'tfds': ('tensorflow_datasets', 'tensorflow-cpu tensorflow-datasets'),
+}
+
+# What Pillow and the readers raise for a file that is not the image it says it is.
+UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, struct.error, tarfile.TarError, Image.DecompressionBombError)
+
+
+class DataError(OptionError):
+    """Data that a run cannot go on with, found out on the way."""
+
+    def __init__(self, message):
+        # A loader's worker sends its traceback along, as text in front of the message.
+        super().__init__(message.rpartition(f'{type(self).__name__}: ')[2].strip())
+
+
+class BadImages:
+    """Warns of images that cannot be read, and ends the run at more than so many in a row.
+
+    Args:
+        most: --max-bad-images.
+        then: What happens in place of such an image, as the warning says it.
+    """
+
+    def __init__(self, most: int, then: str):
+        self.most = most
+        self.then = then
+        self.in_a_row = 0
+        self.named = set()
+
+    def good(self):
+        self.in_a_row = 0
+
+    def bad(self, name, error):
+        """Name a bad image, once in a worker.
+
+        Raises:
+            DataError: if it is one too many.
+        """
+        self.in_a_row += 1
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        if name not in self.named:
+            self.named.add(name)
+            _logger.warning(f'Bad image {name}: {reason}; {self.then}.')
+        if self.in_a_row > self.most:
+            raise DataError(
+                f'--max-bad-images {self.most}: {self.in_a_row} images in a row cannot be read, the last is {name} '
+                f'({reason}); repair or remove them, or allow more'
+            ) from None
+
+
+class Images(ImageDataset):
+    """timm's ImageDataset, for whatever Pillow raises: an image that cannot be read gives way to the next one.
+
+    Readable images come out as timm's do, and nothing random is drawn for the others.
+
+    Args:
+        reader: A timm reader; it may also give images that are decoded already.
+        input_img_mode: Pillow mode that images are converted to.
+        max_bad: Most unreadable images in a row.
+    """
+
+    def __init__(self, reader, input_img_mode: str, max_bad: int):
+        super().__init__('', reader=reader, input_img_mode=input_img_mode)
+        self.bad_images = BadImages(max_bad, 'the next one takes its place')
+
+    def __getitem__(self, index):
+        while True:
+            try:
+                img, target = self.reader[index]
+                if not isinstance(img, Image.Image):
+                    img = Image.open(img)
+                if self.input_img_mode:
+                    img = img.convert(self.input_img_mode)
+                else:
+                    img.load()
+                break
+            except UNREADABLE as e:
+                self.bad_images.bad(self.reader.filename(index, absolute=True) or f'number {index}', e)
+                index = (index + 1) % len(self.reader)
+        self.bad_images.good()
+        if self.transform is not None:
+            img = self.transform(img)
+        return img, -1 if target is None else target
+
+
+class Stream(IterableImageDataset):
+    """timm's IterableImageDataset, with every sample in one process and one worker only.
+
+    In training, timm gives each worker of each process its own shards, from which it reads as many whole batches as
+    make up its part of an epoch; at the end it starts over with its shards to fill the last one. Here workers share
+    out samples where there are too few shards for them. In evaluation every sample is read once.
+
+    Args:
+        reader: A timm reader of a stream.
+        max_bad: Most unreadable images in a row; ``tfds/`` decodes on its own, and raises.
+    """
+
+    def __init__(self, reader, max_bad: int):
+        super().__init__('', reader=reader)
+        self.bad_images = BadImages(max_bad, 'passed over')
+        self.num_classes = None  # set where it is known
+
+    def __iter__(self):
+        reader = self.reader
+        # For training, tfds/ starts again in every epoch.
+        if reader.ds is None and not getattr(reader, 'reinit_each_iter', False):
+            self._start()
+        count = 0
+        for img, target in self._samples():
+            self.bad_images.good()
+            if self.num_classes and isinstance(target, numbers.Integral) and not 0 <= target < self.num_classes:
+                raise DataError(f'--num-classes {self.num_classes}: the data holds label {target}')
+            yield img if self.transform is None else self.transform(img), target
+            count += 1
+        if reader.is_training and count < reader._num_samples_per_worker():
+            raise DataError('--train-split: a worker found no image that can be read in its shards')
+
+    def _samples(self):
+        try:
+            yield from self.reader
+        except KeyError as e:
+            if not self.reader.remap_class:
+                raise
+            raise DataError(f'--class-map: has no index for label {e}; add it, or leave it out of the data') from None
+
+    def _start(self):
+        """Let the reader open its pipeline in this worker, and then correct it."""
+        reader = self.reader
+        reader._lazy_init()
+        if not reader.is_training:
+            reader.dist_num_replicas = 1  # what timm cuts or pads the processes' shares to one length by
+        if hasattr(reader.ds, 'pipeline'):  # wds/
+            stages = reader.ds.pipeline  # [shards, ..., split, open shards, ..., decode, rename]
+            if reader.is_training and len(reader.split_info.filenames) < reader.global_num_workers:
+                i = stages.index(reader._split_by_node_and_worker)
+                stages[i], stages[i + 1] = stages[i + 1], stages[i]  # split samples in place of shards
+            decode, = stages[-2].args
+            stages[-2] = lambda samples: self._decode_wds(samples, decode)
+        elif hasattr(reader.ds, 'cast_column'):  # hfids/
+            feature = (reader.ds.features or {}).get(reader.input_key)
+            if getattr(feature, 'decode', False):
+                undecoded = reader.ds.cast_column(reader.input_key, type(feature)(decode=False))
+                reader.ds = _Decoded(undecoded, reader.input_key, feature, self.bad_images)
+
+    def _decode_wds(self, samples, decode):
+        from timm.data.readers.reader_wds import WdsTargetKeyError
+        key = self.reader.input_key.split(';')[0]
+        for sample in samples:
+            try:
+                decoded = decode(sample)
+            except WdsTargetKeyError as e:
+                raise DataError(f'--target-key: {e}') from None
+            except (KeyError, *UNREADABLE) as e:
+                self.bad_images.bad(f'{sample["__key__"]} of {sample["__url__"]}', e)
+            else:
+                if decoded is not None:  # timm's way to leave out a sample without a label
+                    yield {key: decoded['jpg'], 'target': decoded['target']}
+
+
+class _Decoded:
+    """A Hugging Face IterableDataset whose images are decoded here, so that a bad one does not end it."""
+
+    def __init__(self, ds, key, feature, bad_images):
+        self.ds, self.key, self.feature, self.bad_images = ds, key, feature, bad_images
+        self.num_shards = getattr(ds, 'num_shards', None)
+        self.set_epoch = ds.set_epoch
+
+    def __iter__(self):
+        for number, sample in enumerate(self.ds):
+            value = sample[self.key]
+            try:
+                image = self.feature.decode_example(value)
+            except UNREADABLE as e:
+                self.bad_images.bad((value or {}).get('path') or f'number {number} of the stream', e)
+            else:
+                yield {**sample, self.key: image}
+
+
+class ReaderDigits(Reader):
+    """scikit-learn's handwritten digits: 1,797 real 8x8 gray images; of each class, every fifth one validates."""
+
+    def __init__(self, split: str):
+        super().__init__()
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError:
+            raise OptionError('--dataset digits: needs scikit-learn; pip install "dks-timm[demo]"') from None
+        if not any(split in names for names in SPLITS):
+            raise OptionError(f'--dataset digits: has no split "{split}"; it has train and validation')
+        digits = load_digits()
+        held_out = torch.zeros(len(digits.target), dtype=torch.bool)
+        for label in range(10):
+            held_out[(digits.target == label).nonzero()[0][4::5]] = True
+        indices = (held_out if split in SPLITS[1] else ~held_out).nonzero().flatten().tolist()
+        self.samples = [(_png(digits.images[i]), int(digits.target[i])) for i in indices]
+        self.class_to_idx = {str(label): label for label in range(10)}
+
+    def __getitem__(self, index):
+        png, label = self.samples[index]
+        return io.BytesIO(png), label
+
+    def __len__(self):
+        return len(self.samples)
+
+    def _filename(self, index, basename=False, absolute=False):
+        return f'{self.samples[index][1]}/{index}.png'
+
+
+def _png(pixels) -> bytes:
+    """Encode an (8, 8) array of values 0 to 16 as timm's datasets expect images: as a file."""
+    file = io.BytesIO()
+    Image.fromarray((pixels * (255 / 16)).round().astype('uint8')).save(file, 'png')
+    return file.getvalue()
+
+
+class ReaderTorch(Reader):
+    """A torchvision dataset as a reader, so that :class:`Images` looks after it too."""
+
+    def __init__(self, dataset):
+        super().__init__()
+        self.dataset = dataset
+        self.class_to_idx = getattr(dataset, 'class_to_idx', None)
+
+    def __getitem__(self, index):
+        return self.dataset[index]
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def _filename(self, index, basename=False, absolute=False):
+        return self.dataset.samples[index][0] if hasattr(self.dataset, 'samples') else ''
+
+
+def kind(args) -> str:
+    """The kind of --dataset: '' for folders and tars, "digits", or timm's prefix in lower case."""
+    if args.dataset == 'digits':
+        return args.dataset
+    prefix, slash, _ = args.dataset.partition('/')
+    return prefix.lower() if slash else ''
+
+
+def check_dataset(args):
+    """Refuse what can be seen to be wrong without reading data.
+
+    Raises:
+        OptionError: for an unknown kind of dataset, a missing package, a flag that means nothing to the reader, and
+            a folder that is not there.
+    """
+    name = kind(args)
+    if name not in KINDS:
+        known = [f'{k}/' for k in KINDS if k not in ('', 'digits')]
+        raise OptionError(
+            f'--dataset {args.dataset}: no reader "{name}/"; there are {", ".join(known)}, "digits", and for folders '
+            f'and tars --data-dir alone{closest(f"{name}/", known)}'
+        )
+    package, install = PACKAGES.get(name, ('', ''))
+    if package and getattr(_find_spec(package), 'origin', None) is None:  # a mere folder of that name has none
+        raise OptionError(f'--dataset {args.dataset}: needs the package {package}; pip install {install}')
+    root = args.data_dir
+    is_tar = not name and root and root.endswith('.tar')
+    for dest in FIELD_FLAGS:
+        value = getattr(args, dest)
+        if value and (dest not in KINDS[name] or is_tar and dest == 'input_key'):
+            data = f'--dataset {args.dataset}' if name else f'--data-dir {root}'
+            raise OptionError(f'{flag(dest)} {value}: means nothing to {data}; leave it out')
+    if args.target_key and ',' in args.target_key:
+        raise OptionError(f'--target-key {args.target_key}: several labels an image are not supported; give one field')
+    if not root:
+        if not name:
+            hint = f'; closest: {args.dataset}/' if args.dataset.lower() in KINDS else ''
+            there = f' for --dataset {args.dataset}{hint}' if args.dataset else ''
+            raise OptionError(f'--data-dir: missing{there}; give a folder of images, or --dataset')
+        if name in ('torch', 'wds'):
+            raise OptionError(f'--data-dir: missing; give the folder of --dataset {args.dataset}')
+    elif not name:
+        _check_folder(args)
+
+
+def quieten(name: str):
+    """Keep the progress bars of Hugging Face's packages from logs; on a terminal they stay."""
+    if name in ('hfds', 'hfids') and not sys.stderr.isatty():
+        import datasets
+        datasets.disable_progress_bars()
+
+
+def _find_spec(package):
+    with suppress(ImportError, ValueError):
+        return importlib.util.find_spec(package)
+
+
+def _check_folder(args):
+    root = args.data_dir
+    if not os.path.exists(root):
+        raise OptionError(f'--data-dir {root}: no such folder')
+    if not os.path.isdir(root):
+        if not root.endswith('.tar'):
+            raise OptionError(f'--data-dir {root}: neither a folder nor a .tar file')
+        if args.val_split:
+            _logger.warning(f'--data-dir {root} has no splits: evaluation is on the training images (--val-split "").')
+        return
+    for dest in ('train_split', 'val_split'):
+        split = getattr(args, dest)
+        whole = dest == 'train_split' and not args.val_split  # timm then trains on the folder itself
+        if split and not whole and split_root(root, split) == root:
+            there = sorted(os.listdir(root))
+            raise OptionError(
+                f'{flag(dest)} {split}: --data-dir {root} has no such folder; it has '
+                + (', '.join(there[:8]) + (', ...' if len(there) > 8 else '') or 'nothing')
+            )
+
+
+def split_root(root: str, split: str) -> str:
+    """Where a split lies in a folder: the subfolder or tar of its name or a synonym, or else the folder itself."""
+    name = split.partition('[')[0]
+    if os.path.isdir(root):
+        for candidate in (name, *next((names for names in SPLITS if name in names), ())):
+            for path in (os.path.join(root, candidate), os.path.join(root, f'{candidate}.tar')):
+                if os.path.exists(path):
+                    return path
+    return root
+
+
+def holds_tars(root: str) -> bool:
+    """Whether a folder holds nothing but tars, one a class or many, which timm's tar reader reads as one dataset."""
+    return os.path.isdir(root) and bool(glob.glob(os.path.join(glob.escape(root), '*.tar'))) and not any(
+        entry.is_dir() for entry in os.scandir(root))
+
+
+class ClassMap(dict):
+    """Indices of class names, which remembers the names that a reader did not find in it."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.missing = set()
+
+    def __contains__(self, name):
+        found = super().__contains__(name)
+        if not found:
+            self.missing.add(name)
+        return found
+
+
+def load_class_map(args, root: str) -> ClassMap:
+    """Read --class-map, a path from here or from the folder of the split.
+
+    Raises:
+        OptionError: if it is not there or not a class map.
+    """
+    path = args.class_map
+    wanted = 'wanted: a .txt of one class name a line, or a .pkl of a dict from name or label to index'
+    try:
+        class_map = ClassMap(timm_load_class_map(path, root))
+    except Exception as e:  # what unpickling raises is anyone's guess
+        raise OptionError(f'--class-map {path}: {" ".join(str(e).split())}; {wanted}') from e
+    class_map.pop('', None)  # of an empty line
+    for name, index in class_map.items():
+        if not isinstance(index, int) or index < 0:
+            raise OptionError(f'--class-map {path}: the index of "{name}" is {index!r}; {wanted}')
+    if not class_map:
+        raise OptionError(f'--class-map {path}: is empty; {wanted}')
+    return class_map
+
+
+def check_class_map(args, missing):
+    """Refuse a class map that has no index for classes of the data, which timm would leave out or stumble over."""
+    if missing:
+        names = [name or 'images outside a class folder' for name in sorted(map(str, missing))]
+        shown = ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
+        raise OptionError(
+            f'--class-map {args.class_map}: has no index for {len(names)} of the classes in the data ({shown}); '
+            'add them, or leave them out of the data'
+        )
+
+
+def check_fields(args, reader, split_flag: str):
+    """Refuse fields that are not in the data, and labels that give no class.
+
+    Args:
+        reader: timm's reader of one split. Class names that it could not see are added to it, and the number of
+            labels where they have no names (``num_labels``).
+        split_flag: Flag and name of the split.
+
+    Raises:
+        OptionError: naming --input-key, --target-key, --class-map or the split.
+    """
+    name = kind(args)
+    if name in ('hfds', 'hfids'):
+        _check_huggingface(args, reader, split_flag)
+    elif name == 'wds':
+        _check_shards(args, reader, split_flag)
+    elif name == 'tfds':
+        _check_field('--input-key', reader.input_key, reader.builder.info.features)
+        _check_field('--target-key', reader.target_key, reader.builder.info.features)
+
+
+def _check_field(flag_name, key, fields):
+    if not has_field(fields, key):
+        raise OptionError(f'{flag_name} {key}: the data has no such field; it has {", ".join(sorted(fields))}')
+
+
+def _check_huggingface(args, reader, split_flag):
+    if kind(args) == 'hfds':
+        features, input_key, target_key = reader.dataset.features, reader.image_key, reader.label_key
+        if reader.dataset.select_columns(input_key)[0][input_key] is None:  # timm adds an empty one where it is missing
+            _check_field('--input-key', input_key, set(features) - {input_key})
+    else:
+        with naming(split_flag, OSError, RuntimeError):
+            stream = reader.builder.as_streaming_dataset(split=reader.split)
+            features = stream.features or next(iter(stream), {})
+        input_key, target_key = reader.input_key, reader.target_key
+        _check_field('--input-key', input_key, features)
+    _check_field('--target-key', target_key, features)
+    feature = get_field(features, target_key)
+    if isinstance(feature, list) or hasattr(feature, 'feature'):
+        raise OptionError(f'--target-key {target_key}: several labels an image are not supported; name another field')
+
+    names = list(getattr(feature, 'names', None) or ())
+    if not reader._source_names:  # of a stream, timm does not look at the features
+        reader._source_names = dict(enumerate(names))
+        if not reader.remap_class:
+            reader.class_to_idx = {label: index for index, label in enumerate(names)}
+    labels = set(range(len(names)))
+    if kind(args) == 'hfds' and target_key in features:
+        labels = set(reader.dataset.unique(target_key))
+    if labels & {None, -1}:
+        raise OptionError(f'{split_flag}: has images without a label; give a split that is labelled')
+    if reader.remap_class:
+        known = set(reader.class_to_idx)
+        check_class_map(args, {
+            reader._source_names.get(label, label) for label in labels
+            if not {label, reader._source_names.get(label)} & known
+        })
+        return
+    text = [label for label in labels if isinstance(label, str)] or getattr(feature, 'dtype', '') == 'string'
+    if text:
+        raise OptionError(f'--target-key {target_key}: holds text; give --class-map, a file of its values in order')
+    reader.num_labels = max(labels, default=-1) + 1
+
+
+def _check_shards(args, reader, split_flag):
+    import webdataset as wds
+    paths = [os.path.join(reader.root, name) for name in reader.split_info.filenames]
+    if any(re.match(r'\w{2,}:', path) for path in paths):
+        return  # pipes and remote files are opened by who reads them
+    missing = [path for path in paths if not os.path.exists(path)]
+    if missing:
+        raise OptionError(
+            f'{split_flag}: --data-dir {reader.root} has no {os.path.relpath(missing[0], reader.root)} '
+            f'({len(missing)} of {len(paths)} shards are missing)'
+        )
+    stages = wds.SimpleShardList(paths), wds.tarfile_to_samples(handler=wds.ignore_and_continue)
+    sample = next(iter(wds.DataPipeline(*stages)), None)
+    if sample is None:
+        raise OptionError(f'{split_flag}: no sample can be read from the shards in --data-dir {reader.root}')
+    fields = {name: value for name, value in sample.items() if not name.startswith('__')}
+    if not any(name in fields for name in reader.input_key.split(';')):
+        _check_field('--input-key', reader.input_key, fields)
+    key = reader.target_key or reader.split_info.alt_label
+    if key:
+        _check_field('--target-key', key, json.loads(fields.get('json', '{}')) or fields)
+        label = get_field(json.loads(fields['json']), key)
+    elif 'cls' in fields:
+        label = fields['cls'].decode()
+    else:
+        raise OptionError(f'--target-key: missing; {sample["__url__"]} has no .cls files; name a field of its .json')
+    try:
+        label = int(label)
+    except (TypeError, ValueError):
+        raise OptionError(f'--target-key {key or "cls"}: holds {label!r}; wds/ labels are whole numbers') from None
+    if reader.remap_class and label >= 0:
+        if not any(isinstance(name, int) for name in reader.class_to_idx):
+            raise OptionError(
+                f'--class-map {args.class_map}: holds names, wds/ labels are numbers; wanted: a .pkl of a dict from '
+                'label to index'
+            )
+        check_class_map(args, {label} - set(reader.class_to_idx))
+
+
+def check_stream(args, stream):
+    """Refuse what timm cannot do with a training stream on this many processes and workers.
+
+    Raises:
+        OptionError: naming the flag at fault.
+    """
+    reader, data = stream.reader, f'--dataset {args.dataset}'
+    for dest in ('aug_repeats', 'aug_splits', 'naflex_loader', 'train_img_sizes', 'use_multi_epochs_loader'):
+        if getattr(args, dest):
+            raise OptionError(f'{flag(dest)}: {data} is a stream; give a dataset whose images can be picked by number')
+    if kind(args) == 'tfds' and args.distributed and not args.workers:
+        raise OptionError(f'--workers 0: {data} is split by workers; in several processes give at least 1')
+    if kind(args) == 'hfids' and not reader.download and args.workers > 1:
+        shards = getattr(reader.builder.as_streaming_dataset(split=reader.split), 'num_shards', args.workers)
+        if shards % args.world_size == 0:  # else every process reads all shards, and keeps its part of the samples
+            shards //= args.world_size
+        if shards < args.workers:
+            raise OptionError(
+                f'--workers {args.workers}: {data} has {shards} shards for that many workers of a process; '
+                f'give --workers {shards}, or hfds/'
+            )
