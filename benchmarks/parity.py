@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run our train.py and timm's own with the same flags, and compare summary.csv, args.yaml and the names of checkpoints.
+"""Run our train.py and timm's own with the same flags, and compare summary.csv, args.yaml and checkpoints.
 
     python benchmarks/parity.py --timm-train path/to/pytorch-image-models/train.py    # writes results/parity.md
     python benchmarks/parity.py --timm-train ... --names sgd bce                      # only these, printed
@@ -9,6 +9,7 @@ DDP wrapper gets no device ids, as two processes could not start on a CPU otherw
 """
 import argparse
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 from timm.models import save_for_hf
+from timm.utils import load_checkpoint_metadata
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = '--num-classes 10 --img-size 32 --epochs 2 -b 32 -j 1 --device cpu --warmup-epochs 1'
@@ -131,10 +133,50 @@ def compare(out):
             difference = abs(x - y) / (1 if 'top' in column else max(abs(y), 1e-12))
             if not difference <= worst[0]:  # a NaN is a difference too
                 worst = difference, column
+    keys = [checkpoint_keys(out / who / 'last.pth.tar') for who in ('ours', 'timm')]
     settings = [yaml.safe_load((out / who / 'args.yaml').read_text()) for who in ('ours', 'timm')]
     names = [sorted(p.name for p in (out / who).iterdir()) for who in ('ours', 'timm')]
     same = all(settings[0].get(k) == v for k, v in settings[1].items() if k != 'experiment')
-    return *worst, 'equal' if same and names[0] == names[1] else 'differ'
+    return *worst, 'equal' if same and names[0] == names[1] and keys[0] == keys[1] else 'differ'
+
+
+def checkpoint_keys(path):
+    """Names of what a checkpoint holds, and of its weights and their average."""
+    checkpoint = load_checkpoint_metadata(path)
+    return sorted(checkpoint), [list(checkpoint.get(k) or ()) for k in ('state_dict', 'state_dict_ema')]
+
+
+def read_with_timms_tools(timm_scripts, work, ours):
+    """Let timm's validate.py and avg_checkpoints.py read the checkpoints of a run with --dks; rows of a table."""
+    out = work / 'tools'
+    run(ours, f'--data-dir {work / "data"} {CNN} --dks --model-ema --model-ema-decay 0.9', out, 'ours')
+    with open(out / 'ours' / 'summary.csv', newline='') as f:
+        recorded = float(list(csv.DictReader(f))[-1]['eval_top1'])
+
+    def script(name, *arguments):
+        copy = shutil.copy(timm_scripts / name, work / 'timm')
+        command = [sys.executable, copy, *map(str, arguments)]
+        done = subprocess.run(command, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f'{" ".join(command)}\n{done.stderr}')
+        return done.stdout
+
+    def validate(checkpoint, *arguments):
+        printed = script(
+            'validate.py', '--data-dir', work / 'data', '--split', 'validation', '--model', 'resnet10t',
+            '--num-classes', 10, '--img-size', 32, '--device', 'cpu', '-j', 1, '-b', 32, '--use-train-size',
+            '--checkpoint', checkpoint, *arguments)
+        return json.loads(printed.partition('--result')[2])['top1']
+
+    found = validate(out / 'ours' / 'last.pth.tar', '--use-ema')
+    averaged = out / 'averaged.pth'
+    averaged.unlink(missing_ok=True)
+    script('avg_checkpoints.py', '--input', out / 'ours', '--output', averaged)
+    return [
+        f'| `validate.py --use-ema` | last.pth.tar of a run with `--dks` | top-1 {found:.3f}, in summary.csv '
+        f'{recorded:.3f} |',
+        f'| `avg_checkpoints.py`, `validate.py` | its checkpoints | top-1 {validate(averaged):.3f} |',
+    ]
 
 
 def main():
@@ -166,15 +208,19 @@ def main():
         lines.append(f'| {name} | `{COMBINATIONS[name]}` | {difference:.2g} | {column} | {rest} |')
         print(lines[-1], flush=True)
     if not args.names:
+        tools = read_with_timms_tools(args.timm_train.resolve().parent, work, scripts['ours'])
+        print(*tools, sep='\n')
         versions = ', '.join(f'{package} {version(package)}' for package in ('torch', 'timm', 'accelerate'))
         (ROOT / 'results' / 'parity.md').write_text('\n'.join([
             "# The same digits as timm's script", '',
             '`python benchmarks/parity.py --timm-train path/to/pytorch-image-models/train.py` runs both scripts with '
             f'the flags `{BASE}` and those of the row, on a CPU in float32 ({versions}). The difference is the largest '
             'in summary.csv, relative, or in percentage points for top-1 and top-5; 0 is equality to the last digit. '
-            'The last column compares args.yaml and the names of the files.', '',
+            'The last column compares args.yaml, the names of the files, and the keys of the last checkpoint and '
+            'of its weights.', '',
             '| combination | flags | largest difference | column | settings and files |', '|---|---|---:|---|---|',
-            *lines,
+            *lines, '',
+            "timm's other scripts read our checkpoints:", '', '| script | reads | finds |', '|---|---|---|', *tools,
         ]) + '\n')
 
 
