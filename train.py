@@ -4,7 +4,6 @@
     accelerate launch train.py --config recipes/quickstart.yaml
     accelerate launch train.py --model resnet18 --dks --data-dir DIR --num-classes 100 --export-dir out/resnet18
 """
-import shlex
 import sys
 
 from dks_timm import options
@@ -18,7 +17,7 @@ def main(argv=None):
         from timm.layers import set_fast_norm
         from timm.optim import create_optimizer_v2, optimizer_kwargs
 
-        from dks_timm import build, data, engine, hub, readers
+        from dks_timm import build, card, data, engine, hub, readers
 
         # Build, in timm's order and without a random number that timm's script does not draw.
         build.check_names(args)
@@ -50,31 +49,27 @@ def main(argv=None):
         if args.export_dir and resume:
             with options.naming(f'--export-dir {args.export_dir}'):
                 hub.check_export_dir(args.export_dir, args.overwrite)
+        label_names = data.label_names(dataset_train)
+        if accelerator.is_main_process:
+            hub.check_publishing(args, args_text, model, label_names)
         trainer.open_output(args_text, data_config['input_size'], resume)
+        vars(args).update(card.provenance(vars(args), sys.argv[1:] if argv is None else argv, model, label_names))
 
     # Fit.
+    on_best = hub.push_every_best(args, trainer.output_dir)
     try:
-        trainer.fit()
+        trainer.fit(on_best)
     except readers.DataError as e:
         sys.exit(f'train.py: error: {e}')
     if not accelerator.is_main_process:
         return
     print(trainer.result())
 
-    # Export the best weights of the backbone as a folder for plain timm.
-    if args.export_dir:
-        model = trainer.load_best(model)
-        hub.export(
-            args.export_dir,
-            model,
-            card=dict(command=shlex.join(['train.py', *(argv or sys.argv[1:])]), training=hub.run_settings(vars(args))),
-            data_config=data_config,
-            label_names=data.label_names(dataset_train),
-            results=hub.eval_results(trainer.best_metrics(), args.dataset or args.data_dir, args.val_split),
-            overwrite=args.overwrite,
-        )
-        print(f'Exported to {args.export_dir}: a fresh process with timm alone loads it, with bit-identical logits:')
-        print(f"    model = timm.create_model('local-dir:{args.export_dir}', pretrained=True)")
+    # Publish the best weights of the backbone: a folder for plain timm, and a repository on the Hub.
+    if on_best:
+        on_best.close()
+    if args.export_dir or args.push_to_hub:
+        hub.publish(args, trainer, model, data_config)
 
 
 if __name__ == '__main__':

@@ -12,6 +12,7 @@ _PUBLIC = {
     'synergy_loss': 'loss',
     'DKSTask': 'task',
     'export': 'hub',
+    'push_to_hub': 'push',
 }
 
 __all__ = ['__version__', *_PUBLIC]

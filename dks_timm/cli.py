@@ -4,7 +4,7 @@ import json
 import sys
 from typing import Optional, Sequence
 
-from .options import ParseKwargs, Parser, add_branch_flags, naming
+from .options import ParseKwargs, Parser, add_branch_flags, add_card_flags, add_hub_flags, naming
 
 
 def _create_parser() -> Parser:
@@ -20,8 +20,24 @@ def _create_parser() -> Parser:
     export.add_argument('checkpoint', metavar='CKPT', help='a checkpoint of a run, such as model_best.pth.tar')
     export.add_argument('out_dir', metavar='DIR', help='folder to write to')
     export.add_argument('--no-ema', action='store_true', help='take the trained weights where there are averaged ones')
-    export.add_argument('--overwrite', action='store_true', help='replace a model that is already in the folder')
+    export.add_argument('--overwrite', action='store_true',
+                        help='replace a model that the folder or the repository already holds')
+    add_card_flags(export)
+    export.add_argument('--push-to-hub', metavar='OWNER/NAME', help='push the folder to this repository, too')
+    add_hub_flags(export)
     export.set_defaults(run=_export)
+
+    push = commands.add_parser(
+        'push',
+        help='push an exported folder to the Hugging Face Hub',
+        description='Push an exported folder to the Hugging Face Hub in one commit; nothing happens where nothing has '
+                    'changed.',
+    )
+    push.add_argument('folder', metavar='DIR', help='folder of an exported model')
+    push.add_argument('push_to_hub', metavar='OWNER/NAME', help='repository, created if need be')
+    push.add_argument('--overwrite', action='store_true', help='replace another model that the repository holds')
+    add_hub_flags(push)
+    push.set_defaults(run=_push)
 
     inspect = commands.add_parser(
         'inspect',
@@ -63,21 +79,48 @@ def _inspect(args: argparse.Namespace):
 
 def _export(args: argparse.Namespace):
     from .hub import export_checkpoint
+    from .push import check_request
 
-    out_dir = export_checkpoint(args.checkpoint, args.out_dir, use_ema=not args.no_ema, overwrite=args.overwrite)
+    if args.push_to_hub:
+        check_request(args.push_to_hub, args.hub_revision)
+    out_dir = export_checkpoint(
+        args.checkpoint,
+        args.out_dir,
+        use_ema=not args.no_ema,
+        keep_branches=args.keep_branches,
+        license=args.card_license,
+        baseline_dir=args.card_baseline,
+        repo_id=args.push_to_hub,
+        overwrite=args.overwrite,
+    )
     print(f"Exported and checked, bit for bit: timm.create_model('local-dir:{out_dir}', pretrained=True)")
+    if args.push_to_hub:
+        _push(args, out_dir)
+
+
+def _push(args: argparse.Namespace, folder=None):
+    from .push import push_folder
+
+    print(push_folder(
+        folder or args.folder,
+        args.push_to_hub,
+        private=args.hub_private,
+        revision=args.hub_revision,
+        overwrite=args.overwrite,
+        timeout=args.hub_timeout,
+    ))
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command.
 
     Returns:
-        Exit code: 0; 2 for bad arguments; 1 where the command itself failed.
+        Exit code: 0; 2 for bad arguments; 3 where a push did not get through; 1 where the command itself failed.
     """
     try:
         args = _create_parser().parse_args(argv)
         args.run(args)
     except (ValueError, RuntimeError, OSError) as e:
         print(f'dks-timm: error: {" ".join(str(e).split())}', file=sys.stderr)
-        return 2 if isinstance(e, ValueError) else 1
+        return 2 if isinstance(e, ValueError) else 3 if type(e).__name__ == 'PushError' else 1
     return 0

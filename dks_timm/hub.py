@@ -1,8 +1,9 @@
-"""Publishing: a trained network as a folder that plain timm loads, with its model card."""
+"""Publishing: a trained network as a folder that plain timm loads, with its model card and, if asked, its branches."""
 import argparse
 import json
+import logging
 import os
-import shutil
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,8 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 import torch
 import torch.nn as nn
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config, resolve_input_data_config
 from timm.data.loader import adapt_to_chs
@@ -21,26 +23,18 @@ from timm.models import get_model_input_config, load_checkpoint, save_for_hf
 from timm.utils import load_checkpoint_metadata, unwrap_model
 
 from .build import create_model
-from .model import DKSModel, prune
-from .options import create_parser
+from .card import FACTS, METADATA, baseline, describe_run, write_card
+from .model import DKSModel, create_dks_model, prune
+from .models import ARCHITECTURES
+from .options import UNREADABLE, create_parser, naming
+from .published import load_checkpoint_branches, plain_tensors, save_branches
+from .push import FILES, BackgroundPush, PushError, check_repository, finishing_line, push_folder
 
-__all__ = ['check_export_dir', 'eval_results', 'export', 'export_checkpoint', 'run_settings']
+__all__ = ['check_export_dir', 'check_publishing', 'export', 'export_checkpoint', 'publish', 'push_every_best']
 
 PathLike = Union[str, os.PathLike]
 
-# In the order in which they are put in place: timm does not load a folder without config.json, so an interrupted
-# replacement never looks like a model.
-_FILES = ('model.safetensors', 'README.md', 'config.json')
-
-# What a card can be given: fields of its metadata, and facts that the template shows.
-_CARD_METADATA = ('base_model', 'datasets', 'language', 'license', 'license_link', 'license_name', 'tags')
-_CARD_FACTS = ('branches', 'command', 'dks', 'model_name', 'repo_id', 'training')
-
-# Flags that say nothing about how a model was trained, or only where its owner keeps things.
-_HOUSEKEEPING = {
-    'checkpoint_hist', 'data', 'data_dir', 'experiment', 'export_dir', 'log_interval', 'output', 'overwrite',
-    'recovery_interval', 'resume', 'workers',
-}
+_logger = logging.getLogger(__name__)
 
 # What timm's pretrained_cfg says about the weights that timm publishes under an architecture's name.
 _SOURCE_FACTS = ('description', 'license', 'notes', 'origin_url', 'paper_ids', 'paper_name', 'tag')
@@ -48,7 +42,10 @@ _SOURCE_FACTS = ('description', 'license', 'notes', 'origin_url', 'paper_ids', '
 _LOAD_BACK = """
 import sys, timm, torch
 from safetensors.torch import load_file, save_file
-model_dir, x_file, logits_file, num_threads, precision = sys.argv[1:]
+model_dir, x_file, logits_file, num_threads, precision, package_dir = sys.argv[1:]
+if package_dir:
+    sys.path.append(package_dir)
+    import dks_timm.models
 torch.set_num_threads(int(num_threads))
 torch.set_float32_matmul_precision(precision)
 model = timm.create_model('local-dir:' + model_dir, pretrained=True).eval()
@@ -77,46 +74,11 @@ def check_export_dir(out_dir: PathLike, overwrite: bool = False) -> Path:
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f'out_dir is {str(out_dir)!r}, which is not writable; choose another folder')
     if out_dir.is_dir() and not overwrite:
-        found = [p.name for p in sorted(out_dir.iterdir()) if p.name in _FILES or p.suffix in ('.safetensors', '.bin')]
+        found = [p.name for p in sorted(out_dir.iterdir()) if p.name in FILES or p.suffix in ('.safetensors', '.bin')]
         if found:
             raise ValueError(
                 f'out_dir {str(out_dir)!r} already holds {", ".join(found)}; choose another folder or set overwrite')
     return out_dir
-
-
-def eval_results(metrics: Mapping[str, float], dataset: str, split: str = 'validation') -> List[EvalResult]:
-    """Bring timm's evaluation metrics of an exported model into the form of a card's ``model-index``.
-
-    Args:
-        metrics: Metrics of the backbone's classifier, in percent; ``top1`` and ``top5`` are taken.
-        dataset: Name of the dataset that they were measured on; of a path, its last part is taken.
-        split: Its split.
-    """
-    if os.path.exists(dataset):
-        dataset = os.path.basename(os.path.abspath(dataset))
-    names = {'top1': 'Top-1 accuracy of the backbone (%)', 'top5': 'Top-5 accuracy of the backbone (%)'}
-    return [
-        EvalResult(
-            task_type='image-classification',
-            dataset_type=dataset,
-            dataset_name=dataset,
-            dataset_split=split,
-            metric_type='accuracy',
-            metric_name=name,
-            metric_value=float(metrics[key]),
-        )
-        for key, name in names.items() if key in metrics
-    ]
-
-
-def run_settings(args: Mapping[str, Any]) -> Dict[str, Any]:
-    """The flags of ``train.py`` by which a run differs from its defaults, for ``card={'training': ...}``.
-
-    Args:
-        args: The arguments of the run.
-    """
-    defaults = vars(create_parser().parse_args([]))
-    return {k: v for k, v in args.items() if k in defaults.keys() - _HOUSEKEEPING and v != defaults[k]}
 
 
 def export(
@@ -128,27 +90,34 @@ def export(
         data_config: Optional[Mapping[str, Any]] = None,
         label_names: Optional[Sequence[str]] = None,
         results: Optional[Sequence[EvalResult]] = None,
+        keep_branches: bool = False,
         overwrite: bool = False,
 ) -> Path:
     """Write a network's backbone as a folder for ``timm.create_model('local-dir:...', pretrained=True)``.
 
     The folder gets ``config.json``, ``model.safetensors`` and a model card, ``README.md``. Before they are put in
     place, a fresh process loads them with timm alone, and its logits have to equal the backbone's bit for bit (on the
-    CPU, in float32, for a fixed random input). The network is left as it is. Weights keep their precision.
+    CPU, in float32, for a fixed random input). The network is left as it is. Weights keep their precision; the
+    statistics that split BatchNorm keeps of augmented images are left out.
 
     Args:
         out_dir: Folder to write to, created if need be.
         net_or_model: A DKSModel, or a timm model; may be wrapped (DDP, ``torch.compile``, EMA).
-        card: What to say in the card. Metadata: ``base_model``, ``datasets``, ``language``, ``license``,
-            ``license_link``, ``license_name``, ``tags``. Facts: ``dks`` (whether it was trained with DKS) and
-            ``branches`` (a table of the branches), both known of a DKSModel, ``command``, ``training`` (a mapping of
-            settings and measurements), ``model_name`` (default: the folder's name), ``repo_id`` on the Hub.
+        card: What to say in the card. Metadata: ``base_model``, ``base_model_relation``, ``datasets``, ``language``,
+            ``license``, ``license_link``, ``license_name``, ``tags``. Facts: ``dks`` (whether it was trained with DKS)
+            and ``branches`` (a table of the branches), both known of a DKSModel, ``command``, ``training`` (a mapping
+            of settings and measurements), ``started_from`` (published weights), ``summary`` (the epochs, from
+            :func:`dks_timm.report.read_summary`), ``baseline`` (from :func:`dks_timm.card.baseline`), ``model_name``
+            (default: the name of the repository or folder), ``repo_id`` on the Hub.
         model_args: Arguments of ``timm.create_model`` that the model was made with. timm records them itself; they are
             only needed for a model that was not made by ``create_model``.
         data_config: The run's preprocessing, as ``timm.data.resolve_data_config`` gives it (``input_size``, ``mean``,
             ``std``, ``crop_pct``, ``crop_mode``, ``interpolation``); default: the model's ``pretrained_cfg``.
         label_names: Class names in the order of the classifier's outputs.
-        results: What was measured with these weights, for the card; see :func:`eval_results`.
+        results: What was measured with these weights, for the card; see :func:`dks_timm.card.eval_results`.
+        keep_branches: Write a DKSModel's branches beside the backbone, ``branches.safetensors`` and
+            ``dks_config.json``: :func:`dks_timm.create_dks_model` then brings the whole network back. For timm the
+            folder is the same.
         overwrite: Replace a model that is already in the folder.
 
     Returns:
@@ -161,14 +130,16 @@ def export(
     out_dir = check_export_dir(out_dir, overwrite)
     net, model = unwrap_model(net_or_model), prune(net_or_model)
     card = dict(card or {})
-    unknown = sorted(set(card) - {*_CARD_METADATA, *_CARD_FACTS})
+    unknown = sorted(set(card) - {*METADATA, *FACTS})
     if unknown:
-        accepted = ', '.join(sorted((*_CARD_METADATA, *_CARD_FACTS)))
+        accepted = ', '.join(sorted((*METADATA, *FACTS)))
         raise ValueError(f'card has {", ".join(map(str, unknown))}; it takes {accepted}')
     if label_names is not None and len(label_names) > model.num_classes:
         raise ValueError(f'label_names has {len(label_names)} names; the model has {model.num_classes} classes')
     if isinstance(net, DKSModel):
         card = {'dks': True, 'branches': net.describe(), **card}
+    elif keep_branches:
+        raise ValueError(f'keep_branches needs a network with branches, not a {type(net).__name__}')
 
     created = not out_dir.exists()
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -177,11 +148,18 @@ def export(
         with tempfile.TemporaryDirectory(prefix='.export-', dir=out_dir) as work_dir:
             model_dir = Path(work_dir, 'model')
             _save(model, model_dir, model_args, data_config, label_names, card.get('license'))
-            _verify(model, model_dir)
-            _write_card(model, model_dir, card, results, out_dir.resolve().name)
+            if keep_branches:
+                save_branches(net, model_dir)
+            _verify(net if keep_branches else model, model_dir)
+            write_card(model, model_dir, card, results, out_dir.resolve().name, has_branches=keep_branches)
+            mode = (model_dir / 'config.json').stat().st_mode
             (out_dir / 'config.json').unlink(missing_ok=True)
-            for name in _FILES:
-                os.replace(model_dir / name, out_dir / name)
+            for name in FILES:
+                if (model_dir / name).exists():
+                    (model_dir / name).chmod(mode)  # safetensors makes its files private
+                    os.replace(model_dir / name, out_dir / name)
+                else:
+                    (out_dir / name).unlink(missing_ok=True)
     finally:
         if created and not any(out_dir.iterdir()):
             out_dir.rmdir()
@@ -192,22 +170,34 @@ def export_checkpoint(
         checkpoint: PathLike,
         out_dir: PathLike,
         use_ema: bool = True,
+        *,
+        keep_branches: bool = False,
+        license: Optional[str] = None,
+        baseline_dir: Optional[PathLike] = None,
+        repo_id: Optional[str] = None,
         overwrite: bool = False,
 ) -> Path:
-    """Export a training checkpoint, with the arguments of its run.
+    """Export a training checkpoint, with the arguments of its run and what its folder says about it.
 
     Args:
         checkpoint: A checkpoint that ``train.py`` (or timm's) has written. It is never unpickled beyond plain data.
         out_dir: Folder to write to, see :func:`export`.
         use_ema: Take the averaged weights where the checkpoint has them.
+        keep_branches: See :func:`export`.
+        license: License of the weights, for the card.
+        baseline_dir: Folder of another run to show beside this one in the card.
+        repo_id: Repository on the Hub that the card is for.
         overwrite: Replace a model that is already in the folder.
+
+    Raises:
+        ValueError: If the checkpoint is not one of a run, or an argument does not fit.
     """
     check_export_dir(out_dir, overwrite)
     if not Path(checkpoint).is_file():
         raise ValueError(f'checkpoint is {str(checkpoint)!r}, but there is no such file')
     try:
         state = load_checkpoint_metadata(str(checkpoint))
-    except (RuntimeError, EOFError) as e:
+    except UNREADABLE as e:
         raise ValueError(f'checkpoint {str(checkpoint)!r} cannot be read: {e}') from e
     if not isinstance(state, dict) or not isinstance(state.get('args'), argparse.Namespace):
         raise ValueError(f'checkpoint {str(checkpoint)!r} does not say how its model was made; give one of a run')
@@ -215,13 +205,121 @@ def export_checkpoint(
     no_weights = {'pretrained': False, 'pretrained_path': None, 'initial_checkpoint': ''}
     net = create_model(argparse.Namespace(**{**args, **no_weights}))
     load_checkpoint(prune(net), str(checkpoint), use_ema=use_ema, filter_fn=_without_aux_bn)
+    if keep_branches and isinstance(net, DKSModel):
+        load_checkpoint_branches(net, str(checkpoint), use_ema)
+    # The run evaluated its average where it had one at hand; a recovery checkpoint lies between two evaluations.
+    evaluated_ema = args['model_ema'] and not args['model_ema_force_cpu']
+    is_ema = use_ema and 'state_dict_ema' in state
+    described = describe_run(
+        args,
+        Path(checkpoint).parent,
+        state.get('epoch'),
+        metric=state.get('metric') if is_ema == evaluated_ema else None,
+        license=license,
+        baseline_dir=baseline_dir,
+    )
+    described['card']['repo_id'] = repo_id
     return export(
         out_dir,
         net,
-        card={'training': {**run_settings(args), 'epoch of the checkpoint (from 0)': state.get('epoch')}},
         data_config=resolve_data_config(args, model=net),
+        keep_branches=keep_branches,
         overwrite=overwrite,
+        **described,
     )
+
+
+def check_publishing(args: argparse.Namespace, args_text: str, model: nn.Module, label_names: Optional[List[str]]):
+    """Before training: see that what the flags ask for can be published. A Hub out of reach is only a warning.
+
+    Args:
+        args: The command line.
+        args_text: What goes into args.yaml.
+        model: The model to be trained.
+        label_names: Class names in the order of the classifier's outputs.
+
+    Raises:
+        OptionError: If it cannot.
+    """
+    if args.card_baseline:
+        with naming(f'--card-baseline {args.card_baseline}'):
+            baseline(yaml.safe_load(args_text), args.card_baseline)
+    if not args.push_to_hub:
+        return
+    config = dict(
+        architecture=model.pretrained_cfg['architecture'], num_classes=model.num_classes, label_names=label_names)
+    try:
+        with naming(f'--push-to-hub {args.push_to_hub}'):
+            warnings = check_repository(
+                args.push_to_hub, config, args.hub_private, args.hub_revision, args.overwrite)
+    except PushError as e:
+        warnings = [f'{e}; training goes on, and the push is tried at its end']
+    for warning in warnings:
+        _logger.warning(f'--push-to-hub {args.push_to_hub}: {warning}')
+
+
+def push_every_best(args: argparse.Namespace, run_dir: Optional[str]) -> Optional[BackgroundPush]:
+    """What pushes the best checkpoints while training goes on; None where that was not asked for."""
+    if not args.push_every_best or run_dir is None:
+        return None
+    flags = ['--push-to-hub', args.push_to_hub]
+    for name in ('hub_timeout', 'card_license', 'card_baseline'):
+        if getattr(args, name) is not None:
+            flags += [f'--{name.replace("_", "-")}', str(getattr(args, name))]
+    if args.hub_revision and not args.hub_revision.startswith('tag:'):
+        flags += ['--hub-revision', args.hub_revision]
+    flags += [] if args.hub_private else ['--no-hub-private']
+    flags += [f'--{name.replace("_", "-")}' for name in ('keep_branches', 'overwrite') if getattr(args, name)]
+    return BackgroundPush(Path(run_dir, 'model_best.pth.tar'), flags)
+
+
+def publish(args: argparse.Namespace, trainer: Any, model: nn.Module, data_config: Mapping[str, Any]) -> None:
+    """After training: export the best weights, push them where that was asked for, and say how to go on.
+
+    Args:
+        args: The command line, with the run's :func:`dks_timm.card.provenance`.
+        trainer: The Trainer, for its best checkpoint.
+        model: The trained model; it takes on the best weights.
+        data_config: The run's preprocessing.
+
+    Raises:
+        SystemExit: With code 3, after a word on what is left to do, if something went wrong. The checkpoints are there
+            all the same, and the exported folder if it was the push.
+    """
+    run_dir, saver = trainer.output_dir, trainer.saver
+    out_dir = args.export_dir or os.path.join(run_dir, 'export')
+    best = os.path.join(run_dir, 'model_best.pth.tar')
+    try:
+        model = trainer.load_best(model)
+        if args.keep_branches:
+            load_checkpoint_branches(model, best, use_ema=args.model_ema and not args.model_ema_force_cpu)
+        described = describe_run(
+            vars(args), run_dir, saver.best_epoch, saver.best_metric, args.card_license, args.card_baseline)
+        described['card']['repo_id'] = args.push_to_hub
+        # Only a run with this very name could have left a model in its folder.
+        overwrite = args.overwrite or not args.export_dir
+        export(
+            out_dir, model, data_config=data_config, keep_branches=args.keep_branches, overwrite=overwrite, **described)
+    except Exception as e:
+        _fail(f'--export-dir {out_dir}', e, f'The checkpoints are in {run_dir}. To export the best one:',
+              shlex.join(['dks-timm', 'export', best, out_dir]))
+    alone = 'dks_timm' if model.pretrained_cfg['architecture'] in ARCHITECTURES else 'timm alone'
+    print(f'Exported to {out_dir}: a fresh process with {alone} loads it, with bit-identical logits:')
+    print(f"    model = timm.create_model('local-dir:{out_dir}', pretrained=True)")
+    if not args.push_to_hub:
+        return
+    where = (args.push_to_hub, args.hub_private, args.hub_revision, args.overwrite)
+    try:
+        print(f'Pushed to {push_folder(out_dir, *where, timeout=args.hub_timeout)}')
+    except Exception as e:
+        _fail(f'--push-to-hub {args.push_to_hub}', e, f'The model is in {out_dir}. To push it:',
+              finishing_line(out_dir, *where))
+
+
+def _fail(subject: str, error: Exception, where: str, command: str):
+    reason = ' '.join(str(error).split()) or type(error).__name__
+    print(f'train.py: error: {subject}: {reason}\n{where}\n    {command}', file=sys.stderr)
+    raise SystemExit(3)
 
 
 def _without_aux_bn(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, Any]:
@@ -230,11 +328,10 @@ def _without_aux_bn(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str
 
 
 def _plain_tensors(model: nn.Module, state_dict: Dict[str, Any], prefix: str, metadata: Dict[str, Any]):
-    """State dict hook: what safetensors takes are contiguous tensors that share no memory (no tied weights)."""
-    tensors = _without_aux_bn(state_dict, model)
+    """State dict hook: what safetensors takes."""
+    tensors = plain_tensors(state_dict)
     state_dict.clear()
-    for name, tensor in tensors.items():
-        state_dict[name] = tensor.to('cpu', copy=True, memory_format=torch.contiguous_format)
+    state_dict.update(tensors)
 
 
 def _save(model, model_dir, model_args, data_config, label_names, license):
@@ -263,36 +360,10 @@ def _save(model, model_dir, model_args, data_config, label_names, license):
         )
     finally:
         hook.remove()
-    shutil.copymode(model_dir / 'config.json', model_dir / 'model.safetensors')  # safetensors makes it private
 
 
-def _write_card(model, model_dir, card, results, folder_name):
-    config = json.loads((model_dir / 'config.json').read_text())
-    model_name = card.get('model_name') or folder_name
-    metadata = {k: card[k] for k in _CARD_METADATA if k in card}
-    if results:
-        metadata.update(eval_results=list(results), model_name=model_name)
-    metadata['tags'] = ['timm', *(['dks'] if card.get('dks') else []), *(card.get('tags') or [])]
-    package = Path(__file__).parent
-    # The template lies at the top of the project; a wheel carries it inside the package.
-    template = next(p for p in (package / 'MODEL_CARD.md', package.parent / 'MODEL_CARD.md') if p.is_file())
-    ModelCard.from_template(
-        ModelCardData(library_name='timm', pipeline_tag='image-classification', **metadata),
-        template_path=str(template),
-        architecture=config['architecture'],
-        num_classes=config['num_classes'],
-        num_params=sum(p.numel() for p in model.parameters()),
-        preprocessing=config['pretrained_cfg'],
-        label_names=config.get('label_names'),
-        results=results,
-        source=f'hf-hub:{card["repo_id"]}' if card.get('repo_id') else f'local-dir:{folder_name}',
-        **{k: card.get(k) for k in _CARD_FACTS if k != 'model_name'},
-        title=model_name,
-    ).save(model_dir / 'README.md')
-
-
-def _logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Logits (B, num_classes) of a copy of the model on the CPU, in float32 and eval mode."""
+def _logits(model: nn.Module, x: torch.Tensor) -> List[torch.Tensor]:
+    """Logits (B, num_classes) of every classifier of a copy of the model on the CPU, in float32 and eval mode."""
     copy = deepcopy(model).to('cpu', torch.float32).eval()
     for tensor in chain(copy.parameters(), copy.buffers()):
         tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)  # channels_last sums in another order
@@ -300,13 +371,14 @@ def _logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         if hasattr(module, 'init_non_persistent_buffers'):
             module.init_non_persistent_buffers()  # tables that no file has: the cast must not leave them rounded
     with torch.inference_mode(), torch.autocast('cpu', enabled=False):
-        return copy(x)
+        return copy.exits(x) if isinstance(copy, DKSModel) else [copy(x)]
 
 
-def _verify(model: nn.Module, model_dir: Path):
+def _verify(net_or_model: nn.Module, model_dir: Path):
+    model = net_or_model.backbone if isinstance(net_or_model, DKSModel) else net_or_model
     input_size = json.loads((model_dir / 'config.json').read_text())['pretrained_cfg']['input_size']
     x = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
-    expected = _logits(model, x)
+    expected, *of_branches = _logits(net_or_model, x)
 
     x_file, logits_file = model_dir.with_name('x.safetensors'), model_dir.with_name('logits.safetensors')
     save_file({'x': x}, x_file)
@@ -315,6 +387,8 @@ def _verify(model: nn.Module, model_dir: Path):
             sys.executable, '-c', _LOAD_BACK, model_dir.absolute(), x_file.absolute(), logits_file.absolute(),
             # Both may change the order or the precision of sums.
             str(torch.get_num_threads()), torch.get_float32_matmul_precision(),
+            # timm alone does not know the architectures of this package.
+            Path(__file__).parents[1] if model.pretrained_cfg['architecture'] in ARCHITECTURES else '',
         ],
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -331,3 +405,8 @@ def _verify(model: nn.Module, model_dir: Path):
             f'(largest difference {difference:.3g}). If it was changed after it was made, '
             'give the arguments that timm.create_model makes it with as model_args.'
         )
+    if of_branches:
+        with torch.random.fork_rng(devices=[]):
+            _, *loaded = _logits(create_dks_model(f'local-dir:{model_dir}', pretrained=True), x)
+        if not all(torch.equal(a, b) for a, b in zip(loaded, of_branches, strict=True)):
+            raise RuntimeError('The exported model was not kept, because its branches load with other logits')

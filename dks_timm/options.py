@@ -285,6 +285,25 @@ def add_branch_flags(group) -> None:
                        help='most a training forward may cost, in forwards of the backbone')
 
 
+def add_card_flags(group) -> None:
+    """The flags that say what an export holds besides the backbone."""
+    group.add_argument('--keep-branches', action='store_true',
+                       help='write the branches beside the exported backbone, for further training and early exits')
+    group.add_argument('--card-license', type=str, metavar='NAME', help='license of the weights, for the model card')
+    group.add_argument('--card-baseline', type=str, metavar='RUN',
+                       help='folder of a run of the same model on the same data, to show beside this one in the card')
+
+
+def add_hub_flags(group) -> None:
+    """The flags that say how to push to the Hugging Face Hub."""
+    group.add_argument('--hub-private', action=argparse.BooleanOptionalAction, default=True,
+                       help='make a new repository a private one')
+    group.add_argument('--hub-revision', type=str, metavar='NAME',
+                       help='branch to push to, or tag:NAME to tag what is pushed to main')
+    group.add_argument('--hub-timeout', type=float, metavar='SECONDS',
+                       help='most that a push may take; 300 and what 0.5 MB/s make of the size, if not given')
+
+
 def create_parser() -> Parser:
     """timm's flags and ours."""
     parser = timm_parser()
@@ -317,7 +336,14 @@ def create_parser() -> Parser:
     group = parser.add_argument_group('Export and tracking')
     group.add_argument('--export-dir', type=str, metavar='DIR',
                        help='write the best weights here, pruned to the plain timm model')
-    group.add_argument('--overwrite', action='store_true', help='replace a model that --export-dir already holds')
+    group.add_argument('--overwrite', action='store_true',
+                       help='replace a model that --export-dir or the repository already holds')
+    add_card_flags(group)
+    group.add_argument('--push-to-hub', type=str, metavar='OWNER/NAME',
+                       help='push the export to this repository on the Hugging Face Hub')
+    add_hub_flags(group)
+    group.add_argument('--push-every-best', action='store_true',
+                       help='push, in the background, each checkpoint that is the best so far')
     group.add_argument('--log-with', type=str, nargs='+', default=[], metavar='TRACKER',
                        help='log to tensorboard, wandb, ... through Accelerate')
     return parser
@@ -549,6 +575,16 @@ def check(args, given) -> None:
             refuse(value, f'{flag(name)}{"" if value is True else f" {value}"}: not with --data-on-device'
                    + ('; use --color-jitter 0' if name == 'color_jitter' else '; leave out one of the two'))
 
+    for name in ('hub_revision', 'hub_timeout', 'push_every_best'):
+        refuse(getattr(args, name) and not args.push_to_hub, f'{flag(name)}: needs --push-to-hub')
+    refuse(args.hub_timeout is not None and not args.hub_timeout > 0,
+           f'--hub-timeout {args.hub_timeout}: must be above 0')
+    refuse(args.keep_branches and not args.dks, '--keep-branches: needs --dks')
+    if args.push_to_hub and int(os.environ.get('RANK', 0)) == 0:
+        from .push import check_request
+        with naming(f'--push-to-hub {args.push_to_hub}'):
+            check_request(args.push_to_hub, args.hub_revision)
+
     if not args.dks:
         set_without = [name for name in given if name.startswith('dks_')]
         refuse(set_without, f'{flag(min(set_without, default=""))}: needs --dks')
@@ -559,6 +595,18 @@ def check(args, given) -> None:
 def mixup_active(args) -> bool:
     """Whether batches are mixed, and targets therefore soft."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+# Flags of the arguments that complaints begin with.
+_ARGUMENTS = dict(
+    stages='--dks-stages',
+    branches='--dks-branches',
+    branch_kwargs='--dks-branch-kwargs',
+    budget='--dks-budget',
+    baseline='--card-baseline',
+    repo_id='--push-to-hub',
+    revision='--hub-revision',
+)
 
 
 @contextlib.contextmanager
@@ -574,8 +622,8 @@ def naming(subject: str, *more_errors):
     except (ValueError, *more_errors) as e:
         reason = ' '.join(str(e).split()) or type(e).__name__
         argument, _, rest = reason.partition(' ')
-        if argument in ('stages', 'branches', 'branch_kwargs', 'budget'):
-            raise OptionError(f'{flag("dks_" + argument)} {rest}') from e
+        if argument in _ARGUMENTS:
+            raise OptionError(f'{_ARGUMENTS[argument]} {rest}') from e
         raise OptionError(f'{subject}: {textwrap.shorten(reason, 400, placeholder=" ...")}') from e
 
 

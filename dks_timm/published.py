@@ -14,8 +14,12 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from timm.models import parse_model_name
 from timm.models._hub import hf_split
+from timm.utils import load_checkpoint_metadata
 
-__all__ = ['BRANCH_CONFIG', 'BRANCH_WEIGHTS', 'load_branches', 'plain_tensors', 'read_layout', 'save_branches']
+__all__ = [
+    'BRANCH_CONFIG', 'BRANCH_WEIGHTS', 'load_branches', 'load_checkpoint_branches', 'plain_tensors', 'read_layout',
+    'save_branches',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -110,3 +114,17 @@ def load_branches(net: nn.Module, model_name: str, cache_dir: Optional[str] = No
     if fresh:
         _logger.info(f'{model_name} was trained with other shapes; in its branches start fresh: {", ".join(fresh)}.')
     net.branches.load_state_dict({**given, **{name: own[name] for name in fresh}})
+
+
+def load_checkpoint_branches(net: nn.Module, path: str, use_ema: bool = True) -> None:
+    """Load the branches of a training checkpoint, as ``timm.models.load_checkpoint`` does the backbone.
+
+    Raises:
+        ValueError: If it holds no branches, or others.
+    """
+    checkpoint = load_checkpoint_metadata(path)
+    state = checkpoint['task_state_ema' if use_ema and 'task_state_ema' in checkpoint else 'task_state']
+    own, given = net.branches.state_dict(), state['branches']
+    if {k for k in own.keys() ^ given.keys() if '.aux_bn.' not in k}:
+        raise ValueError(f'checkpoint {path!r} holds other branches than its run would make now')
+    net.branches.load_state_dict({name: given.get(name, tensor) for name, tensor in own.items()})

@@ -16,8 +16,9 @@ from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from torch.nn.parallel import DistributedDataParallel
 
 from dks_timm import create_dks_model, hub
+from dks_timm.card import eval_results
 from dks_timm.cli import main
-from dks_timm.hub import check_export_dir, eval_results, export, export_checkpoint
+from dks_timm.hub import check_export_dir, export, export_checkpoint
 from dks_timm.options import create_parser
 
 DATA_CONFIG = dict(
@@ -328,7 +329,7 @@ def test_checkpoint_is_exported_with_the_arguments_of_its_run(checkpoint, tmp_pa
     assert not torch.equal(logits(loaded), logits(model))
     assert timm.data.resolve_model_data_config(loaded)['input_size'] == (3, 48, 48)
     text = (tmp_path / 'model/README.md').read_text()
-    for fact in ('| lr | 0.25 |', '| model | test_efficientnet |', 'Synergy', 'branch 1', 'checkpoint (from 0) | 7 |'):
+    for fact in ('| lr | 0.25 |', '| model | test_efficientnet |', 'Synergy', 'branch 1', 'weights (from 0) | 7 |'):
         assert fact in text
     assert 'rank' not in text and 'someone' not in text
 

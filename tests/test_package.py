@@ -7,7 +7,7 @@ import pytest
 import dks_timm
 from dks_timm.cli import main
 
-PUBLIC = ['DKSLoss', 'DKSModel', 'DKSTask', 'create_dks_model', 'export', 'prune', 'synergy_loss']
+PUBLIC = ['DKSLoss', 'DKSModel', 'DKSTask', 'create_dks_model', 'export', 'prune', 'push_to_hub', 'synergy_loss']
 
 
 def run_python(code):
