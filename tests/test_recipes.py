@@ -63,9 +63,8 @@ def commands(path):
 
 @functools.cache
 def dks_args(path):
-    """The recipe's arguments with DKS: the last command's."""
-    args, _, _ = options.parse_args(commands(path)[-1])
-    assert args.dks
+    """The arguments of the recipe's last command, with --dks where the recipe leaves it to the command line."""
+    args, _, _ = options.parse_args([*commands(path)[-1], '--dks'])
     args.rank, args.world_size, args.pretrained = 0, 1, False
     return args
 
