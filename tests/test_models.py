@@ -174,6 +174,7 @@ def test_convolutions_start_from_kaimings_distribution_and_norms_from_one(name):
 def test_networks_with_a_3x3_stem_keep_the_resolution_up_to_the_first_stage():
     model = create('resnet18_cifar')
     assert model.conv1.weight.shape == (64, 3, 3, 3)
+    assert model.conv1.weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)
     features = model.forward_intermediates(images(), intermediates_only=True)
     assert [f.shape[-1] for f in features] == [32, 32, 16, 8, 4]
 
@@ -193,8 +194,9 @@ def test_layouts_that_cannot_be_built_are_refused_by_name(name, kwargs, message)
 @pytest.mark.parametrize('name', ['wrn_16_2_cifar', 'densenet_40_12_cifar'])
 def test_dropout_inside_blocks_is_for_training_only(name):
     model = create(name, proj_drop_rate=0.5)
-    x = images()
-    assert not torch.equal(model(x), model(x))
+    features = model.forward_intermediates(x := images(), intermediates_only=True)
+    for module, f in ((model.stages[0][0], features[0]), (model.stages[1][0], features[1])):  # a layer, a transition
+        assert not torch.equal(module(f), module(f))
     model.eval()
     assert torch.equal(model(x), model(x))
     tail = create_dks_model(name, proj_drop_rate=0.5, **SMALL[name]).branches[0]
@@ -317,10 +319,26 @@ def test_intermediate_features_are_those_of_the_forward(name):
     assert torch.equal(model.forward_head(final), model(x))
     *_, normed = model.forward_intermediates(x, norm=True, intermediates_only=True)
     assert torch.equal(normed, final)
-    early = model.forward_intermediates(x, indices=[0, 1], stop_early=True, intermediates_only=True)
-    assert all(torch.equal(a, b) for a, b in zip(early, intermediates[:2], strict=True))
     last = model.forward_intermediates(x, indices=1, intermediates_only=True)
     assert torch.equal(*last, intermediates[-1])
+
+
+@small
+def test_early_features_do_not_need_the_late_stages(name):
+    model = create(name).eval()
+    x = images()
+    expected = model.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
+    (model.layer2 if hasattr(model, 'layer2') else model.stages[1])[0].register_forward_hook(lambda *_: 1 / 0)
+    features = model.forward_intermediates(x, indices=[0, 1], stop_early=True, intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(features, expected, strict=True))
+
+
+@small
+def test_a_shortened_network_takes_a_new_classifier(name):
+    model = create(name)
+    assert model.prune_intermediate_layers([0, -2]) == [0, len(model.feature_info) - 2]
+    model.reset_classifier(5, 'avg')
+    assert model(images()).shape == (2, 5)
 
 
 @small
