@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 import train
 from dks_timm import build, cli, options
@@ -249,9 +250,8 @@ def test_it_trains_with_the_command_line_overriding_what_is_too_large_here(path,
         getattr(dks_args(path), name) for name in ('opt', 'mixup', 'bce_loss', 'model_ema'))
 
 
-def test_an_imagenet_recipe_trains_and_exports_its_own_model(tiny_run, tmp_path):
-    run('--config', ROOT / 'recipes/efficientnet_b0.yaml', *tiny_run, '--checkpoint-hist', 1,
-        '--output', tmp_path, '--experiment', 'run', '--export-dir', tmp_path / 'model')
+def test_an_imagenet_recipe_trains_its_own_model(tiny_run, tmp_path):
+    run('--config', ROOT / 'recipes/efficientnet_b0.yaml', *tiny_run, '--output', tmp_path, '--experiment', 'run')
     assert math.isfinite(float(summary(tmp_path / 'run')[0]['eval_loss']))
-    config = json.loads((tmp_path / 'model/config.json').read_text())
-    assert (config['architecture'], config['num_classes']) == ('efficientnet_b0', 2)
+    checkpoint = load_checkpoint_metadata(tmp_path / 'run/last.pth.tar')
+    assert checkpoint['arch'] == 'efficientnet_b0' and checkpoint['args'].dks_budget == 9
