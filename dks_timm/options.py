@@ -24,6 +24,10 @@ class OptionError(ValueError):
     """A bad invocation. The message names the flag, the value given and what would do."""
 
 
+class SharedError(OptionError):
+    """A refusal that every process knows of."""
+
+
 class ParseKwargs(argparse.Action):
     """timm's key=value action, imported when a flag uses it."""
 
@@ -310,7 +314,8 @@ def create_parser() -> Parser:
     parser.add_argument('-c', '--config', default='', metavar='FILE', help='YAML recipe: flags by name, - as _')
 
     group = parser.add_argument_group('Deeply-supervised Knowledge Synergy')
-    group.add_argument('--dks', action='store_true', help='train with supervision branches and synergy')
+    group.add_argument('--dks', action=argparse.BooleanOptionalAction, default=False,
+                       help='train with supervision branches and synergy; --no-dks overrules a recipe')
     add_branch_flags(group)
     group.add_argument('--dks-ce-weight', type=float, nargs='+', default=[1.0], metavar='W',
                        help='weight of the label loss, one or one a classifier (backbone first)')
@@ -376,7 +381,8 @@ def parse_args(argv=None):
     check(args, given)
 
     timm_names = vars(timm_parser().parse_args([]))
-    text = {k: v for k, v in vars(args).items() if k in timm_names or v != defaults[k]}
+    ours = {k: v for k, v in vars(args).items() if v != defaults[k] and (args.dks or not k.startswith('dks_'))}
+    text = {**ours, **{k: v for k, v in vars(args).items() if k in timm_names}}
     args.prefetcher = not args.no_prefetcher
     args.grad_accum_steps = max(1, args.grad_accum_steps)
     return args, set(given) - {'config'}, yaml.safe_dump(text, default_flow_style=False)
@@ -587,7 +593,7 @@ def check(args, given) -> None:
 
     if not args.dks:
         set_without = [name for name in given if name.startswith('dks_')]
-        refuse(set_without, f'{flag(min(set_without, default=""))}: needs --dks')
+        refuse(set_without and 'dks' not in given, f'{flag(min(set_without, default=""))}: needs --dks')
         return
     refuse(args.naflex_loader, '--naflex-loader: patch sequences cannot be combined with --dks')
 
@@ -655,6 +661,8 @@ def exit_on_bad_input():
     try:
         try:
             yield
+        except SharedError:
+            raise
         except ValueError as e:
             _share(str(e))
             raise

@@ -84,6 +84,14 @@ def test_args_text_holds_what_timm_writes_and_our_flags_only_where_set():
     assert set(yaml.safe_load(text)) - timm_names == {'dks', 'dks_stages', 'export_dir'}
 
 
+def test_no_dks_overrules_a_recipe_and_leaves_timms_settings(tmp_path):
+    path = recipe(tmp_path, 'dks: true\ndks_budget: 1.5\nepochs: 7\n')
+    assert options.parse_args(['-c', path])[0].dks
+    args, _, text = options.parse_args(['-c', path, '--no-dks'])
+    assert not args.dks and args.epochs == 7
+    assert 'dks' not in text and not options.parse_args(['-c', recipe(tmp_path, text)])[0].dks
+
+
 def test_args_text_is_a_recipe(tmp_path):
     argv = ['--dks', '--dks-branch-kwargs', '2.layers=(1,1,1,1)', '--opt-kwargs', 'foreach=True', '--torchcompile']
     args, _, text = options.parse_args(argv)
