@@ -125,6 +125,8 @@ class Run:
                     wall, cpu = seconds[line['epoch']]
                     line.update(seconds=round(wall, 2), cpu_seconds=round(cpu, 2), device=device)
                 lines.append(line)
+        if not lines:
+            return
         self.results.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.results.with_suffix('.tmp')
         temporary.write_text(''.join(json.dumps(line) + '\n' for line in lines))
@@ -254,6 +256,8 @@ def execute(args, runs) -> int:
             if well is None:
                 continue
             jobs.remove(job)
+            if job.stopped:
+                waiting.clear()  # time is up
             lines = job.run.lines()
             state = f'{len(lines)} of {job.run.epochs} epochs'
             if lines:
