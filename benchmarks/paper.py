@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))  # for dks_timm, where it is not installed
 
 # The row's title, and the top-1 errors (%) that the paper reports.
 ROWS = dict(
-    mini=dict(title='ResNet-20, 20 classes, 100 images each', classes=20, images=100),
+    mini=dict(title='ResNet-20, the mini protocol', classes=20, images=100),
     resnet32=dict(title='ResNet-32', paper=dict(baseline=29.97, ds=29.89, dks=26.81)),
     wrn_28_10=dict(title='WRN-28-10', paper=dict(baseline=18.72, dks=17.24)),
     resnet110=dict(title='ResNet-110', paper=dict(baseline=27.66, ds=26.95, dks=24.98)),
@@ -413,7 +413,12 @@ def summarise(args) -> None:
         if not any(found(args, row)):
             continue
         command = f'python benchmarks/paper.py --data-dir CIFAR100 --rows {row}'
-        text += [f'## {what["title"]}', f'`{command}`', table(args, row)]
+        text += [f'## {what["title"]}', f'`{command}`']
+        if 'classes' in what:
+            text.append(
+                f'The first {what["classes"]} classes by name; of each the first {what["images"]} training images by '
+                'name, and all validation images.')
+        text.append(table(args, row))
         picture = curves(args, row)
         if picture:
             Path(args.results, f'{row}.svg').write_text(picture)

@@ -7,12 +7,15 @@ import shlex
 import statistics
 import time
 import xml.etree.ElementTree as ET
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch.nn.functional import kl_div, log_softmax, softmax
 
 import dks_timm
@@ -99,6 +102,30 @@ def test_every_row_has_a_recipe_and_every_listed_command_parses(capsys):
     assert {method for _, method, _ in seen} == set(paper.METHODS)
     first = [tuple(line.replace('seed ', '').split()[1:3]) for line in listed[:4]]
     assert first == [('baseline', '0'), ('ds', '0'), ('dks', '0'), ('baseline', '1')]
+
+
+@pytest.mark.parametrize('row, batch, decay, rates', [
+    # Epochs at each learning rate.
+    ('resnet32', 128, 1e-4, {0.1: 80, 0.01: 41, 0.001: 43}),
+    ('resnet110', 128, 1e-4, {0.1: 80, 0.01: 41, 0.001: 43}),
+    ('wrn_28_10', 128, 5e-4, {0.1: 59, 0.02: 60, 0.004: 40, 0.0008: 41}),
+    ('wrn_28_10_dropout', 128, 5e-4, {0.1: 59, 0.02: 60, 0.004: 40, 0.0008: 41}),
+    ('densenet_40_12', 64, 1e-4, {0.1: 149, 0.01: 75, 0.001: 76}),
+])
+def test_the_papers_rows_train_with_its_settings(row, batch, decay, rates):
+    args, _, _ = options.parse_args(['--config', str(paper.RECIPES / f'{row}.yaml'), '--data-dir', 'DIR'])
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    (group,) = optimizer.param_groups  # BatchNorm and biases decay too
+    assert (group['weight_decay'], group['momentum'], group['nesterov']) == (decay, 0.9, False)
+    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=10)
+    seen = Counter()
+    for epoch in range(epochs):
+        seen[round(group['lr'], 6)] += 1
+        scheduler.step(epoch + 1)
+    assert seen == rates
+    assert (args.batch_size, args.smoothing, args.train_pad, args.hflip) == (batch, 0, 4, 0.5)
+    assert [round(255 * v, 1) for v in args.mean + args.std] == [125.3, 123.0, 113.9, 63.0, 62.1, 66.7]
 
 
 def loss_of(method):
