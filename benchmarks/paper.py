@@ -232,7 +232,9 @@ def execute(args, runs) -> int:
         make_subset(Path(args.data_dir), target, ROWS[row]['classes'], ROWS[row]['images'])
     threads = os.environ.get('OMP_NUM_THREADS') or str(max(1, os.cpu_count() // args.jobs))
     env = dict(os.environ, OMP_NUM_THREADS=threads, PYTHONUNBUFFERED='1')
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'cpu, threads {threads}'
+    device = f'cpu, threads {threads}'
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name() + (f', {args.jobs} jobs' if args.jobs > 1 else '')
 
     jobs, failed = [], []
 
@@ -368,13 +370,14 @@ def curves(args, row: str) -> str:
 
     def place(epoch, value):
         x = left + (width - left - right) * epoch / epochs
-        y = height - bottom - (height - top - bottom) * (max(value, low) - low) / (high - low)
+        y = height - bottom - (height - top - bottom) * (value - low) / (high - low)
         return f'{x:.1f},{y:.1f}'
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
         'font-size="12" fill="#333">',
         f'<rect width="{width}" height="{height}" fill="#fff"/>',
+        f'<clipPath id="plot"><path d="M{left},{top}H{width}V{height - bottom}H{left}z"/></clipPath>',
     ]
     for value in range(low, high + 1, 5):
         (x0, y), (x1, _) = (place(epoch, value).split(',') for epoch in (0, epochs))
@@ -385,14 +388,16 @@ def curves(args, row: str) -> str:
         x = place(epoch, low).split(',')[0]
         parts.append(f'<text x="{x}" y="{height - bottom + 16}" text-anchor="middle">{epoch}</text>')
     parts.append(f'<text x="{width / 2}" y="{height - 4}" text-anchor="middle">epoch</text>')
-    parts.append(f'<text x="{left + 4}" y="{top + 10}">top-1 accuracy, %</text>')
+    parts.append(f'<text x="{left + 4}" y="{top + 14}">top-1 accuracy, %</text>')
+    clip = 'clip-path="url(#plot)"'
     for position, (method, points) in enumerate(series.items()):
         colour = COLOURS[list(METHODS).index(method)]
         upper = [place(i + 1, m + s) for i, (m, s) in enumerate(points)]
         lower = [place(i + 1, m - s) for i, (m, s) in enumerate(points)]
-        parts.append(f'<polygon points="{" ".join([*upper, *reversed(lower)])}" fill="{colour}" opacity="0.15"/>')
+        band = ' '.join([*upper, *reversed(lower)])
+        parts.append(f'<polygon points="{band}" fill="{colour}" opacity="0.15" {clip}/>')
         line = ' '.join(place(i + 1, m) for i, (m, _) in enumerate(points))
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5" {clip}/>')
         y = height - bottom - 14 - 18 * (len(series) - 1 - position)
         parts.append(f'<path d="M{width - 210},{y - 4}h22" stroke="{colour}" stroke-width="3"/>')
         parts.append(f'<text x="{width - 182}" y="{y}">{METHODS[method][0]}: {points[-1][0]:.2f}</text>')
