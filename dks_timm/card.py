@@ -36,6 +36,9 @@ _HOUSEKEEPING = {
     'push_to_hub', 'recovery_interval', 'resume', 'workers',
 }
 
+# What a card calls the rest of a run's provenance.
+_PROVENANCE = (('hardware', 'hardware'), ('software', 'software'), ('commit of dks_timm', 'commit'))
+
 
 def eval_results(metrics: Mapping[str, float], dataset: str, split: str = 'validation') -> List[EvalResult]:
     """Bring timm's evaluation metrics of an exported model into the form of a card's ``model-index``.
@@ -167,7 +170,7 @@ def describe_run(
     training = {**run_settings(args), 'seed': args['seed'], 'epoch of these weights (from 0)': epoch}
     if args.get('train_seconds'):
         training['training time'] = f'{timedelta(seconds=round(args["train_seconds"]))} (h:mm:ss, with evaluation)'
-    training.update({key: args[key] for key in ('hardware', 'software', 'commit') if args.get(key)})
+    training.update((name, args[key]) for name, key in _PROVENANCE if args.get(key))
     card = dict(
         training=training,
         command=args.get('command'),

@@ -151,7 +151,7 @@ def push_folder(
         private=private,
         revision=revision,
         overwrite=overwrite,
-        timeout=timeout,
+        seconds=timeout,
     )
     _logger.info(f'Pushed {size / 1e6:.1f} MB to {repo_id}.' if pushed['changed'] else f'{repo_id} is up to date.')
     return pushed['url']
@@ -363,7 +363,7 @@ def _check(api, repo_id, config, private, revision, overwrite):
     return warnings
 
 
-def _push(api, repo_id, folder, readme, message, private, revision, overwrite, timeout):
+def _push(api, repo_id, folder, readme, message, private, revision, overwrite, seconds):
     branch, tag = _parse_revision(revision)
     config = json.loads(Path(folder, 'config.json').read_text())
     contents = {name: Path(folder, name) for name in FILES if Path(folder, name).is_file()}
@@ -394,7 +394,7 @@ def _push(api, repo_id, folder, readme, message, private, revision, overwrite, t
                 raise _Refused(f'revision {revision!r}: the tag is on another commit already; choose another name')
         return dict(url=commit.commit_url, changed=commit.oid != heads[0])
 
-    return _patiently(attempt, time.monotonic() + timeout)
+    return _patiently(attempt, time.monotonic() + seconds)
 
 
 def _prepare(api, repo_id, config, private, revision, overwrite):
