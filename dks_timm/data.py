@@ -6,16 +6,12 @@ import torch
 from timm.data import (
     AugMixDataset,
     FastCollateMixup,
-    ImageDataset,
-    IterableImageDataset,
     Mixup,
     NaFlexMixup,
-    create_dataset,
     create_loader,
     create_naflex_loader,
     create_transform,
 )
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torchvision.transforms import RandomCrop
 
 from . import readers
@@ -34,8 +30,8 @@ def create_datasets(args):
     if args.data and not args.data_dir:
         args.data_dir = args.data
     readers.check_dataset(args)
-    train = _create_dataset(args, 'train', is_training=True, seed=args.seed, repeats=args.epoch_repeats)
-    val = _create_dataset(args, 'val', is_training=False) if args.val_split else None
+    train = readers.create(args, 'train', is_training=True, seed=args.seed, repeats=args.epoch_repeats)
+    val = readers.create(args, 'val', is_training=False) if args.val_split else None
     if val is not None and class_to_idx(val) != class_to_idx(train):
         differ = sorted(set(class_to_idx(val) or ()) ^ set(class_to_idx(train) or ()))
         raise OptionError(
@@ -44,57 +40,6 @@ def create_datasets(args):
         )
     check_num_classes(args.num_classes, train)
     return train, val
-
-
-def _create_dataset(args, prefix, is_training, **kwargs):
-    """Let timm create the dataset of one split, "train" or "val", and see to its bad images."""
-    split, num_samples = getattr(args, f'{prefix}_split'), getattr(args, f'{prefix}_num_samples')
-    in_chans = args.in_chans or (args.input_size or [3])[0]
-    img_mode = ('RGB' if in_chans == 3 else 'L') if args.input_img_mode is None else args.input_img_mode
-    kind = readers.kind(args)
-    if kind == 'digits':
-        return readers.Images(readers.ReaderDigits(split), img_mode, args.max_bad_images)
-    split_flag = f'--{prefix}-split {split}'
-    root = args.data_dir if kind else readers.split_root(args.data_dir, split)
-    class_map = readers.load_class_map(args, '' if kind else root) if args.class_map else None
-    readers.quieten(kind)
-    subject = f'--dataset {args.dataset}, {split_flag}' if args.dataset else f'--data-dir {args.data_dir}, {split_flag}'
-    with naming(subject, Exception):  # readers, and the packages behind them, raise whatever they like
-        try:
-            if not kind and readers.holds_tars(root):
-                dataset = ImageDataset('', reader=ReaderImageInTar(root, class_map=class_map))
-            else:
-                dataset = create_dataset(
-                    args.dataset,
-                    root=root,
-                    split=split,
-                    search_split=bool(kind),
-                    is_training=is_training,
-                    class_map=class_map,
-                    download=args.dataset_download,
-                    batch_size=args.batch_size,
-                    input_img_mode=img_mode,
-                    input_key=args.input_key,
-                    target_key=args.target_key,
-                    num_samples=num_samples,
-                    trust_remote_code=args.dataset_trust_remote_code,
-                    **kwargs,
-                )
-        except Exception as e:
-            if 'num_samples' in str(e):
-                raise OptionError(
-                    f'--{prefix}-num-samples: missing; --dataset {args.dataset} does not say how many samples its '
-                    f'split {split} has'
-                ) from e
-            raise
-        finally:
-            if not kind and class_map is not None:
-                readers.check_class_map(args, class_map.missing)
-        reader = getattr(dataset, 'reader', None) or readers.ReaderTorch(dataset)
-        readers.check_fields(args, reader, split_flag)
-    if isinstance(dataset, IterableImageDataset):
-        return readers.Stream(reader, args.max_bad_images)
-    return readers.Images(reader, img_mode, args.max_bad_images)
 
 
 def class_to_idx(dataset):

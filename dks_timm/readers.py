@@ -14,9 +14,10 @@ from contextlib import suppress
 
 import torch
 from PIL import Image
-from timm.data import ImageDataset, IterableImageDataset
-from timm.data.readers.class_map import load_class_map as timm_load_class_map
+from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader import Reader
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.data.readers.targets import get_field, has_field
 
 from .options import OptionError, closest, flag, naming
@@ -319,13 +320,6 @@ def check_dataset(args):
         _check_folder(args)
 
 
-def quieten(name: str):
-    """Keep the progress bars of Hugging Face's packages from logs; on a terminal they stay."""
-    if name in ('hfds', 'hfids') and not sys.stderr.isatty():
-        import datasets
-        datasets.disable_progress_bars()
-
-
 def _find_spec(package):
     with suppress(ImportError, ValueError):
         return importlib.util.find_spec(package)
@@ -344,7 +338,7 @@ def _check_folder(args):
     for dest in ('train_split', 'val_split'):
         split = getattr(args, dest)
         whole = dest == 'train_split' and not args.val_split  # timm then trains on the folder itself
-        if split and not whole and split_root(root, split) == root:
+        if split and not whole and _split_root(root, split) == root:
             there = sorted(os.listdir(root))
             raise OptionError(
                 f'{flag(dest)} {split}: --data-dir {root} has no such folder; it has '
@@ -352,7 +346,7 @@ def _check_folder(args):
             )
 
 
-def split_root(root: str, split: str) -> str:
+def _split_root(root: str, split: str) -> str:
     """Where a split lies in a folder: the subfolder or tar of its name or a synonym, or else the folder itself."""
     name = split.partition('[')[0]
     if os.path.isdir(root):
@@ -363,10 +357,88 @@ def split_root(root: str, split: str) -> str:
     return root
 
 
-def holds_tars(root: str) -> bool:
+def _holds_tars(root: str) -> bool:
     """Whether a folder holds nothing but tars, one a class or many, which timm's tar reader reads as one dataset."""
     return os.path.isdir(root) and bool(glob.glob(os.path.join(glob.escape(root), '*.tar'))) and not any(
         entry.is_dir() for entry in os.scandir(root))
+
+
+def create(args, prefix: str, is_training: bool, **kwargs):
+    """Let timm create the dataset of one split, and see to its bad images.
+
+    Args:
+        prefix: "train" or "val", which flags are about the split.
+        is_training: Whether a stream is shuffled and filled up to whole batches.
+        **kwargs: More arguments for timm's create_dataset.
+
+    Returns:
+        :class:`Images` or :class:`Stream`.
+
+    Raises:
+        OptionError: if the data is not there, or not what the flags say.
+    """
+    name, root, split = kind(args), args.data_dir, getattr(args, f'{prefix}_split')
+    in_chans = args.in_chans or (args.input_size or [3])[0]
+    img_mode = ('RGB' if in_chans == 3 else 'L') if args.input_img_mode is None else args.input_img_mode
+    if name == 'digits':
+        return Images(ReaderDigits(split), img_mode, args.max_bad_images)
+    if not name:
+        root = _split_root(root, split)
+    if name in ('hfds', 'hfids') and not sys.stderr.isatty():
+        import datasets
+        datasets.disable_progress_bars()
+    class_map = _load_class_map(args, '' if name else root) if args.class_map else None
+    split_flag = f'--{prefix}-split {split}'
+    subject = f'--dataset {args.dataset}, {split_flag}' if args.dataset else f'--data-dir {args.data_dir}, {split_flag}'
+    with naming(subject, Exception):  # readers, and the packages behind them, raise whatever they like
+        try:
+            if not name and _holds_tars(root):
+                dataset = ImageDataset('', reader=ReaderImageInTar(root, class_map=class_map))
+            else:
+                dataset = create_dataset(
+                    args.dataset,
+                    root=root,
+                    split=split,
+                    search_split=bool(name),
+                    is_training=is_training,
+                    class_map=class_map,
+                    download=args.dataset_download,
+                    batch_size=args.batch_size,
+                    input_img_mode=img_mode,
+                    input_key=args.input_key,
+                    target_key=args.target_key,
+                    num_samples=getattr(args, f'{prefix}_num_samples'),
+                    trust_remote_code=args.dataset_trust_remote_code,
+                    **kwargs,
+                )
+        except Exception as e:
+            if 'num_samples' in str(e):
+                raise OptionError(
+                    f'--{prefix}-num-samples: missing; --dataset {args.dataset} does not say how many samples its '
+                    f'split {split} has'
+                ) from e
+            if name == 'hfds' and 'cast' in str(e):
+                raise OptionError(f'--input-key {args.input_key or "image"}: the field holds no images') from e
+            if 'not found in info' in str(e):
+                raise OptionError(
+                    f'{split_flag}: no such split in an _info.json of --data-dir {root}; name one, or shards and how '
+                    'many samples they hold, as in train-{000..099}.tar|50000'
+                ) from e
+            raise
+        finally:
+            if not name and class_map is not None:
+                _check_class_map(args, class_map.missing)
+        reader = dataset.reader if hasattr(dataset, 'reader') else ReaderTorch(dataset)
+        if name in ('hfds', 'hfids'):
+            _check_huggingface(args, reader, split_flag)
+        elif name == 'wds':
+            _check_shards(args, reader, split_flag)
+        elif name == 'tfds':
+            _check_field('--input-key', reader.input_key, reader.builder.info.features)
+            _check_field('--target-key', reader.target_key, reader.builder.info.features)
+    if isinstance(dataset, IterableImageDataset):
+        return Stream(reader, args.max_bad_images)
+    return Images(reader, img_mode, args.max_bad_images)
 
 
 class ClassMap(dict):
@@ -383,7 +455,7 @@ class ClassMap(dict):
         return found
 
 
-def load_class_map(args, root: str) -> ClassMap:
+def _load_class_map(args, root: str) -> ClassMap:
     """Read --class-map, a path from here or from the folder of the split.
 
     Raises:
@@ -392,7 +464,7 @@ def load_class_map(args, root: str) -> ClassMap:
     path = args.class_map
     wanted = 'wanted: a .txt of one class name a line, or a .pkl of a dict from name or label to index'
     try:
-        class_map = ClassMap(timm_load_class_map(path, root))
+        class_map = ClassMap(load_class_map(path, root))
     except Exception as e:  # what unpickling raises is anyone's guess
         raise OptionError(f'--class-map {path}: {" ".join(str(e).split())}; {wanted}') from e
     class_map.pop('', None)  # of an empty line
@@ -404,7 +476,7 @@ def load_class_map(args, root: str) -> ClassMap:
     return class_map
 
 
-def check_class_map(args, missing):
+def _check_class_map(args, missing):
     """Refuse a class map that has no index for classes of the data, which timm would leave out or stumble over."""
     if missing:
         names = [name or 'images outside a class folder' for name in sorted(map(str, missing))]
@@ -413,27 +485,6 @@ def check_class_map(args, missing):
             f'--class-map {args.class_map}: has no index for {len(names)} of the classes in the data ({shown}); '
             'add them, or leave them out of the data'
         )
-
-
-def check_fields(args, reader, split_flag: str):
-    """Refuse fields that are not in the data, and labels that give no class.
-
-    Args:
-        reader: timm's reader of one split. Class names that it could not see are added to it, and the number of
-            labels where they have no names (``num_labels``).
-        split_flag: Flag and name of the split.
-
-    Raises:
-        OptionError: naming --input-key, --target-key, --class-map or the split.
-    """
-    name = kind(args)
-    if name in ('hfds', 'hfids'):
-        _check_huggingface(args, reader, split_flag)
-    elif name == 'wds':
-        _check_shards(args, reader, split_flag)
-    elif name == 'tfds':
-        _check_field('--input-key', reader.input_key, reader.builder.info.features)
-        _check_field('--target-key', reader.target_key, reader.builder.info.features)
 
 
 def _check_field(flag_name, key, fields):
@@ -452,6 +503,8 @@ def _check_huggingface(args, reader, split_flag):
             features = stream.features or next(iter(stream), {})
         input_key, target_key = reader.input_key, reader.target_key
         _check_field('--input-key', input_key, features)
+        if stream.features and not hasattr(get_field(features, input_key), 'decode_example'):
+            raise OptionError(f'--input-key {input_key}: the field holds no images')
     _check_field('--target-key', target_key, features)
     feature = get_field(features, target_key)
     if isinstance(feature, list) or hasattr(feature, 'feature'):
@@ -469,7 +522,7 @@ def _check_huggingface(args, reader, split_flag):
         raise OptionError(f'{split_flag}: has images without a label; give a split that is labelled')
     if reader.remap_class:
         known = set(reader.class_to_idx)
-        check_class_map(args, {
+        _check_class_map(args, {
             reader._source_names.get(label, label) for label in labels
             if not {label, reader._source_names.get(label)} & known
         })
@@ -516,7 +569,7 @@ def _check_shards(args, reader, split_flag):
                 f'--class-map {args.class_map}: holds names, wds/ labels are numbers; wanted: a .pkl of a dict from '
                 'label to index'
             )
-        check_class_map(args, {label} - set(reader.class_to_idx))
+        _check_class_map(args, {label} - set(reader.class_to_idx))
 
 
 def check_stream(args, stream):
