@@ -44,7 +44,8 @@ def main(argv=None):
         names = ['backbone', *(f'stage{stage}' for stage in model.stages)] if args.dks else ['backbone']
         trainer = engine.Trainer(args, accelerator, task, optimizer, loaders, names, resume)
         if trainer.finished:
-            accelerator.print(f'Nothing left to train: {resume or "--start-epoch"} is at the end of {trainer.num_epochs} epochs.')
+            at_end = f'{resume or "--start-epoch"} is at the end of {trainer.num_epochs} epochs'
+            accelerator.print(f'Nothing left to train: {at_end}.')
             return
         if args.export_dir and resume:
             with options.naming(f'--export-dir {args.export_dir}'):

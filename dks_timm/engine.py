@@ -1,4 +1,5 @@
 """The Accelerate loop: one epoch, one evaluation, checkpoints. The only file that knows Accelerate."""
+import argparse
 import csv
 import importlib
 import logging
@@ -9,13 +10,14 @@ from collections import OrderedDict
 from contextlib import nullcontext
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Optional
 
 import torch
 import torchvision.utils
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, tqdm
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, gather_object, tqdm
 from timm import utils
 from timm.models import load_checkpoint, safe_model_name
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -24,9 +26,10 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch.nn.functional import softmax
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from . import build, sharding
 from .data import model_dtype
 from .model import prune
-from .options import UNREADABLE, OptionError, closest, naming
+from .options import UNREADABLE, OptionError, SharedError, closest, naming
 
 _logger = logging.getLogger(__name__)
 
@@ -37,6 +40,8 @@ def create_accelerator(args, given) -> Accelerator:
     Where --device was not given the best device present is taken. --amp and --amp-dtype win over the launcher.
     As timm's does, sets ``device``, ``distributed``, ``world_size``, ``rank`` and ``local_rank`` in args, and seeds.
     """
+    engine = sharding.requested()
+    sharding.check(engine, args)
     for module in args.device_modules or ():
         with naming(f'--device-modules {module}', ImportError):
             importlib.import_module(module)
@@ -71,7 +76,7 @@ def create_accelerator(args, given) -> Accelerator:
             raise OptionError(f'{flag}: {tracker} is not installed; pip install {tracker}')
 
     accelerator = Accelerator(
-        mixed_precision=precision,
+        **sharding.accelerator_kwargs(engine, args, precision),
         cpu=on_cpu,
         log_with=trackers or None,
         project_dir=args.output or './output/train',
@@ -79,8 +84,11 @@ def create_accelerator(args, given) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)],
     )
+    sharding.confirm(engine, accelerator)
     if accelerator.device.type == 'cpu' and accelerator.mixed_precision == 'fp16':
         raise OptionError('--amp-dtype float16: not on a CPU; use --amp-dtype bfloat16')
+    if accelerator.device.type == 'cpu' and accelerator.num_processes > 1 and args.sync_bn:
+        raise OptionError('--sync-bn: torch has none for the CPU; --dist-bn reduce averages after every epoch')
     args.device = str(accelerator.device)
     args.distributed = accelerator.num_processes > 1
     args.world_size = accelerator.num_processes
@@ -88,7 +96,7 @@ def create_accelerator(args, given) -> Accelerator:
     args.local_rank = accelerator.local_process_index
     _logger.info(
         f'Training on {args.device}, process {args.rank} of {args.world_size}, '
-        f'mixed precision {accelerator.mixed_precision}.'
+        + (f'{engine}, ' if engine else '') + f'mixed precision {sharding.precision(accelerator)}.'
     )
     utils.random_seed(args.seed, args.rank)
     return accelerator
@@ -131,6 +139,35 @@ def find_resume(args, args_text: str) -> str:
                 return str(file)
     _logger.info('--resume auto: no checkpoint yet, starting from the beginning.')
     return ''
+
+
+def share(refusal: str = '', facts: Optional[dict] = None) -> None:
+    """Let all processes know whether one refuses its input, and compare what they have to agree on.
+
+    Else the others, on other nodes perhaps, would wait for it for ever. All processes have to call this.
+
+    Args:
+        refusal: Why this process stops, or ''.
+        facts: Values by what they are called in a message.
+
+    Raises:
+        SharedError: Another process refuses, or facts differ.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return
+    told = gather_object([(refusal, facts)])
+    if refusal:
+        return
+    for rank, (other, _) in enumerate(told):
+        if other:
+            raise SharedError(f'{other} (process {rank})')
+    for name, value in (facts or {}).items():
+        for rank, (_, theirs) in enumerate(told):
+            if theirs is not None and theirs[name] != value:
+                raise SharedError(
+                    f'{name}: process {rank} has {theirs[name]}, process {PartialState().process_index} {value}; '
+                    'every node needs the same files'
+                )
 
 
 def _without_resume(args_text):
@@ -182,7 +219,14 @@ class Trainer:
                 if task.has_ema():
                     task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
         self.eval_model = task.get_eval_model()
-        task.trainable_module, self.optimizer = accelerator.prepare(task.get_trainable_module(), optimizer)
+        share(facts={'--resume': resume or 'no checkpoint', 'training batches': len(self.loader_train)})
+        self.shards = None
+        self.engine = sharding.started(accelerator)
+        if self.engine:
+            self.shards = sharding.Shards(self.engine, accelerator, task, optimizer)
+            self.optimizer = self.shards.optimizer
+        else:
+            task.trainable_module, self.optimizer = accelerator.prepare(task.get_trainable_module(), optimizer)
 
         batches = len(self.loader_train)
         self.updates_per_epoch = -(-batches // args.grad_accum_steps)
@@ -236,6 +280,7 @@ class Trainer:
             resume: Checkpoint the run continues from, or ''; with --resume auto the run stays in its folder.
         """
         args = self.args
+        self.input_size = input_size
         self.output_dir = self.saver = None
         if not self.accelerator.is_main_process:
             return
@@ -250,14 +295,14 @@ class Trainer:
             Path(self.output_dir, 'args.yaml').write_text(args_text)
         self.saver = utils.CheckpointSaver(
             model=self.task.get_trainable_module(),
-            optimizer=self.optimizer,
+            optimizer=self.shards or self.optimizer,
             args=args,
             amp_scaler=self.scaler,
             checkpoint_dir=self.output_dir,
             recovery_dir=self.output_dir,
             decreasing=self.eval_metric == 'loss',
             max_history=args.checkpoint_hist,
-            task=self.task,
+            task=self.shards or self.task,
         )
         logging.getLogger(utils.checkpoint_saver.__name__).setLevel(logging.WARNING)  # it lists all files every epoch
         self.summary = os.path.join(self.output_dir, 'summary.csv')
@@ -300,6 +345,8 @@ class Trainer:
                     eval_metrics = self.evaluate(ema=True)
             metric = (eval_metrics or train_metrics)[self.eval_metric]
             _logger.info(self._line(f'Epoch {epoch}', eval_metrics, train_loss=train_metrics['loss']))
+            if self.shards:
+                self.shards.gather()
             if self.saver is not None:
                 self._write_summary(epoch, train_metrics, eval_metrics)
                 args.train_seconds = self.earlier_seconds + time.monotonic() - start  # for the card of an export
@@ -332,6 +379,7 @@ class Trainer:
         batches = len(loader)
         accum = args.grad_accum_steps
         last_accum = batches % accum
+        deepspeed = self.engine == sharding.DEEPSPEED  # it divides, clips and steps within backward()
         num_updates = epoch * self.updates_per_epoch
         totals = Totals(accelerator, self.names)
         optimizer.zero_grad()
@@ -341,24 +389,29 @@ class Trainer:
                 # second batch on an update also falls due where that length divides the number of batches seen.
                 last_batch = batch_idx == batches - 1
                 need_update = last_batch or (batch_idx + 1) % accum == 0
-                if last_accum and batch_idx >= batches - last_accum:
+                if last_accum and batch_idx >= batches - last_accum and not deepspeed:
                     accum = last_accum
                 x, y = self._to_device(x, y)
                 if self.mixup_fn is not None:
                     x, y = self.mixup_fn(x, y)
                 batch_size = (x['patches'] if args.naflex_loader else x).shape[0]
 
-                with nullcontext() if need_update else accelerator.no_sync(module):
-                    with accelerator.autocast():
+                with nullcontext() if need_update or deepspeed else accelerator.no_sync(module):
+                    with sharding.autocast(accelerator):
                         out = task(x, y)
-                    loss = out['loss'] / accum if accum > 1 else out['loss']
+                    divisor = 1 if deepspeed else accum
+                    loss = out['loss'] / divisor if divisor > 1 else out['loss']
                     scaled_loss = self._scale_loss(loss, batch_size)
-                    accelerator.backward(scaled_loss, create_graph=second_order)
-                totals.update(out, loss * accum, y, batch_size)
+                    if deepspeed:
+                        accelerator.sync_gradients = need_update
+                        accelerator.backward(scaled_loss)
+                    else:
+                        accelerator.backward(scaled_loss, create_graph=second_order)
+                totals.update(out, loss * divisor, y, batch_size)
                 if not need_update:
                     continue
 
-                if args.clip_grad is not None:
+                if args.clip_grad is not None and not deepspeed:
                     accelerator.unscale_gradients(optimizer)
                     utils.dispatch_clip_grad(
                         task.get_clip_parameters(exclude_head='agc' in args.clip_mode),
@@ -376,8 +429,11 @@ class Trainer:
                     if args.save_images and self.output_dir:
                         torchvision.utils.save_image(
                             x, os.path.join(self.output_dir, f'train-batch-{batch_idx}.jpg'), padding=0, normalize=True)
-                if self.saver is not None and args.recovery_interval and progress.done % args.recovery_interval == 0:
-                    self.saver.save_recovery(epoch, batch_idx=progress.done - 1)
+                if args.recovery_interval and progress.done % args.recovery_interval == 0:
+                    if self.shards:
+                        self.shards.gather()
+                    if self.saver is not None:
+                        self.saver.save_recovery(epoch, batch_idx=progress.done - 1)
                 if self.scheduler is not None:
                     self.scheduler.step_update(num_updates=num_updates)
 
@@ -405,7 +461,7 @@ class Trainer:
         with tqdm(total=len(self.loader_eval), desc='Evaluation', leave=False, disable=not self._live()) as bar:
             for x, y in self.loader_eval:
                 x, y = self._to_device(x, y)
-                with accelerator.autocast():
+                with sharding.autocast(accelerator):
                     logits = forward(x)
                 logits = list(logits) if isinstance(logits, (tuple, list)) else [logits]
                 logits = [z.float() for z in logits[:len(self.names)]]
@@ -493,13 +549,23 @@ class Trainer:
         return self._line(f'Best epoch {self.saver.best_epoch}', self.best_metrics()) + f', in {self.output_dir}'
 
     def load_best(self, model):
-        """Load the best weights into the model's backbone, those of the average if that is what was evaluated."""
-        self.accelerator.unwrap_model(self.task.get_trainable_module(), keep_fp32_wrapper=False)
+        """Load the best weights into the model's backbone, those of the average if that is what was evaluated.
+
+        Returns:
+            The model; a new one where the processes, of which only the main one gets here, hold parts of the given one.
+        """
+        if self.engine == sharding.FSDP2:
+            elsewhere = dict(pretrained=False, pretrained_path=None, initial_checkpoint='')
+            args = argparse.Namespace(**{**vars(self.args), **elsewhere})
+            model = build.place_model(args, build.create_model(args), self.input_size, 'cpu')
+        else:
+            self.accelerator.unwrap_model(self.task.get_trainable_module(), keep_fp32_wrapper=False)
         load_checkpoint(
             prune(model),
             os.path.join(self.output_dir, 'model_best.pth.tar'),
             use_ema=self.task.has_ema() and not self.args.model_ema_force_cpu,
         )
+        return model
 
 
 class Totals:

@@ -1,0 +1,92 @@
+"""Runs train.py several times in the processes of one launch, as every launch takes seconds.
+
+    torchrun --nproc_per_node 2 tests/several_runs.py OUT.pt RUNS.json
+
+RUNS.json holds a list of runs, each a dictionary: ``argv``, and where wanted ``engine`` ('FSDP2' or 'DeepSpeed', which
+Accelerate starts on accelerators only; here it is told that it has, since both run on gloo as well) and ``env`` (by
+rank). OUT.pt, with the rank before its suffix, gets for each run the exit code, what was printed, and the tensors of
+the module that was trained.
+"""
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+import train
+from dks_timm import engine
+
+
+class ShardingAccelerator(Accelerator):
+    """Accelerate's, on the CPU with the engine that it was given a plugin of."""
+
+    def __init__(self, *, fsdp_plugin=None, deepspeed_plugin=None, **kwargs):
+        super().__init__(fsdp_plugin=fsdp_plugin, deepspeed_plugin=deepspeed_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self._become(DistributedType.FSDP, fsdp_plugin=fsdp_plugin)
+        if deepspeed_plugin is not None:
+            import deepspeed
+            deepspeed.init_distributed(dist_backend='gloo', auto_mpi_discovery=False)
+            self._become(DistributedType.DEEPSPEED, deepspeed_plugins=deepspeed_plugin)
+
+    def _become(self, distributed_type, **plugin):
+        for name, value in dict(distributed_type=distributed_type, **plugin).items():
+            setattr(self.state, name, value)
+        PartialState._shared_state['distributed_type'] = distributed_type
+
+
+def run(argv, engine_name=None, env=()):
+    """Run train.py; returns exit code, standard output and error, and what the module came to."""
+    seen = {}
+
+    class Trainer(engine.Trainer):
+        def fit(self, *args, **kwargs):
+            super().fit(*args, **kwargs)
+            module = engine.utils.unwrap_model(self.task.get_trainable_module())
+            seen.update((name, t.detach().clone()) for name, t in module.named_buffers())
+            if not engine_name:
+                seen.update((name, t.detach().clone()) for name, t in module.named_parameters())
+
+    variables = dict(
+        FSDP2=dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2'),
+        DeepSpeed=dict(ACCELERATE_USE_DEEPSPEED='true', DS_ACCELERATOR='cpu'),
+    ).get(engine_name, {})
+    out, err = io.StringIO(), io.StringIO()
+    handlers, level, code = logging.root.handlers[:], logging.root.level, 0
+    with (
+            mock.patch.dict(os.environ, {**variables, **dict(env)}),
+            mock.patch.object(engine, 'Trainer', Trainer),
+            mock.patch.object(engine, 'Accelerator', ShardingAccelerator if engine_name else Accelerator),
+            mock.patch.object(PartialState, 'destroy_process_group'),  # the next run needs it
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+    ):
+        try:
+            train.main(argv)
+        except SystemExit as e:
+            code = e.code
+        AcceleratorState._reset_state(reset_partial_state=True)
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+    return dict(code=code, out=out.getvalue(), err=err.getvalue(), tensors=seen)
+
+
+if __name__ == '__main__':
+    rank = int(os.environ['RANK'])
+    results = []
+    for kwargs in json.loads(Path(sys.argv[2]).read_text()):
+        env = kwargs.get('env', [{}] * (rank + 1))[rank]
+        results.append(run(kwargs['argv'], kwargs.get('engine'), env))
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+    torch.save(results, Path(sys.argv[1]).with_suffix(f'.{rank}.pt'))
