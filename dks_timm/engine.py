@@ -15,9 +15,9 @@ from typing import Optional
 import torch
 import torchvision.utils
 import yaml
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, gather_object, tqdm
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, tqdm
 from timm import utils
 from timm.models import load_checkpoint, safe_model_name
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -155,7 +155,8 @@ def share(refusal: str = '', facts: Optional[dict] = None) -> None:
     """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return
-    told = gather_object([(refusal, facts)])
+    told = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(told, (refusal, facts))
     if refusal:
         return
     for rank, (other, _) in enumerate(told):
@@ -165,7 +166,7 @@ def share(refusal: str = '', facts: Optional[dict] = None) -> None:
         for rank, (_, theirs) in enumerate(told):
             if theirs is not None and theirs[name] != value:
                 raise SharedError(
-                    f'{name}: process {rank} has {theirs[name]}, process {PartialState().process_index} {value}; '
+                    f'{name}: process {rank} has {theirs[name]}, process {torch.distributed.get_rank()} {value}; '
                     'every node needs the same files'
                 )
 

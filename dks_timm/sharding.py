@@ -4,7 +4,7 @@ Both cut the optimizer's state up over the processes, FSDP2 also the weights. Wh
 checkpoint can be continued under another engine, or by one process.
 """
 import os
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -28,14 +28,18 @@ _REFUSED = {
     FSDP2: dict(model_ema=f'the average {_WHOLE}', channels_last=_CONTIGUOUS, torchcompile=_COMPILE),
     DEEPSPEED: dict(channels_last=_CONTIGUOUS, torchcompile=_COMPILE),
 }
-# timm's optimizers that update each number by itself: DeepSpeed joins weights and cuts them up wherever it likes.
+# timm's optimizers that update every number by itself: DeepSpeed joins weights and cuts them up anywhere.
 ELEMENTWISE = (
     'adabelief', 'adadelta', 'adagrad', 'adam', 'adamax', 'adamc', 'adamw', 'adamwlegacy', 'adan', 'adanw', 'adopt',
     'adoptc', 'adoptw', 'laprop', 'lapropc', 'lion', 'lionc', 'madgrad', 'madgradw', 'momentum', 'nadam', 'nadamc',
     'nadamlegacy', 'nadamw', 'nesterov', 'nesterovw', 'radabelief', 'radam', 'radamlegacy', 'radamw', 'rmsprop',
     'rmsproptf', 'rmsproptfc', 'rmsproptfw', 'sgd', 'sgdc', 'sgdw',
 )
-_NOT_ON_SHARDS = ('adahessian',)
+# FSDP2's pieces know the weight they are of, and take norms of the whole. timm's other optimizers fail on them.
+OPTIMIZERS = {
+    FSDP2: (*ELEMENTWISE, 'lamb', 'lambc', 'lambcd', 'lambcw', 'lambw', 'larc', 'lars', 'nlarc', 'nlars'),
+    DEEPSPEED: ELEMENTWISE,
+}
 
 
 def requested() -> str:
@@ -97,16 +101,13 @@ def check(engine: str, args) -> None:
     for name, reason in _REFUSED[engine].items():
         refuse(getattr(args, name), flag(name), reason)
     refuse(args.clip_grad is not None and args.clip_mode == 'agc', '--clip-mode agc', f'it {_WHOLE}; use norm')
-    opt = args.opt.lower()
-    refuse(opt.startswith('lookahead_'), f'--opt {args.opt}', f'use {opt.removeprefix("lookahead_")} alone')
+    refuse(args.opt.lower() not in OPTIMIZERS[engine], f'--opt {args.opt}',
+           f'use one of {", ".join(OPTIMIZERS[engine])}')
     if engine == FSDP2:
-        refuse(opt in _NOT_ON_SHARDS, f'--opt {args.opt}', f'it {_WHOLE}; use adamw or sgd, for example')
         refuse(args.kd_model_name and args.kd_distill_type == 'feature' and not args.dks, '--kd-distill-type feature',
                'its student is evaluated apart from what FSDP2 gathers; use logit')
     else:
         refuse(args.clip_grad is not None and args.clip_mode == 'value', '--clip-mode value', 'it clips norms only')
-        refuse(opt not in ELEMENTWISE, f'--opt {args.opt}',
-               f'it {_WHOLE}, or is not known not to; use one of {", ".join(ELEMENTWISE)}')
         refuse(args.amp and args.amp_dtype == 'float16', '--amp-dtype float16', 'use bfloat16')
 
 
@@ -252,36 +253,51 @@ class Shards:
         self.optimizer.load_state_dict(state)
 
     def _deepspeed_state(self) -> Dict[str, Any]:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
         state: Dict[str, Any] = dict(state={}, param_groups=[])
+        count = 0
         optimizer = self.optimizer.optimizer.optimizer  # within Accelerate's and DeepSpeed's
         for params, group in zip(self.groups, optimizer.param_groups, strict=True):
-            flat = group['params'][0]
-            first = len(state['state'])
-            for i, p in enumerate(params, first):
-                state['state'][i] = {
-                    key: safe_get_full_optimizer_state(p, key) if _is_like(value, flat) else value
-                    for key, value in optimizer.state[flat].items()
-                }
-            state['param_groups'].append({**group, 'params': list(range(first, first + len(params)))})
+            joined = group['params'][0]  # this process's part of the group's weights, one after another
+            group = {**group, 'params': [count + i for i in range(len(params))]}
+            state['param_groups'].append(group)
+            count += len(params)
+            held = optimizer.state.get(joined, {})
+            if held:
+                for i, p in zip(group['params'], params, strict=True):
+                    state['state'][i] = {k: _join(p, v) if _is_like(v, joined) else v for k, v in held.items()}
         return state
 
     def _load_deepspeed(self, state: Dict[str, Any]) -> None:
         optimizer = self.optimizer.optimizer.optimizer
         for params, group, saved in zip(self.groups, optimizer.param_groups, state['param_groups'], strict=True):
-            flat = group['params'][0]
+            joined = group['params'][0]
             for i, p in zip(saved['params'], params, strict=True):
                 for key, value in state['state'].get(i, {}).items():
-                    if not _is_like(value, p):
-                        optimizer.state[flat][key] = value
-                        continue
-                    joined = optimizer.state[flat].setdefault(key, torch.zeros_like(flat))
-                    if p._hp_mapping is not None:  # this process updates a part of it
-                        here, there = p._hp_mapping.hp_fragment_address, p._hp_mapping.lp_fragment_address
-                        part = value.flatten().narrow(0, there.start, there.numel)
-                        joined.narrow(0, here.start, here.numel).copy_(part)
+                    if _is_like(value, p):
+                        part = optimizer.state[joined].setdefault(key, torch.zeros_like(joined))
+                        for there, here in _fragments(p, value, part):
+                            here.copy_(there)
+                    else:
+                        optimizer.state[joined][key] = value
             group.update({key: value for key, value in saved.items() if key != 'params'})
+
+
+def _fragments(p: nn.Parameter, whole: torch.Tensor, joined: torch.Tensor) -> Iterator[Tuple[torch.Tensor, ...]]:
+    """The part of a parameter that DeepSpeed has given this process, if any: of a tensor like it, and of what it holds.
+    """
+    mapping = p._hp_mapping
+    if mapping is not None:
+        there, here = mapping.lp_fragment_address, mapping.hp_fragment_address
+        yield whole.view(-1).narrow(0, there.start, there.numel), joined.narrow(0, here.start, here.numel)
+
+
+def _join(p: nn.Parameter, held: torch.Tensor) -> torch.Tensor:
+    """What all processes hold for a parameter, in its shape."""
+    whole = torch.zeros_like(p, dtype=held.dtype)
+    for there, here in _fragments(p, whole, held):
+        there.copy_(here)
+    torch.distributed.all_reduce(whole)
+    return whole
 
 
 def _is_like(value: Any, tensor: torch.Tensor) -> bool:
