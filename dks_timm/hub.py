@@ -268,7 +268,7 @@ def push_every_best(args: argparse.Namespace, run_dir: Optional[str]) -> Optiona
             flags += [f'--{name.replace("_", "-")}', str(getattr(args, name))]
     if args.hub_revision and not args.hub_revision.startswith('tag:'):
         flags += ['--hub-revision', args.hub_revision]
-    flags += [] if args.hub_private else ['--no-hub-private']
+    flags += ([] if args.hub_private else ['--no-hub-private']) + _no_ema(args)
     flags += [f'--{name.replace("_", "-")}' for name in ('keep_branches', 'overwrite') if getattr(args, name)]
     return BackgroundPush(Path(run_dir, 'model_best.pth.tar'), flags)
 
@@ -302,7 +302,7 @@ def publish(args: argparse.Namespace, trainer: Any, model: nn.Module, data_confi
             out_dir, model, data_config=data_config, keep_branches=args.keep_branches, overwrite=overwrite, **described)
     except Exception as e:
         _fail(f'--export-dir {out_dir}', e, f'The checkpoints are in {run_dir}. To export the best one:',
-              shlex.join(['dks-timm', 'export', best, out_dir]))
+              shlex.join(['dks-timm', 'export', best, out_dir, *_no_ema(args)]))
     alone = 'dks_timm' if model.pretrained_cfg['architecture'] in ARCHITECTURES else 'timm alone'
     print(f'Exported to {out_dir}: a fresh process with {alone} loads it, with bit-identical logits:')
     print(f"    model = timm.create_model('local-dir:{out_dir}', pretrained=True)")
@@ -314,6 +314,11 @@ def publish(args: argparse.Namespace, trainer: Any, model: nn.Module, data_confi
     except Exception as e:
         _fail(f'--push-to-hub {args.push_to_hub}', e, f'The model is in {out_dir}. To push it:',
               finishing_line(out_dir, *where))
+
+
+def _no_ema(args: argparse.Namespace) -> List[str]:
+    """Flags for exporting the weights that are evaluated: an average kept on the CPU is not."""
+    return ['--no-ema'] if args.model_ema_force_cpu else []
 
 
 def _fail(subject: str, error: Exception, where: str, command: str):

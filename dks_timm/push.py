@@ -153,6 +153,8 @@ def push_folder(
         overwrite=overwrite,
         seconds=timeout,
     )
+    for warning in pushed['warnings']:
+        _logger.warning(warning)
     _logger.info(f'Pushed {size / 1e6:.1f} MB to {repo_id}.' if pushed['changed'] else f'{repo_id} is up to date.')
     return pushed['url']
 
@@ -299,7 +301,7 @@ def _ask(action: str, timeout: float, quiet: bool = False, **request: Any) -> An
         child.kill()
     if timed_out:
         out, _ = child.communicate()
-    answers = [json.loads(line) for line in out.rpartition('\n')[0].splitlines()]
+    answers = [json.loads(line) for line in out.rpartition('\n')[0].splitlines() if line.startswith('{')]
     answer = answers[-1] if answers else {}
     if 'refused' in answer:
         raise ValueError(answer['refused'])
@@ -373,7 +375,7 @@ def _push(api, repo_id, folder, readme, message, private, revision, overwrite, s
     def attempt():
         # All of it once more after a failure: what has been done already is left alone by the client, also a commit
         # that took effect while its answer got lost.
-        head, _ = _prepare(api, repo_id, config, private, revision, overwrite)
+        head, warnings = _prepare(api, repo_id, config, private, revision, overwrite)
         heads.append(head)
         if branch:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
@@ -392,7 +394,7 @@ def _push(api, repo_id, folder, readme, message, private, revision, overwrite, s
             api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True)
             if api.model_info(repo_id, revision=tag).sha != commit.oid:
                 raise _Refused(f'revision {revision!r}: the tag is on another commit already; choose another name')
-        return dict(url=commit.commit_url, changed=commit.oid != heads[0])
+        return dict(url=commit.commit_url, changed=commit.oid != heads[0], warnings=warnings)
 
     return _patiently(attempt, time.monotonic() + seconds)
 

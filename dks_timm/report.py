@@ -1,5 +1,6 @@
 """Pictures of a run: its learning curves."""
 import csv
+import math
 import os
 from typing import Dict, List, Optional, Tuple, Union
 from xml.sax.saxutils import escape
@@ -34,7 +35,7 @@ def curves_svg(epochs: List[Dict[str, float]]) -> Optional[str]:
         return None
 
     def points(column):
-        return [(row['epoch'], row[column]) for row in epochs if column in row]
+        return [(row['epoch'], row[column]) for row in epochs if math.isfinite(row.get(column, math.nan))]
 
     losses = {label: points(f'{label}_loss') for label in ('train', 'eval')}
     top1 = {'backbone': points('eval_top1')}

@@ -1,5 +1,6 @@
 import argparse
 import json
+import re
 import subprocess
 import sys
 from copy import deepcopy
@@ -15,7 +16,8 @@ from safetensors.torch import load_file
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from torch.nn.parallel import DistributedDataParallel
 
-from dks_timm import create_dks_model, hub
+from dks_timm import DKSModel, create_dks_model, hub
+from dks_timm.build import create_model
 from dks_timm.card import eval_results
 from dks_timm.cli import main
 from dks_timm.hub import check_export_dir, export, export_checkpoint
@@ -231,6 +233,13 @@ def test_model_args_describe_a_model_that_the_factory_did_not_make(tmp_path):
     assert torch.equal(logits(load(tmp_path / 'model')), logits(model))
 
 
+def test_architecture_that_timm_does_not_know_says_what_to_import(tmp_path):
+    import dks_timm.models  # noqa: F401
+    export(tmp_path / 'net', timm.create_model('resnet20_cifar', num_classes=3))
+    text = (tmp_path / 'net/README.md').read_text()
+    assert 'import dks_timm.models' in text and 'Only timm is needed' not in text
+
+
 @pytest.mark.parametrize('name', ['config.json', 'model.safetensors', 'README.md', 'pytorch_model.bin'])
 def test_folder_with_a_model_is_not_overwritten(name, tmp_path):
     (tmp_path / name).write_text('precious')
@@ -297,6 +306,220 @@ def test_network_with_branches_is_exported_as_its_backbone(tmp_path):
     assert 'Deeply-supervised Knowledge Synergy' in text
     assert net.describe() in text
     assert len(net.train()(torch.randn(2, 3, 64, 64))) == 3  # and it trains on
+
+
+def exits(net, size=64):
+    """Logits of all classifiers in float32."""
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return deepcopy(net).float().to(memory_format=torch.contiguous_format).eval().exits(x)
+
+
+def assert_comes_back(folder, net, size=64):
+    loaded = create_dks_model(f'local-dir:{folder}', pretrained=True)
+    assert [(b.kind, b.stage) for b in loaded.branches] == [(b.kind, b.stage) for b in net.branches]
+    for expected, found in zip(exits(net, size), exits(loaded, size), strict=True):
+        assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize('name, kwargs', [
+    ('test_resnet', dict(branches='conv')),
+    ('test_resnet', dict(stages=(1, 3), branch_kwargs={'1.layers': (1, 1, 2, 1), 'act_layer': 'gelu'})),
+    ('test_efficientnet', dict(budget=1.8, bn_eps=0.01)),
+    ('test_vit', dict(img_size=64)),
+    ('test_convnext', dict(in_chans=1)),
+])
+def test_branches_come_back_whatever_they_are(name, kwargs, tmp_path, unverified):
+    net = create_dks_model(name, num_classes=3, **kwargs)
+    export(tmp_path / 'net', net, keep_branches=True)
+    if kwargs.get('in_chans') == 1:
+        loaded = create_dks_model(f'local-dir:{tmp_path / "net"}', pretrained=True).eval()
+        x = torch.randn(2, 1, 64, 64)
+        assert all(torch.equal(a, b) for a, b in zip(net.eval().exits(x), loaded.exits(x), strict=True))
+    else:
+        assert_comes_back(tmp_path / 'net', net)
+    assert load_file(tmp_path / 'net/model.safetensors').keys() == net.backbone.state_dict().keys()
+
+
+@pytest.mark.parametrize('change', [
+    lambda net: net.to(memory_format=torch.channels_last),
+    lambda net: net.to(torch.bfloat16),
+    lambda net: torch.compile(net),
+    lambda net: convert_sync_batchnorm(net),
+    lambda net: net.requires_grad_(False),
+], ids=['channels_last', 'bfloat16', 'compiled', 'sync-bn', 'frozen'])
+def test_branches_come_back_from_any_training_layout(change, tmp_path, unverified):
+    net = create_dks_model('test_resnet', num_classes=3)
+    export(tmp_path / 'net', change(net), keep_branches=True)
+    assert_comes_back(tmp_path / 'net', net)
+
+
+def test_branches_of_a_split_bn_model_come_back_without_auxiliary_statistics(tmp_path, unverified):
+    plain = create_dks_model('test_resnet', num_classes=3)
+    export(tmp_path / 'net', convert_splitbn_model(deepcopy(plain)), keep_branches=True)
+    assert not any('aux_bn' in name for name in load_file(tmp_path / 'net/branches.safetensors'))
+    assert_comes_back(tmp_path / 'net', plain)
+
+
+def test_folder_with_branches_is_the_same_for_timm_and_checked(tmp_path, monkeypatch):
+    net = create_dks_model('test_resnet', num_classes=3)
+    export(tmp_path / 'net', net, keep_branches=True)
+    assert torch.equal(logits(load(tmp_path / 'net')), logits(net.backbone))
+    assert "create_dks_model('local-dir:net', pretrained=True)" in (tmp_path / 'net/README.md').read_text()
+
+    save_branches = hub.save_branches
+    monkeypatch.setattr(hub, 'save_branches', lambda _, folder: save_branches(create_dks_model('test_resnet'), folder))
+    before = {p.name: p.read_bytes() for p in (tmp_path / 'net').iterdir()}
+    with pytest.raises(RuntimeError, match='branches load with other logits'):
+        export(tmp_path / 'net', net, keep_branches=True, overwrite=True)
+    assert {p.name: p.read_bytes() for p in (tmp_path / 'net').iterdir()} == before
+
+
+def test_export_without_branches_leaves_none_of_an_earlier_one(tmp_path, unverified):
+    net = create_dks_model('test_resnet', num_classes=3)
+    export(tmp_path, net, keep_branches=True)
+    export(tmp_path, net, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['README.md', 'config.json', 'model.safetensors']
+
+
+def test_published_branches_adapt_to_other_classes_and_give_way_to_what_is_asked_for(tmp_path, unverified):
+    net = create_dks_model('test_resnet', num_classes=3)
+    with torch.no_grad():
+        for p in net.branches.parameters():
+            p.add_(1.)
+    export(tmp_path / 'net', net, keep_branches=True)
+    name = f'local-dir:{tmp_path / "net"}'
+    other = create_dks_model(name, pretrained=True, num_classes=5)
+    fresh = {k for k, p in other.branches.named_parameters() if not torch.equal(p, net.branches.get_parameter(k))}
+    assert len(fresh) == 4 and {other.branches.get_parameter(k).shape[0] for k in fresh} == {5}  # two classifiers
+    assert create_dks_model(name, pretrained=True, stages=[3]).stages == (3,)
+    assert {b.kind for b in create_dks_model(name, pretrained=True, branches='conv').branches} == {'conv'}
+    unloaded = create_dks_model(name)
+    assert not torch.equal(unloaded.branches[0].get_classifier().weight, net.branches[0].get_classifier().weight)
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(branch_kwargs={'checkpoint_path': '/etc/passwd'}), 'not accepted.*checkpoint_path'),
+    (dict(branch_kwargs={'2.pretrained_cfg_overlay': {'url': 'http://x'}}), 'not accepted.*pretrained_cfg_overlay'),
+    (dict(stages=[1, 3]), 'holds other branches'),
+    (dict(stages=None, branch_kwargs=3), 'is not one of a published network'),
+])
+def test_layout_that_was_tampered_with_is_refused(change, message, tmp_path, unverified):
+    export(tmp_path / 'net', create_dks_model('test_resnet', num_classes=3), keep_branches=True)
+    path = tmp_path / 'net/dks_config.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=message):
+        create_dks_model(f'local-dir:{tmp_path / "net"}', pretrained=True)
+
+
+@pytest.mark.parametrize('net, message', [
+    (lambda: tiny(), 'keep_branches needs a network with branches, not a ResNet'),
+    (lambda: DKSModel(*(lambda n: (n.backbone, n.branches))(create_dks_model('test_resnet', num_classes=3))),
+     'keep_branches needs a network made by'),
+    (lambda: create_dks_model('test_resnet', branch_kwargs={'act_layer': nn.ReLU}),
+     'keep_branches cannot write branch_kwargs'),
+])
+def test_branches_that_could_not_come_back_are_refused(net, message, tmp_path, unverified):
+    with pytest.raises(ValueError, match=message):
+        export(tmp_path / 'net', net(), keep_branches=True)
+    assert not (tmp_path / 'net').exists()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A function that makes the folder of a run with --dks and --model-ema, as train.py leaves it."""
+    def make(name, top1=(50., 60.), **settings):
+        settings = {'model': 'test_resnet', 'num_classes': 3, 'dataset': 'digits', 'epochs': 2, **settings}
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / 'args.yaml').write_text(json.dumps(settings))  # JSON is YAML
+        (folder / 'summary.csv').write_text('epoch,train_loss,eval_loss,eval_top1,eval_top5,lr\n' + ''.join(
+            f'{i},2.0,1.0,{value},99.0,0.1\n' for i, value in enumerate(top1)))
+        args = argparse.Namespace(**{**vars(create_parser().parse_args([])), **settings}, label_names=['a', 'b', 'c'])
+        net = create_model(args)
+        if args.dks:
+            average = deepcopy(net)
+            for p in average.parameters():
+                p.data += 0.01
+            torch.save({
+                'epoch': 1,
+                'metric': top1[1],
+                'args': args,
+                'state_dict': net.backbone.state_dict(),
+                'state_dict_ema': average.backbone.state_dict(),
+                'task_state': {'stages': list(net.stages), 'branches': net.branches.state_dict()},
+                'task_state_ema': {'stages': list(net.stages), 'branches': average.branches.state_dict()},
+            }, folder / 'model_best.pth.tar')
+            return folder, net, average
+        return folder
+    return make
+
+
+def test_checkpoint_is_exported_with_label_names_results_and_branches(run, tmp_path, unverified):
+    folder, net, average = run('run', dks=True, model_ema=True)
+    flags = ['--keep-branches', '--card-license', 'mit']
+    assert main(['export', str(folder / 'model_best.pth.tar'), str(tmp_path / 'net'), *flags]) == 0
+    assert_comes_back(tmp_path / 'net', average)
+    assert load(tmp_path / 'net').pretrained_cfg['label_names'] == ['a', 'b', 'c']
+    data = ModelCard.load(tmp_path / 'net/README.md').data
+    assert [(r.metric_value, r.dataset_name) for r in data.eval_results] == [(60., 'digits'), (99., 'digits')]
+    assert data.license == 'mit'
+    assert (tmp_path / 'net/curves.svg').read_text().startswith('<svg')
+
+
+def test_results_are_shown_for_the_weights_they_were_measured_on_only(run, tmp_path, unverified):
+    folder, net, _ = run('run', dks=True, model_ema=True)
+    path = folder / 'model_best.pth.tar'
+    export_checkpoint(path, tmp_path / 'net', use_ema=False)  # the average was evaluated
+    assert torch.equal(logits(load(tmp_path / 'net')), logits(net.backbone))
+    assert 'No evaluation was recorded' in (tmp_path / 'net/README.md').read_text()
+    summary = folder / 'summary.csv'
+    summary.write_text(summary.read_text().replace('60.0', '61.0'))  # of another run
+    export_checkpoint(path, tmp_path / 'other')
+    assert 'No evaluation was recorded' in (tmp_path / 'other/README.md').read_text()
+
+
+def test_card_shows_the_baseline_beside_the_run(run, tmp_path, unverified):
+    folder, _, _ = run('run', dks=True, model_ema=True, lr=0.1)
+    without = run('without', top1=(58.5, 57.), dks=False, model_ema=True, lr=0.2)
+    export_checkpoint(folder / 'model_best.pth.tar', tmp_path / 'net', baseline_dir=without)
+    text = (tmp_path / 'net/README.md').read_text()
+    assert '| this model, with DKS | 60.0 | 99.0 |\n| baseline, without DKS | 58.5 | 99.0 |\n' in text
+    assert 'these settings differ: lr: 0.1, in the baseline 0.2.' in text
+
+
+@pytest.mark.parametrize('settings, message', [
+    (dict(model='test_convnext'), "has model 'test_convnext', this run 'test_resnet'"),
+    (dict(dataset='torch/cifar10'), "has data 'torch/cifar10', this run 'digits'"),
+    (dict(top1=()), 'has no evaluated epoch'),
+    (None, 'is no folder of a run'),
+])
+def test_baseline_that_cannot_be_compared_is_refused(run, tmp_path, settings, message, capsys):
+    folder, _, _ = run('run', dks=True, model_ema=True)
+    other = run('other', **settings, dks=False) if settings is not None else tmp_path / 'none'
+    command = ['export', str(folder / 'model_best.pth.tar'), str(tmp_path / 'net')]
+    assert main([*command, '--card-baseline', str(other)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / 'net').exists()
+
+
+@pytest.mark.parametrize('complete', [False, True])
+def test_card_renders_as_html(run, tmp_path, unverified, complete):
+    markdown_it = pytest.importorskip('markdown_it')
+    folder, net, _ = run('run', dks=True, model_ema=True)
+    if complete:
+        without = run('without', dks=False, model_ema=True)
+        export_checkpoint(
+            folder / 'model_best.pth.tar', tmp_path / 'net', keep_branches=True, license='mit', baseline_dir=without)
+    else:
+        export(tmp_path / 'net', net.backbone)
+    html = markdown_it.MarkdownIt('commonmark').enable('table').render(ModelCard.load(tmp_path / 'net/README.md').text)
+    assert html.count('<table>') == (3 if complete else 0)
+    assert html.count('<img') == (1 if complete else 0)
+    assert html.count('<h1>') == 1 and html.count('<pre>') == html.count('</pre>') == (5 if complete else 2)
+    titles = ['Use', 'Evaluation', *(['Training'] if complete else []), 'Fine-tune', *(['Cite'] if complete else [])]
+    assert re.findall('<h2>(.*?)</h2>', html) == titles
+    assert not any(mark in html for mark in ('{{', '{%', '```', '|--', 'None', 'Undefined'))
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard
 from PIL import Image
 from test_train import main as train
-from test_train import rows
+from test_train import rows, two_processes
 
 import dks_timm
 from dks_timm import push
@@ -294,13 +294,19 @@ def test_a_published_model_comes_back_with_its_branches(hub, monkeypatch):
     assert torch.equal(model(x), net(x))
 
 
-def test_weights_in_a_repository_are_never_unpickled(hub, tmp_path):
-    class Hostile:
-        def __reduce__(self):
-            return (tmp_path / 'executed').touch, ()
+class Hostile:
+    """Touches a file when it is unpickled."""
 
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return self.path.touch, ()
+
+
+def test_weights_in_a_repository_are_never_unpickled(hub, tmp_path):
     config = dict(architecture='test_resnet', num_classes=3, pretrained_cfg=dict(input_size=[3, 64, 64]))
-    torch.save({'fc.weight': Hostile()}, tmp_path / 'weights')
+    torch.save({'fc.weight': Hostile(tmp_path / 'executed')}, tmp_path / 'weights')
     content = (tmp_path / 'weights').read_bytes()
     for names in (['pytorch_model.bin'], ['model.safetensors', 'pytorch_model.bin']):
         hub.create(f'alice/net{len(names)}', {
@@ -414,7 +420,8 @@ def test_the_card_says_how_the_model_came_about(story):
     assert (card.data.license, card.data.library_name, card.data.datasets) == ('mit', 'timm', ['digits'])
     assert 'base_model' not in card.data.to_dict()
     for fact in ('train.py --dataset digits --num-classes 10', '| seed | 42 |', '| training time | 0:',
-                 '| hardware | CPU', '| lr | 0.003 |', 'branch 2', '| chosen among the epochs by | top1 on the split validation |',
+                 '| hardware | CPU', '| lr | 0.003 |', 'branch 2',
+                 '| chosen among the epochs by | top1 on the split validation |',
                  '![Loss and accuracy by epoch](curves.svg)', "create_dks_model('hf-hub:alice/digits'"):
         assert fact in card.text, fact
     svg = hub.files('alice/digits')['curves.svg'].decode()
@@ -524,6 +531,32 @@ def test_an_export_that_fails_at_the_end_shows_no_traceback_and_pushes_nothing(h
     assert err.splitlines()[-1].strip() == (
         f'dks-timm export {tmp_path}/x/model_best.pth.tar {tmp_path}/x/export')
     assert (tmp_path / 'x/model_best.pth.tar').is_file() and len(hub.commits('alice/net')) == 1
+
+
+@pytest.mark.parametrize('repo_id, words', [
+    ('alice/nothing', ['--model hf-hub:alice/nothing']),
+    ('alice/hostile', ['--model hf-hub:alice/hostile']),
+])
+def test_training_does_not_begin_from_a_repository_without_usable_weights(hub, tmp_path, capfd, repo_id, words):
+    config = dict(architecture='test_resnet', num_classes=3, pretrained_cfg=dict(input_size=[3, 64, 64]))
+    torch.save({'fc.weight': Hostile(tmp_path / 'executed')}, tmp_path / 'weights')
+    hub.create('alice/hostile', {
+        'config.json': json.dumps(config).encode(), 'pytorch_model.bin': (tmp_path / 'weights').read_bytes()})
+    with pytest.raises(SystemExit) as e:
+        train(*NOISE, '--model', f'hf-hub:{repo_id}', '--pretrained', '--data-dir', shapes(tmp_path / 'shapes'),
+              '--output', tmp_path / 'runs')
+    assert e.value.code == 2
+    err = capfd.readouterr().err
+    assert len(err.splitlines()) == 1 and all(word in err for word in words), err
+    assert not (tmp_path / 'runs').exists() and not (tmp_path / 'executed').exists()
+
+
+@pytest.mark.slow
+def test_only_the_main_process_talks_to_the_hub(hub, tmp_path):
+    two_processes(*NOISE, '--data-dir', shapes(tmp_path / 'shapes'), '--output', tmp_path, '--experiment', 'x', '--dks',
+                  '--push-to-hub', 'alice/net')
+    assert len(hub.requests_to('create')) == len(hub.requests_to('commit')) == 1
+    assert timm.create_model('hf-hub:alice/net', pretrained=True).num_classes == 3
 
 
 @pytest.mark.slow
