@@ -195,7 +195,8 @@ class Stream(IterableImageDataset):
             except WdsTargetKeyError as e:
                 raise DataError(f'--target-key: {e}') from None
             except (KeyError, *UNREADABLE) as e:
-                self.bad_images.bad(f'{sample["__key__"]} of {sample["__url__"]}', e)
+                reason = f'it has no {e}' if isinstance(e, KeyError) else e
+                self.bad_images.bad(f'{sample["__key__"]} of {sample["__url__"]}', reason)
             else:
                 if decoded is not None:  # timm's way to leave out a sample without a label
                     yield {key: decoded['jpg'], 'target': decoded['target']}

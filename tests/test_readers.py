@@ -389,7 +389,7 @@ def test_warnings_of_spawned_workers_reach_the_console(tmp_path):
         '    train.main(sys.argv[1:])\n'
     )
     out = subprocess.run(
-        [sys.executable, script, '--data-dir', root, '--val-split', '', '--num-classes', '2', '--img-size', '32',
+        [sys.executable, script, '--data-dir', root, '--val-split', '', '--num-classes', '3', '--img-size', '32',
          '--device', 'cpu', '--workers', '1', '-b', '4', '--model', 'test_resnet', '--epochs', '1', '--output',
          tmp_path],
         env={**os.environ, 'PYTHONPATH': str(ROOT)}, cwd=tmp_path, capture_output=True, text=True, timeout=600)
@@ -536,6 +536,26 @@ def test_a_class_map_decides_the_labels_and_names_the_outputs(tmp_path, name):
 def test_a_class_map_of_labels_reads_shards(tmp_path):
     argv = [*make('wds', tmp_path), '--class-map', write_map(tmp_path / 'map.pkl', {0: 2, 1: 1, 2: 0})]
     assert sorted(numbers(loaders(*argv, '--no-aug')[0])) == [(i, 2 - i % 3) for i in range(12)]
+
+
+def test_shards_and_their_lengths_may_stand_in_a_file(tmp_path):
+    make('wds', tmp_path)
+    (tmp_path / '_info.json').write_text(json.dumps(dict(splits={
+        split: dict(name=split, num_samples=6, filenames=[f'{split}-0.tar'], shard_lengths=[6])
+        for split in ('train', 'validation')
+    })))
+    train, val = loaders('--dataset', 'wds/x', '--data-dir', tmp_path, '--no-aug', '-b', 3)
+    assert sorted(numbers(train)) == sorted(numbers(val)) == [(i, i % 3) for i in range(6)]
+
+
+def test_shards_that_cannot_be_read_are_named_and_passed_over(tmp_path, caplog):
+    make('wds', tmp_path)
+    (tmp_path / 'validation-1.tar').write_bytes(b'hello')
+    whole = (tmp_path / 'train-1.tar').read_bytes()
+    (tmp_path / 'validation-2.tar').write_bytes(whole[:whole.index(b'0009.png') + 600])
+    _, val = loaders(*(a.format(root=tmp_path) for a in WEB[:-1]), 'validation-{0..2}.tar', '--no-aug')
+    assert sorted(number for number, _ in numbers(val)) == [*range(6), 6, 7, 8]
+    assert 'validation-1.tar' in caplog.text and 'validation-2.tar' in caplog.text
 
 
 def test_a_class_map_may_lie_with_the_images(tmp_path):
