@@ -251,7 +251,7 @@ def check_publishing(args: argparse.Namespace, args_text: str, model: nn.Module,
     try:
         with naming(f'--push-to-hub {args.push_to_hub}'):
             warnings = check_repository(
-                args.push_to_hub, config, args.hub_private, args.hub_revision, args.overwrite)
+                args.push_to_hub, config, args.hub_private, args.hub_revision, args.overwrite_repository)
     except PushError as e:
         warnings = [f'{e}; training goes on, and the push is tried at its end']
     for warning in warnings:
@@ -269,7 +269,7 @@ def push_every_best(args: argparse.Namespace, run_dir: Optional[str]) -> Optiona
     if args.hub_revision and not args.hub_revision.startswith('tag:'):
         flags += ['--hub-revision', args.hub_revision]
     flags += ([] if args.hub_private else ['--no-hub-private']) + _no_ema(args)
-    flags += [f'--{name.replace("_", "-")}' for name in ('keep_branches', 'overwrite') if getattr(args, name)]
+    flags += ['--keep-branches'] * args.keep_branches + ['--overwrite'] * args.overwrite_repository
     return BackgroundPush(Path(run_dir, 'model_best.pth.tar'), flags)
 
 
@@ -308,7 +308,7 @@ def publish(args: argparse.Namespace, trainer: Any, model: nn.Module, data_confi
     print(f"    model = timm.create_model('local-dir:{out_dir}', pretrained=True)")
     if not args.push_to_hub:
         return
-    where = (args.push_to_hub, args.hub_private, args.hub_revision, args.overwrite)
+    where = (args.push_to_hub, args.hub_private, args.hub_revision, args.overwrite_repository)
     try:
         print(f'Pushed to {push_folder(out_dir, *where, timeout=args.hub_timeout)}')
     except Exception as e:

@@ -342,7 +342,7 @@ def create_parser() -> Parser:
     group.add_argument('--export-dir', type=str, metavar='DIR',
                        help='write the best weights here, pruned to the plain timm model')
     group.add_argument('--overwrite', action='store_true',
-                       help='replace a model that --export-dir or the repository already holds')
+                       help='replace a model that --export-dir holds; on the command line, also one in the repository')
     add_card_flags(group)
     group.add_argument('--push-to-hub', type=str, metavar='OWNER/NAME',
                        help='push the export to this repository on the Hugging Face Hub')
@@ -375,7 +375,8 @@ def parse_args(argv=None):
     defaults = vars(parser.parse_args([]))
     for action in actions.values():
         action.default = argparse.SUPPRESS
-    given = {**recipe, **vars(parser.parse_args(argv))}
+    on_command_line = vars(parser.parse_args(argv))
+    given = {**recipe, **on_command_line}
     args = argparse.Namespace(**{**defaults, **given})
     del args.config
     check(args, given)
@@ -385,6 +386,8 @@ def parse_args(argv=None):
     text = {**ours, **{k: v for k, v in vars(args).items() if k in timm_names}}
     args.prefetcher = not args.no_prefetcher
     args.grad_accum_steps = max(1, args.grad_accum_steps)
+    # A recipe is for many runs, and does not get to replace what one of them has published.
+    args.overwrite_repository = 'overwrite' in on_command_line
     return args, set(given) - {'config'}, yaml.safe_dump(text, default_flow_style=False)
 
 

@@ -533,6 +533,17 @@ def test_an_export_that_fails_at_the_end_shows_no_traceback_and_pushes_nothing(h
     assert (tmp_path / 'x/model_best.pth.tar').is_file() and len(hub.commits('alice/net')) == 1
 
 
+def test_a_recipe_does_not_overwrite_a_repository(hub, tmp_path, capfd):
+    hub.create('alice/taken', {'pytorch_model.bin': b'x'}, private=True)
+    (tmp_path / 'recipe.yaml').write_text('overwrite: true')
+    flags = [*NOISE, '--data-dir', shapes(tmp_path / 'shapes'), '--output', tmp_path, '--push-to-hub', 'alice/taken']
+    with pytest.raises(SystemExit) as e:
+        train('--config', tmp_path / 'recipe.yaml', *flags)
+    assert e.value.code == 2 and 'holds another model (pytorch_model.bin)' in capfd.readouterr().err
+    train(*flags, '--overwrite')
+    assert timm.create_model('hf-hub:alice/taken', pretrained=True).num_classes == 3
+
+
 @pytest.mark.parametrize('repo_id, words', [
     ('alice/nothing', ['--model hf-hub:alice/nothing']),
     ('alice/hostile', ['--model hf-hub:alice/hostile']),
