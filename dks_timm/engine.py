@@ -220,7 +220,10 @@ class Trainer:
                 if task.has_ema():
                     task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
         self.eval_model = task.get_eval_model()
-        share(facts={'--resume': resume or 'no checkpoint', 'training batches': len(self.loader_train)})
+        share(facts={
+            '--resume': f'{resume} up to epoch {resume_epoch}' if resume else 'no checkpoint',
+            '--data-dir': f'{len(self.loader_train)} batches',
+        })
         self.shards = None
         self.engine = sharding.started(accelerator)
         if self.engine:

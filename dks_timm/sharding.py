@@ -22,7 +22,7 @@ DEEPSPEED = 'DeepSpeed'
 
 _WHOLE = 'looks at whole weights, and each process holds a part of them'
 _CONTIGUOUS = 'weights must be contiguous'
-_COMPILE = 'set dynamo_backend in the accelerate config instead'
+_COMPILE = 'compiled models are not supported there; leave it out'
 # Flags that cannot be combined with an engine, and why.
 _REFUSED = {
     FSDP2: dict(model_ema=f'the average {_WHOLE}', channels_last=_CONTIGUOUS, torchcompile=_COMPILE),
@@ -93,6 +93,9 @@ def check(engine: str, args) -> None:
     """
     if not engine:
         return
+    backend = os.environ.get('ACCELERATE_DYNAMO_BACKEND', 'NO')
+    if backend != 'NO':
+        raise OptionError(f'accelerate config: dynamo_backend {backend}: not under {engine}: {_COMPILE}')
 
     def refuse(condition, subject, reason):
         if condition:

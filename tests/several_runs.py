@@ -2,10 +2,10 @@
 
     torchrun --nproc_per_node 2 tests/several_runs.py OUT.pt RUNS.json
 
-RUNS.json holds a list of runs, each a dictionary: ``argv``, and where wanted ``engine`` ('FSDP2' or 'DeepSpeed', which
-Accelerate starts on accelerators only; here it is told that it has, since both run on gloo as well) and ``env`` (by
-rank). OUT.pt, with the rank before its suffix, gets for each run the exit code, what was printed, and the tensors of
-the module that was trained.
+RUNS.json holds a list of runs, each a dictionary: ``argv``, in which {rank} stands for that of the process, and where
+wanted ``engine`` ('FSDP2' or 'DeepSpeed', which Accelerate starts on accelerators only; here it is told that it has,
+since both run on gloo as well) and ``env``. OUT.pt, with the rank before its suffix, gets for each run the exit code,
+what was printed, and the tensors of the module that was trained.
 """
 import contextlib
 import io
@@ -85,8 +85,8 @@ if __name__ == '__main__':
     rank = int(os.environ['RANK'])
     results = []
     for kwargs in json.loads(Path(sys.argv[2]).read_text()):
-        env = kwargs.get('env', [{}] * (rank + 1))[rank]
-        results.append(run(kwargs['argv'], kwargs.get('engine'), env))
+        argv = [a.replace('{rank}', str(rank)) for a in kwargs['argv']]
+        results.append(run(argv, kwargs.get('engine'), kwargs.get('env', {})))
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
     torch.save(results, Path(sys.argv[1]).with_suffix(f'.{rank}.pt'))
