@@ -79,7 +79,7 @@ def _inspect(args: argparse.Namespace):
 
 def _export(args: argparse.Namespace):
     from .hub import export_checkpoint
-    from .push import check_request
+    from .push import PushError, check_request, finishing_line
 
     if args.push_to_hub:
         check_request(args.push_to_hub, args.hub_revision)
@@ -95,7 +95,12 @@ def _export(args: argparse.Namespace):
     )
     print(f"Exported and checked, bit for bit: timm.create_model('local-dir:{out_dir}', pretrained=True)")
     if args.push_to_hub:
-        _push(args, out_dir)
+        try:
+            _push(args, out_dir)
+        except (PushError, ValueError):
+            line = finishing_line(out_dir, args.push_to_hub, args.hub_private, args.hub_revision, args.overwrite)
+            print(f'The model is in {out_dir}. To push it: {line}', file=sys.stderr)
+            raise
 
 
 def _push(args: argparse.Namespace, folder=None):

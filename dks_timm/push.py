@@ -16,7 +16,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token, hf_hub_download
 from huggingface_hub.errors import (
@@ -479,13 +479,16 @@ def _may_pass(error):
     return status in (408, 409, 412, 429) or status >= 500
 
 
-def _response(error: Optional[BaseException]):
-    """The Hub's answer behind an error, None where there was none."""
+def _chain(error: Optional[BaseException]) -> Iterator[BaseException]:
+    """An error and what led to it."""
     while error is not None:
-        if getattr(error, 'response', None) is not None:
-            return error.response
+        yield error
         error = error.__cause__ or error.__context__
-    return None
+
+
+def _response(error: BaseException):
+    """The Hub's answer behind an error, None where there was none."""
+    return next((e.response for e in _chain(error) if getattr(e, 'response', None) is not None), None)
 
 
 def _retry_after(error) -> int:
@@ -498,7 +501,10 @@ def _reason(error: BaseException) -> str:
         return str(error)
     response = _response(error)
     if response is None:
-        return f'the Hub cannot be reached ({type(error).__name__}: {" ".join(str(error).split())[:200]})'
+        origin = list(_chain(error))[-1]
+        text = f'{type(origin).__name__}: {" ".join(str(origin).split())[:200]}'
+        from_network = type(origin).__module__.startswith(('http', 'h11')) or isinstance(origin, ConnectionError)
+        return f'the Hub cannot be reached ({text})' if from_network else text
     said = response.headers.get('X-Error-Message') or response.reason_phrase
     return f'the Hub answers {response.status_code} ({said})'
 

@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from hub_server import HubServer
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -465,6 +466,29 @@ def test_checkpoint_is_exported_with_label_names_results_and_branches(run, tmp_p
     assert [(r.metric_value, r.dataset_name) for r in data.eval_results] == [(60., 'digits'), (99., 'digits')]
     assert data.license == 'mit'
     assert (tmp_path / 'net/curves.svg').read_text().startswith('<svg')
+
+
+def test_checkpoint_is_exported_and_pushed_in_one_go(run, tmp_path, unverified, monkeypatch, capfd):
+    folder, _, _ = run('run', dks=True, model_ema=True)
+    command = ['export', str(folder / 'model_best.pth.tar'), str(tmp_path / 'net'), '--push-to-hub', 'alice/net']
+    monkeypatch.delenv('HF_TOKEN', raising=False)
+    monkeypatch.setenv('HF_TOKEN_PATH', str(tmp_path / 'none'))
+    monkeypatch.setattr('huggingface_hub.constants.HF_TOKEN_PATH', str(tmp_path / 'none'))
+    assert main(command) == 2 and not (tmp_path / 'net').exists()  # nobody is logged in
+    with HubServer() as server:
+        server.use(monkeypatch, tmp_path / 'home')
+        for name, value in server.env(tmp_path / 'home').items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv('HF_HUB_OFFLINE', raising=False)
+        server.fail('*', 500, times=None)
+        assert main([*command, '--hub-timeout', '3']) == 3
+        hint, error = capfd.readouterr().err.splitlines()[-2:]
+        assert hint.endswith(f'To push it: dks-timm push {tmp_path}/net alice/net') and 'answers 500' in error
+        server.recover()
+        assert main([*command, '--overwrite']) == 0
+        url = capfd.readouterr().out.splitlines()[-1]
+        assert url == f'{server.url}/alice/net/commit/{server.commits("alice/net")[0].id}'
+        assert "'hf-hub:alice/net'" in (tmp_path / 'net/README.md').read_text()
 
 
 def test_results_are_shown_for_the_weights_they_were_measured_on_only(run, tmp_path, unverified):

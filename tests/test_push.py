@@ -257,12 +257,16 @@ def test_a_hub_out_of_reach_is_known_within_ten_seconds(hub):
         check_repository('alice/net', CONFIG)
     assert time.monotonic() - start < 10
     hub.recover()
-    for fail in (lambda: hub.fail('*', 500, times=None), lambda: hub.fail('*', 429, times=None, retry_after=60),
-                 lambda: hub.drop('*', times=None), hub.stop):
+    for fail, message in (
+            (lambda: hub.fail('*', 500, times=None), r'the Hub answers 500 \(Internal error\)'),
+            (lambda: hub.fail('*', 429, times=None, retry_after=60), 'the Hub answers 429'),
+            (lambda: hub.drop('*', times=None), 'the Hub cannot be reached'),
+            (hub.stop, 'the Hub cannot be reached'),
+    ):
         hub.recover()
         fail()
         start = time.monotonic()
-        with pytest.raises(PushError, match='the Hub'):
+        with pytest.raises(PushError, match=message):
             check_repository('alice/net', CONFIG)
         assert time.monotonic() - start < 10
 
