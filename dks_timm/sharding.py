@@ -107,6 +107,9 @@ def check(engine: str, args) -> None:
     refuse(args.opt.lower() not in OPTIMIZERS[engine], f'--opt {args.opt}',
            f'use one of {", ".join(OPTIMIZERS[engine])}')
     if engine == FSDP2:
+        streamed = args.dataset.lower().startswith(('hfids/', 'tfds/', 'wds/')) and args.val_split
+        refuse(streamed, f'--dataset {args.dataset}',
+               'processes would evaluate different numbers of batches, and wait for each other; use --val-split=')
         refuse(args.kd_model_name and args.kd_distill_type == 'feature' and not args.dks, '--kd-distill-type feature',
                'its student is evaluated apart from what FSDP2 gathers; use logit')
     else:
