@@ -200,7 +200,7 @@ def baseline(settings: Mapping[str, Any], folder: PathLike) -> Dict[str, Any]:
         folder: Folder of the other run.
 
     Returns:
-        Its ``top1``, ``top5``, ``epoch`` and ``dks``, and ``differ``: settings of the two that are not the same,
+        Its ``top1``, ``top5`` and ``dks``, and ``differ``: settings of the two that are not the same,
         besides those of DKS.
 
     Raises:
@@ -226,7 +226,6 @@ def baseline(settings: Mapping[str, Any], folder: PathLike) -> Dict[str, Any]:
     mine, other = run_settings(mine), run_settings(theirs)
     differ = sorted(k for k in mine.keys() | other.keys() if mine.get(k) != other.get(k) and not k.startswith('dks'))
     return dict(
-        epoch=int(best['epoch']),
         top1=best.get('eval_top1'),
         top5=best.get('eval_top5'),
         dks=theirs['dks'],
