@@ -7,10 +7,12 @@
     python benchmarks/paper.py --summarise
 
 CIFAR100 is a folder of images, train/<class>/*.png and validation/<class>/*.png. Checkpoints go to --output, one line
-of JSON an epoch to --results; a run whose lines are complete there is not run again, on whatever machine it was.
+of JSON an epoch to --results; a run whose lines are complete there is not run again, on whatever machine it was. A
+second runner may be started beside a first, and takes other runs.
 """
 import argparse
 import csv
+import fcntl
 import json
 import math
 import os
@@ -148,6 +150,7 @@ class Job:
         self.stopped = False
         run.folder.mkdir(parents=True, exist_ok=True)
         self.log = open(run.folder / 'log.txt', 'a')
+        fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a second runner beside this one takes other runs
         self.process = subprocess.Popen(
             [sys.executable, *run.arguments], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True)
@@ -248,8 +251,14 @@ def execute(args, runs) -> int:
     while waiting or jobs:
         while waiting and len(jobs) < args.jobs and time.monotonic() < deadline:
             run = waiting.popleft()
-            print(f'{time.strftime("%H:%M:%S")} {run.name}: {shlex.join(run.arguments)}', flush=True)
-            jobs.append(Job(run, deadline, env, device))
+            if run.finished:
+                continue
+            try:
+                jobs.append(Job(run, deadline, env, device))
+            except BlockingIOError:
+                print(f'{time.strftime("%H:%M:%S")} {run.name}: under way already', flush=True)
+            else:
+                print(f'{time.strftime("%H:%M:%S")} {run.name}: {shlex.join(run.arguments)}', flush=True)
         if not jobs:
             break
         time.sleep(0.2)

@@ -1,4 +1,5 @@
 """The runner of the paper's experiments: its runs, where they stop and continue, and the tables it writes."""
+import fcntl
 import importlib.util
 import json
 import math
@@ -207,6 +208,16 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(workplace, capsys):
     assert len(lines('baseline-0')) == 4
 
 
+def test_a_second_runner_leaves_alone_what_the_first_is_at(workplace, capsys):
+    log = Path('output', 'small-baseline-0', 'log.txt')
+    log.parent.mkdir(parents=True)
+    with log.open('a') as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert execute('--methods', 'baseline', '--seeds', 0, 1) == 0
+    assert 'small-baseline-0: under way already' in capsys.readouterr().out
+    assert not Path('results/small/baseline-0.jsonl').exists() and len(lines('baseline-1')) == 4
+
+
 def test_missing_data_is_refused(workplace, capsys):
     with pytest.raises(SystemExit) as e:
         paper.main(['--data-dir', 'nowhere'])
@@ -260,5 +271,5 @@ def test_train_py_logs_and_writes_what_the_runner_reads(workplace, monkeypatch):
     assert paper.main([*argv, '--methods', 'baseline', '--seeds', '0']) == 0
     read = lines('baseline-0')
     assert [line['epoch'] for line in read] == [0, 1]
-    assert all(0 <= line['eval_top1'] <= 100 and line['seconds'] > 0 and line['lr'] > 0 for line in read)
+    assert all(0 <= line['eval_top1'] <= 100 and line['seconds'] >= 0 and line['lr'] > 0 for line in read)
     assert (workplace / 'output' / 'small-baseline-0' / 'last.pth.tar').exists()
