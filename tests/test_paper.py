@@ -177,7 +177,7 @@ def test_runs_side_by_side_leave_one_line_an_epoch_and_are_not_run_again(workpla
         assert [(line['epoch'], line['eval_top1']) for line in lines(name)] == [(e, 50. + e) for e in range(4)]
         assert Path('output', f'small-{name}', 'starts').read_text() == 'x'
     line = lines('dks-0')[2]
-    assert 0.3 * 5 / 4 <= line.pop('seconds') < 30 and 0 <= line.pop('cpu_seconds') < 1 and line.pop('device')
+    assert 0.05 < line.pop('seconds') < 30 and 0 <= line.pop('cpu_seconds') < 1 and line.pop('device')
     assert line == dict(epoch=2, train_loss=1.2346, eval_loss=2., eval_top1=52., eval_top5=90., lr=0.1)
 
     assert execute(*flags) == 0
