@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -536,3 +537,14 @@ def test_deepspeed_gives_ddps_digits_and_checkpoints_but_divides_by_its_own_rule
     for name in start:
         torch.testing.assert_close(
             by_four[name] - start[name], (by_three[name] - start[name]) * 3 / 4, rtol=1e-2, atol=1e-6)
+
+
+def test_the_page_on_scaling_names_existing_files_and_flags():
+    text = (ROOT / 'docs/scaling.md').read_text()
+    for path in re.findall(r'(?:recipes|tests|benchmarks)/[\w/]+\.(?:yaml|py)', text):
+        assert (ROOT / path).is_file(), path
+    known = {o for action in options.create_parser()._actions for o in action.option_strings}
+    launchers_own = {
+        '--config_file', '--num_processes', '--cpu', '--nproc_per_node', '--nnodes', '--node_rank', '--master_addr',
+        '--master_port'}
+    assert set(re.findall(r'--[a-z][\w-]+', text)) <= known | launchers_own
