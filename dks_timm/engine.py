@@ -1,4 +1,4 @@
-"""The Accelerate loop: one epoch, one evaluation, checkpoints. The only file that knows Accelerate."""
+"""The Accelerate loop: one epoch, one evaluation, checkpoints. With sharding.py, all that knows Accelerate."""
 import argparse
 import csv
 import importlib
