@@ -198,11 +198,11 @@ def test_the_same_seed_gives_the_same_weights_and_batches_with_dks_and_without(n
     seen = {}
 
     class Recorder(engine.Trainer):
-        def fit(self):
+        def fit(self, on_best=None):
             module = self.task.get_trainable_module()
             seen['weights'] = {k: v.clone() for k, v in getattr(module, 'backbone', module).state_dict().items()}
             seen['batches'] = []
-            super().fit()
+            super().fit(on_best)
 
         def _to_device(self, x, y):
             seen['batches'].append((x, y))
