@@ -551,8 +551,10 @@ def check(args, given) -> None:
     refuse(args.jsd_loss and args.aug_splits < 2, '--jsd-loss: needs --aug-splits 2 or more')
     refuse(args.split_bn and not (args.aug_splits > 1 or args.resplit), '--split-bn: needs --aug-splits or --resplit')
     refuse(args.split_bn and args.sync_bn, '--split-bn: cannot be combined with --sync-bn; use one of the two')
-    refuse(args.aug_splits and mixup_active(args) and not args.no_prefetcher,
-           f'--aug-splits {args.aug_splits}: with --mixup or --cutmix it needs --no-prefetcher')
+    refuse(args.aug_splits and mixup_active(args),
+           f'--aug-splits {args.aug_splits}: cannot be combined with --mixup or --cutmix; use one of the two')
+    refuse(args.aug_splits and args.no_prefetcher,
+           f'--aug-splits {args.aug_splits}: only the prefetcher puts splits together; leave --no-prefetcher out')
     refuse(args.wandb_resume_id and not args.resume, f'--wandb-resume-id {args.wandb_resume_id}: needs --resume')
     sizes = args.train_img_sizes
     refuse(args.naflex_loader and sizes is not None, '--naflex-loader: cannot be combined with --train-img-sizes')
