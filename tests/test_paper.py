@@ -6,7 +6,6 @@ import math
 import re
 import shlex
 import statistics
-import time
 import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
@@ -188,10 +187,9 @@ def test_runs_side_by_side_leave_one_line_an_epoch_and_are_not_run_again(workpla
 
 
 def test_time_is_up_at_a_checkpoint_and_the_rest_is_run_later(workplace, monkeypatch):
-    flags, start = ['--methods', 'baseline', '--epochs', 80], time.monotonic()
+    flags = ['--methods', 'baseline', '--epochs', 80]
     monkeypatch.setenv('SECONDS_AN_EPOCH', '0.1')
     assert execute(*flags, '--seeds', 0, 1, '--minutes', 3 / 60) == 0
-    assert time.monotonic() - start < 7
     before = lines('baseline-0')
     assert 1 <= len(before) < 80 and not Path('output/small-baseline-1').exists()
     monkeypatch.setenv('SECONDS_AN_EPOCH', '0')
