@@ -4,7 +4,8 @@ import json
 import sys
 from typing import Optional, Sequence
 
-from .options import ParseKwargs, Parser, add_branch_flags, add_card_flags, add_hub_flags, naming
+from .options import Parser, add_branch_flags, add_card_flags, add_hub_flags, naming
+from .timm_flags import ParseKwargs
 
 
 def _create_parser() -> Parser:
