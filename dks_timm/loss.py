@@ -11,9 +11,11 @@ from typing import Callable, Dict, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.loss import (
     AsymmetricLossMultiLabel,
     DistributionBalancedLoss,
+    JsdCrossEntropy,
     LabelSmoothingCrossEntropy,
     PolyBinaryCrossEntropy,
     SoftTargetCrossEntropy,
@@ -76,6 +78,9 @@ class DKSLoss(nn.Module):
         synergy_weight: Weight of the synergy, see `synergy_loss`.
         direction: Who teaches whom, see `synergy_loss`.
         temperature: Of the synergy, see `synergy_loss`.
+
+    Attributes:
+        synergy_on: Whether classifiers teach each other; without it, plain deep supervision is left.
     """
 
     def __init__(
@@ -99,6 +104,7 @@ class DKSLoss(nn.Module):
         self.synergy_weight = _parse_weight('synergy_weight', synergy_weight, ndim=2)
         self.direction = direction
         self.temperature = float(temperature)
+        self.synergy_on = True
 
     def resolve_weights(self, num_classifiers: int) -> Tuple[Vector, Matrix]:
         """Weights of M classifiers and of their pairs (M x M, direction applied, zero diagonal).
@@ -119,7 +125,8 @@ class DKSLoss(nn.Module):
     def forward(self, logits: Sequence[torch.Tensor], target: torch.Tensor) -> Dict[str, torch.Tensor]:
         """
         Args:
-            logits: One (B, C) tensor per classifier: the backbone's, then the branches' from shallow to deep.
+            logits: One (B, C) tensor per classifier: the backbone's, then the branches' from shallow to deep. Those of
+                branches may all be (n, C), for the first n samples: their criterion and the synergy are means over n.
             target: Class indices (B,), a dense distribution (B, C), or what the criterion takes.
 
         Returns:
@@ -127,23 +134,70 @@ class DKSLoss(nn.Module):
             'synergy' (M, M), the divergence of every teacher (row) and student (column), temperature squared included.
             The last two are unweighted batch means, and cover what a weight or the direction leaves out.
         """
-        _check_logits(logits)
+        count = _check_logits(logits, partial=True)
+        share = count / len(logits[0])
         ce_weight, synergy_weight = self.resolve_weights(len(logits))
+        if not self.synergy_on:
+            synergy_weight = ((0.,) * len(logits),) * len(logits)
+        if share < 1:
+            self._check_part(count, len(logits[0]))
         if self.smoothing is not None:
             target = _check_target(target, logits, self.smoothing)
+            first, *others = ce_weight
             loss, ce, synergy = _apply_objective(
-                logits, target, ce_weight, synergy_weight, self.temperature, self.smoothing)
+                [z[:count] for z in logits] if share < 1 else logits, target[:count], (share * first, *others),
+                synergy_weight, self.temperature, self.smoothing)
+            if share < 1:
+                rest = (1 - share) * self._label_loss(logits[0][count:], target[count:])
+                loss = loss + first * rest
+                ce = torch.cat([share * ce[:1] + rest.detach(), ce[1:]])
         else:
             dtype = _compute_dtype(logits)
             logits = [z.to(dtype) for z in logits]  # once, so that both gradients meet before they are rounded
             loss, _, synergy = _apply_objective(
-                logits, None, (0.,) * len(logits), synergy_weight, self.temperature)
-            with torch.autocast(logits[0].device.type, enabled=False):
-                ce = torch.stack([self.criterion(z, target) for z in logits])
-            if ce.ndim != 1:
-                raise ValueError(f'criterion must return a scalar, got shape {tuple(ce.shape[1:])}')
+                [z[:count] for z in logits], None, (0.,) * len(logits), synergy_weight, self.temperature)
+            ce = torch.stack([self._label_loss(z, target[:len(z)]) for z in logits])
             loss = loss + _weighted_sum(ce, ce_weight)
         return {'loss': loss, 'ce': ce.detach(), 'synergy': synergy}
+
+    def forward_backbone(self, logits: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """What is left of the objective where the branches have not run.
+
+        Args:
+            logits: The backbone's (B, C).
+            target: See `forward`.
+
+        Returns:
+            'loss', the weighted criterion of the backbone; 'ce' (1,), the same without weight or gradient.
+        """
+        if self.smoothing is not None:
+            target = _check_target(target, [logits], self.smoothing)
+        weight = self.ce_weight[0] if isinstance(self.ce_weight, tuple) else self.ce_weight
+        ce = self._label_loss(logits, target)
+        return {'loss': weight * ce, 'ce': ce.detach()[None]}
+
+    def _label_loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The criterion of one classifier; a dense target has been smoothed already."""
+        logits = logits.to(_compute_dtype([logits]))
+        with torch.autocast(logits.device.type, enabled=False):
+            if self.smoothing is not None:
+                return F.cross_entropy(logits, target, label_smoothing=self.smoothing if target.ndim == 1 else 0.)
+            loss = self.criterion(logits, target)
+        if loss.ndim:
+            raise ValueError(f'criterion must return a scalar, got shape {tuple(loss.shape)}')
+        return loss
+
+    def _check_part(self, count: int, batch_size: int) -> None:
+        """Refuse criteria that mean another thing for a part of the batch."""
+        name = type(self.criterion).__name__
+        if isinstance(self.criterion, JsdCrossEntropy):
+            raise ValueError(
+                f'criterion {name} compares splits of a whole batch, but branches have logits of its first {count} '
+                f'samples of {batch_size}: give all of them (batch_fraction 1)')
+        if getattr(self.criterion, 'reduction', 'mean') != 'mean':
+            raise ValueError(
+                f"criterion {name} has reduction {self.criterion.reduction!r}: use 'mean' where branches have logits "
+                f'of {count} samples of {batch_size}')
 
     def extra_repr(self) -> str:
         return (
@@ -309,7 +363,8 @@ def _softmax_smoothing(criterion: Optional[Callable]) -> Optional[float]:
     return None
 
 
-def _check_logits(logits: Sequence[torch.Tensor]) -> None:
+def _check_logits(logits: Sequence[torch.Tensor], partial: bool = False) -> int:
+    """Number of samples that all classifiers have logits of; where partial, the backbone may have more."""
     if isinstance(logits, torch.Tensor):
         raise ValueError(
             f'logits must be a list with the (B, C) logits of every classifier, got one tensor of shape '
@@ -317,8 +372,13 @@ def _check_logits(logits: Sequence[torch.Tensor]) -> None:
         )
     if len(logits) < 2:
         raise ValueError(f'logits must come from at least two classifiers, got {len(logits)}')
-    if logits[0].ndim != 2 or any(z.shape != logits[0].shape for z in logits):
-        raise ValueError(f'logits must all have one shape (B, C), got {[tuple(z.shape) for z in logits]}')
+    whole, last = logits[0], logits[-1]
+    shape = last.shape if partial and 0 < len(last) < len(whole) else whole.shape
+    if whole.ndim != 2 or whole.shape[1:] != shape[1:] or any(z.shape != shape for z in logits[1:]):
+        raise ValueError(
+            f'logits must all have one shape (B, C), got {[tuple(z.shape) for z in logits]}'
+            + '; those of branches alone may all be of the first n samples' * partial)
+    return shape[0]
 
 
 def _check_target(target: torch.Tensor, logits: Sequence[torch.Tensor], smoothing: float) -> torch.Tensor:

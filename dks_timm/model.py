@@ -1,5 +1,6 @@
 """A backbone with supervision branches: all classifiers in one forward, and the plain backbone back at the end."""
 import logging
+import math
 from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import timm
@@ -8,6 +9,7 @@ import torch.nn as nn
 from timm.models import group_parameters
 from timm.optim import auto_group_layers
 from timm.utils import unwrap_model
+from torch.utils._pytree import tree_map_only
 
 from . import published
 from .attach import BranchBuilder
@@ -46,15 +48,29 @@ class DKSModel(nn.Module):
     evaluation mode it is the backbone's logits and the branches are not run. The backbone is the unmodified timm model;
     its features come from forward hooks.
 
+    Args:
+        backbone: See Attributes.
+        branches: See Attributes.
+        batch_fraction: See Attributes.
+
     Attributes:
         backbone: The timm model.
         branches: One branch per supervised stage, shallowest first; ``branches[i].kind`` is 'tail' or 'conv'.
         stages: Supervised stages, ascending indices into the backbone's ``feature_info``.
+        batch_fraction: Part of a training batch that the branches run on, its first images: above 0, at most 1.
+        branches_on: Whether the branches run in training mode.
         layout: Arguments of :meth:`from_timm` that make the same branches again, {} if it did not make them.
+
+    Raises:
+        ValueError: A fraction that is none.
     """
 
-    def __init__(self, backbone: nn.Module, branches: Sequence[Branch]):
+    def __init__(self, backbone: nn.Module, branches: Sequence[Branch], batch_fraction: float = 1.0):
         super().__init__()
+        if not 0 < batch_fraction <= 1:
+            raise ValueError(f'batch_fraction is {batch_fraction}; it must be above 0 and at most 1.')
+        self.batch_fraction = batch_fraction
+        self.branches_on = True
         self.backbone = backbone
         self.branches = nn.ModuleList(branches)
         self.stages: Tuple[int, ...] = tuple(branch.stage for branch in branches)
@@ -73,6 +89,7 @@ class DKSModel(nn.Module):
             branch_kwargs: Optional[Dict[str, Any]] = None,
             budget: Optional[float] = None,
             image_size: Optional[Tuple[int, int]] = None,
+            batch_fraction: float = 1.0,
     ) -> 'DKSModel':
         """Attach branches to an existing timm model.
 
@@ -90,6 +107,7 @@ class DKSModel(nn.Module):
                 ``{'2.layers': (3, 4, 3, 2)}`` is for stage 2 alone.
             budget: Most that one training forward may cost, as a multiple of the backbone's forward FLOPs.
             image_size: Size (H, W) of the images, for the budget; None takes the model's own. Other sizes still work.
+            batch_fraction: Part of a training batch that the branches run on.
 
         Raises:
             ValueError: Stages that do not exist, a model without a classifier, tails that the architecture or the
@@ -101,7 +119,7 @@ class DKSModel(nn.Module):
         with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
             builder = BranchBuilder(backbone, dict(model_kwargs or {}), image_size)
             built = builder.attach(indices, branches, overrides, budget)
-        net = cls(backbone, built)
+        net = cls(backbone, built, batch_fraction)
         net.layout = dict(
             stages=list(net.stages),
             branches=branches,
@@ -121,7 +139,8 @@ class DKSModel(nn.Module):
 
         Returns:
             In training mode the list of M logits (B, num_classes): backbone, branch on the shallowest stage, ..., on
-            the deepest. In evaluation mode the backbone's logits (B, num_classes).
+            the deepest; those of branches (n, num_classes), for the first n = ceil(batch_fraction * B) images, and
+            none of them without ``branches_on``. In evaluation mode the backbone's logits (B, num_classes).
         """
         return self.exits(x) if self.training else self.backbone(x)
 
@@ -130,17 +149,34 @@ class DKSModel(nn.Module):
         if not self._tapped:
             self._tap()
         taps = self._taps
-        taps.open = True
+        taps.open = self.branches_on or not self.training
         try:
             logits = (self._student if self.training and self._student is not None else self.backbone)(x)
         finally:
             taps.open = False  # gradient checkpointing calls the modules again in the backward pass
         features, taps.outputs = taps.outputs, {}
+        if self.training and not self.branches_on:
+            return [logits]
+        if self.training and self.batch_fraction < 1:
+            x, features = self._first_images(x, features)
         if self.training and x.device.type == 'cpu' and not torch.compiler.is_compiling():
             # Dropout in a branch must not shift the random numbers that data order and augmentation draw.
             with torch.random.fork_rng(devices=[]):
                 return [logits, *self._run_branches(x, features)]
         return [logits, *self._run_branches(x, features)]
+
+    def _first_images(self, x: torch.Tensor, features: Dict[str, Any]) -> Tuple[torch.Tensor, Dict[str, Any]]:
+        batch_size = x.shape[0]
+        count = math.ceil(round(self.batch_fraction * batch_size, 6))  # 0.07 * 100 is a little more than 7
+
+        def first(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.shape[:1] != (batch_size,):
+                raise ValueError(
+                    f'batch_fraction {self.batch_fraction}: features of this model have shape {tuple(tensor.shape)}, '
+                    f'in which {batch_size} images do not come first; use 1')
+            return tensor[:count]
+
+        return x[:count], tree_map_only(torch.Tensor, first, features)
 
     def _run_branches(self, x: torch.Tensor, features: Dict[str, Any]) -> List[torch.Tensor]:
         return [branch(x, features[branch.source]) for branch in self.branches]
@@ -252,6 +288,7 @@ def create_dks_model(
         branch_kwargs: Optional[Dict[str, Any]] = None,
         budget: Optional[float] = None,
         image_size: Optional[Tuple[int, int]] = None,
+        batch_fraction: float = 1.0,
         **timm_kwargs: Any,
 ) -> DKSModel:
     """Create a timm model with supervision branches.
@@ -268,6 +305,7 @@ def create_dks_model(
         branch_kwargs: See :meth:`DKSModel.from_timm`.
         budget: See :meth:`DKSModel.from_timm`.
         image_size: See :meth:`DKSModel.from_timm`.
+        batch_fraction: See :meth:`DKSModel.from_timm`.
         **timm_kwargs: Further arguments of ``timm.create_model``, for the backbone and the templates of its branches.
 
     Raises:
@@ -280,9 +318,10 @@ def create_dks_model(
     if layout:
         if backbone.pretrained_cfg.get('fixed_input_size'):
             layout['image_size'] = image_size  # the published one may not be that of this backbone
-        net = DKSModel.from_timm(backbone, model_kwargs=timm_kwargs, **layout)
+        net = DKSModel.from_timm(backbone, model_kwargs=timm_kwargs, batch_fraction=batch_fraction, **layout)
     else:
-        net = DKSModel.from_timm(backbone, stages, branches, timm_kwargs, branch_kwargs, budget, image_size)
+        net = DKSModel.from_timm(
+            backbone, stages, branches, timm_kwargs, branch_kwargs, budget, image_size, batch_fraction)
     from_elsewhere = timm_kwargs.get('checkpoint_path') or timm_kwargs.get('pretrained_cfg_overlay')
     if layout and pretrained and not from_elsewhere:
         published.load_branches(net, model_name, timm_kwargs.get('cache_dir'))
