@@ -54,12 +54,23 @@ METHODS = dict(
     byot=('BYOT-style', ['--dks', '--dks-synergy-weight', *'0 1 1 0 0 0 0 0 0'.split()]),
     # The mean divergence from several teachers has the gradient of the divergence from their mean.
     ensemble=('ensemble teaches backbone', ['--dks', '--dks-synergy-weight', *'0 0 0 .5 0 0 .5 0 0'.split()]),
+    # Less arithmetic.
+    dks_fraction_half=('half of each batch', ['--dks', '--dks-batch-fraction', '0.5']),
+    dks_fraction=('10 of 64 images', ['--dks', '--dks-batch-fraction', '0.15625']),
+    dks_every=('every 6th update', ['--dks', '--dks-every', '6']),
+    dks_budget_15=('budget 1.5', ['--dks', '--dks-budget', '1.5']),
+    dks_budget_13=('budget 1.3', ['--dks', '--dks-budget', '1.3']),
+    dks_conv=('convolutional branches', ['--dks', '--dks-branches', 'conv']),
+    # No less of it, but for the synergy.
+    dks_late=('synergy from epoch 20', ['--dks', '--dks-start-epoch', '20']),
 )
+CHEAPER = tuple(method for method in METHODS if method.startswith('dks_'))
 
 # What is run where nothing is chosen, and in which order.
 PLAN = (
     ('mini', ('baseline', 'ds', 'dks'), range(5)),
     ('mini', ('top_down', 'bottom_up'), range(3)),
+    ('mini', CHEAPER, range(3)),
     ('resnet32', ('baseline', 'ds', 'dks'), range(3)),
     ('resnet32', ('top_down', 'bottom_up', 'byot', 'ensemble'), range(3)),
     ('wrn_28_10', ('baseline', 'dks'), range(3)),

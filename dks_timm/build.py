@@ -65,6 +65,7 @@ def create_model(args):
                 branch_kwargs=args.dks_branch_kwargs,
                 budget=args.dks_budget,
                 image_size=image_size,
+                batch_fraction=args.dks_batch_fraction,
                 **kwargs,
             )
             _logger.info(model.describe())
@@ -126,13 +127,15 @@ def create_task(args, model, device):
     """Create the task that turns a batch into a loss: DKS, distillation, or plain classification."""
     criterion = create_criterion(args).to(device)
     common = dict(device=device, dtype=model_dtype(args), verbose=args.rank == 0)
-    loss_fn = _create_dks_loss(args, criterion, num_classifiers=1 + len(model.branches)) if args.dks else None
+    if args.dks:
+        loss_fn = _create_dks_loss(args, criterion, num_classifiers=1 + len(model.branches))
+        when = dict(every=args.dks_every, start_epoch=args.dks_start_epoch)
     if args.kd_model_name is None:
         if args.dks:
-            return DKSTask(model, loss_fn, **common)
+            return DKSTask(model, loss_fn, **common, **when)
         return tasks.ClassificationTask(model, criterion=criterion, **common)
     task = _create_distillation_task(args, model.backbone if args.dks else model, criterion, common)
-    return DKSDistillationTask(model, task, loss_fn, **common) if args.dks else task
+    return DKSDistillationTask(model, task, loss_fn, **common, **when) if args.dks else task
 
 
 def _create_distillation_task(args, student, criterion, common):

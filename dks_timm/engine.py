@@ -82,7 +82,10 @@ def create_accelerator(args, given) -> Accelerator:
         project_dir=args.output or './output/train',
         # Groups of batches are divided here, as timm does, and not by Accelerate.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)],
+        kwargs_handlers=[DistributedDataParallelKwargs(
+            broadcast_buffers=not args.no_ddp_bb,
+            find_unused_parameters=args.dks and args.dks_every > 1,
+        )],
     )
     sharding.confirm(engine, accelerator)
     if accelerator.device.type == 'cpu' and accelerator.mixed_precision == 'fp16':
@@ -400,6 +403,8 @@ class Trainer:
                     x, y = self.mixup_fn(x, y)
                 batch_size = (x['patches'] if args.naflex_loader else x).shape[0]
 
+                if len(self.names) > 1:
+                    task.begin_update(epoch, num_updates)
                 with nullcontext() if need_update or deepspeed else accelerator.no_sync(module):
                     with sharding.autocast(accelerator):
                         out = task(x, y)
@@ -573,14 +578,22 @@ class Trainer:
 
 
 class Totals:
-    """Sums over the samples of an epoch, kept on the device until they are asked for."""
+    """Sums over the samples of an epoch, kept on the device until they are asked for.
+
+    A branch's means are over the samples that it ran on.
+    """
 
     def __init__(self, accelerator, names):
         self.accelerator = accelerator
         self.names = names
-        self.count = 0
         self.dtype = torch.float32 if accelerator.device.type == 'mps' else torch.float64  # as timm's evaluator
         self.sums = None
+        self.counts = []  # of the samples in each sum
+        self.weights = {}
+
+    @property
+    def count(self):
+        return self.counts[0]
 
     @torch.no_grad()
     def update(self, out, loss, target, batch_size):
@@ -589,21 +602,28 @@ class Totals:
             logits = logits[0][:1]
         if target.ndim > 1:
             target = target.argmax(dim=-1)
-        top1 = [100 * (z.argmax(dim=-1) == target).to(self.dtype).mean() for z in logits]
-        values = [loss.to(self.dtype), *top1]
+        top1 = [100 * (z.argmax(dim=-1) == target[:len(z)]).to(self.dtype).mean() for z in logits]
+        idle = [loss.new_zeros((), dtype=self.dtype)] * (len(self.names) - len(logits))
+        values = [loss.to(self.dtype), *top1, *idle]
+        counts = [batch_size, batch_size, *(len(z) for z in logits[1:]), *(0 for _ in idle)]
         if len(self.names) > 1:
             pairs = len(self.names) * (len(self.names) - 1)
-            values += [*out['ce'].to(self.dtype), out['synergy'].to(self.dtype).sum() / pairs]
-        sums = torch.stack([v.to(self.accelerator.device) for v in values]) * batch_size
+            synergy = idle[:1] or [out['synergy'].to(self.dtype).sum() / pairs]
+            values += [*out['ce'].to(self.dtype), *idle, *synergy]
+            counts += [*counts[1:], counts[-1]]
+        key = tuple(counts)
+        if key not in self.weights:  # there are few, and each is a transfer to the device
+            self.weights[key] = torch.tensor(counts, dtype=self.dtype, device=self.accelerator.device)
+        sums = torch.stack([v.to(self.accelerator.device) for v in values]) * self.weights[key]
         self.sums = sums if self.sums is None else self.sums + sums
-        self.count += batch_size
+        self.counts = [a + b for a, b in zip(self.counts or [0] * len(counts), counts, strict=True)]
 
     def compute(self, reduce=False):
         """Means so far, of this process or of all."""
-        totals = torch.cat([self.sums, self.sums.new_tensor([self.count])])
+        totals = torch.stack([self.sums, self.sums.new_tensor(self.counts)])
         if reduce:
             totals = self.accelerator.reduce(totals)
-        *means, _ = (totals / totals[-1]).tolist()
+        means = (totals[0] / totals[1]).tolist()
         names = ['loss', *(f'top1_{name}' for name in self.names)]
         if len(self.names) > 1:
             names += [*(f'ce_{name}' for name in self.names), 'synergy']

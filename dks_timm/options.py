@@ -61,6 +61,14 @@ def add_branch_flags(group) -> None:
                        help='most a training forward may cost, in forwards of the backbone')
 
 
+def add_thrift_flags(group) -> None:
+    """The flags that say when the branches run."""
+    group.add_argument('--dks-batch-fraction', type=float, default=1.0, metavar='F',
+                       help='part of each training batch that the branches run on')
+    group.add_argument('--dks-every', type=int, default=1, metavar='K',
+                       help='run the branches in every K-th update; the others train the model by its labels alone')
+
+
 def add_card_flags(group) -> None:
     """The flags that say what an export holds besides the backbone."""
     group.add_argument('--keep-branches', action='store_true',
@@ -96,6 +104,9 @@ def create_parser() -> Parser:
     group.add_argument('--dks-direction', type=str, default='both', choices=('both', 'top-down', 'bottom-up', 'none'),
                        help='who teaches: each other, deeper the shallower, shallower the deeper, nobody')
     group.add_argument('--dks-temperature', type=float, default=1.0, metavar='T', help='temperature of synergy')
+    add_thrift_flags(group)
+    group.add_argument('--dks-start-epoch', type=int, default=0, metavar='N',
+                       help='first epoch with synergy; before it, classifiers learn from the labels alone')
 
     group = parser.add_argument_group('Small images')
     group.add_argument('--train-pad', type=int, metavar='N',
@@ -242,17 +253,18 @@ CHOICES = dict(
 RANGES = {
     **dict.fromkeys(
         ('num_classes', 'img_size', 'in_chans', 'batch_size', 'validation_batch_size', 'epochs', 'lr_base_size',
-         'log_interval', 'val_interval', 'checkpoint_hist', 'train_num_samples', 'val_num_samples'), (1, None)),
+         'log_interval', 'val_interval', 'checkpoint_hist', 'train_num_samples', 'val_num_samples', 'dks_every'),
+        (1, None)),
     **dict.fromkeys(
         ('workers', 'recovery_interval', 'start_epoch', 'warmup_epochs', 'cooldown_epochs', 'lr', 'lr_base', 'mixup',
          'cutmix', 'color_jitter', 'clip_grad', 'tta', 'train_pad', 'seed', 'distill_loss_weight', 'task_loss_weight',
-         'dks_ce_weight', 'dks_synergy_weight', 'max_bad_images'), (0, None)),
+         'dks_ce_weight', 'dks_synergy_weight', 'dks_start_epoch', 'max_bad_images'), (0, None)),
     **dict.fromkeys(
         ('hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'mixup_prob',
          'mixup_switch_prob', 'momentum', 'smoothing', 'drop', 'drop_path', 'drop_block', 'drop_connect',
-         'model_ema_decay'), (0, 1)),
+         'model_ema_decay', 'dks_batch_fraction'), (0, 1)),
 }
-ABOVE_ZERO = ('crop_pct', 'kd_temperature', 'dks_temperature', 'std')
+ABOVE_ZERO = ('crop_pct', 'kd_temperature', 'dks_temperature', 'dks_batch_fraction', 'std')
 
 
 def flag(name: str) -> str:
@@ -373,6 +385,12 @@ def check(args, given) -> None:
         refuse(set_without and 'dks' not in given, f'{flag(min(set_without, default=""))}: needs --dks')
         return
     refuse(args.naflex_loader, '--naflex-loader: patch sequences cannot be combined with --dks')
+    for name in ('aug_splits', 'split_bn'):
+        refuse(args.dks_batch_fraction < 1 and getattr(args, name),
+               f'--dks-batch-fraction {args.dks_batch_fraction}: cannot be combined with {flag(name)}; use --dks-every')
+    refuse(args.dks_start_epoch >= args.epochs,
+           f'--dks-start-epoch {args.dks_start_epoch}: synergy would not begin in {args.epochs} epochs; give less, or '
+           '--dks-direction none')
 
 
 def mixup_active(args) -> bool:
@@ -386,6 +404,7 @@ _ARGUMENTS = dict(
     branches='--dks-branches',
     branch_kwargs='--dks-branch-kwargs',
     budget='--dks-budget',
+    batch_fraction='--dks-batch-fraction',
     baseline='--card-baseline',
     repo_id='--push-to-hub',
     revision='--hub-revision',

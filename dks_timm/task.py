@@ -22,6 +22,8 @@ class DKSTask(ClassificationTask):
         device: Device for task tensors/buffers
         dtype: Dtype for task tensors/buffers
         verbose: Enable info logging
+        every: Run the branches in one of so many updates; the others train the backbone by its labels alone.
+        start_epoch: First epoch with synergy; before it, every classifier learns from the labels alone.
 
     Raises:
         ValueError: The weights of the loss are for another number of classifiers.
@@ -34,10 +36,24 @@ class DKSTask(ClassificationTask):
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
             verbose: bool = True,
+            every: int = 1,
+            start_epoch: int = 0,
     ):
         loss_fn = DKSLoss() if loss_fn is None else loss_fn
         loss_fn.resolve_weights(1 + len(net.branches))
         super().__init__(net, loss_fn, device=device, dtype=dtype, verbose=verbose)
+        self.every = every
+        self.start_epoch = start_epoch
+
+    def begin_update(self, epoch: int, num_updates: int) -> None:
+        """Decide what the next update trains. Without a call, every update trains all classifiers with synergy.
+
+        Args:
+            epoch: Epoch of the update.
+            num_updates: Updates before it, counted from the beginning of the run.
+        """
+        unwrap_model(self.trainable_module).branches_on = num_updates % self.every == 0
+        self.criterion.synergy_on = epoch >= self.start_epoch
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, Any]:
         """Forward pass through backbone and branches, and the DKS loss.
@@ -50,11 +66,14 @@ class DKSTask(ClassificationTask):
             Dictionary containing:
                 - 'loss': Training loss
                 - 'output': Logits of the backbone (B, num_classes)
-                - 'logits': List of all logits, the backbone's first
-                - 'ce', 'synergy': Reports of DKSLoss
+                - 'logits': List of all logits, the backbone's first and, where the branches have not run, alone
+                - 'ce', 'synergy': Reports of DKSLoss; no synergy where the branches have not run
         """
         logits = self.trainable_module(input)
-        return {**self.criterion(logits, target), 'output': logits[0], 'logits': logits}
+        return {**self._loss(logits, target), 'output': logits[0], 'logits': logits}
+
+    def _loss(self, logits: List[torch.Tensor], target: torch.Tensor) -> Dict[str, torch.Tensor]:
+        return self.criterion(logits, target) if len(logits) > 1 else self.criterion.forward_backbone(*logits, target)
 
     def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs) -> nn.Module:
         """Compile the DKSModel for training, and its backbone by itself for evaluation."""
@@ -130,6 +149,8 @@ class DKSDistillationTask(DKSTask):
         device: Device for task tensors/buffers
         dtype: Dtype for task tensors/buffers
         verbose: Enable info logging
+        every: See DKSTask.
+        start_epoch: See DKSTask.
     """
 
     def __init__(
@@ -140,8 +161,10 @@ class DKSDistillationTask(DKSTask):
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
             verbose: bool = True,
+            every: int = 1,
+            start_epoch: int = 0,
     ):
-        super().__init__(net, loss_fn, device=device, dtype=dtype, verbose=verbose)
+        super().__init__(net, loss_fn, device, dtype, verbose, every, start_epoch)
         if distillation.trainable_module is not net.backbone:
             net.set_student(distillation.trainable_module)
             net.projection = distillation.trainable_module.projection
@@ -154,7 +177,7 @@ class DKSDistillationTask(DKSTask):
         """As :meth:`DKSTask.forward`, with the teacher's term in 'loss', and by itself in 'kd_loss', unweighted."""
         student, *branch_logits = self.trainable_module(input)
         logits = [student[0] if isinstance(student, tuple) else student, *branch_logits]
-        out = self.criterion(logits, target)
+        out = self._loss(logits, target)
         self.distillation.trainable_module.value = student
         distilled = self.distillation(input, target)
         self.distillation.trainable_module.value = None
