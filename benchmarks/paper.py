@@ -58,8 +58,7 @@ METHODS = dict(
     dks_fraction_half=('half of each batch', ['--dks', '--dks-batch-fraction', '0.5']),
     dks_fraction=('10 of 64 images', ['--dks', '--dks-batch-fraction', '0.15625']),
     dks_every=('every 6th update', ['--dks', '--dks-every', '6']),
-    dks_budget_15=('budget 1.5', ['--dks', '--dks-budget', '1.5']),
-    dks_budget_13=('budget 1.3', ['--dks', '--dks-budget', '1.3']),
+    **{f'dks_budget_{x}': (f'budget {x}', ['--dks', '--dks-budget', x]) for x in ('1.5', '1.3')},
     dks_conv=('convolutional branches', ['--dks', '--dks-branches', 'conv']),
     # No less of it, but for the synergy.
     dks_late=('synergy from epoch 20', ['--dks', '--dks-start-epoch', '20']),
