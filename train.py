@@ -17,15 +17,15 @@ def main(argv=None):
         from timm.layers import set_fast_norm
         from timm.optim import create_optimizer_v2, optimizer_kwargs
 
-        from dks_timm import build, card, data, engine, hub, readers
+        from dks_timm import build, card, checkpoints, data, engine, hub, processes, readers
 
         # Build, in timm's order and without a random number that timm's script does not draw.
         build.check_names(args)
-        resume = engine.find_resume(args, args_text)
+        resume = checkpoints.find_resume(args, args_text)
         if args.export_dir and not resume:
             with options.naming(f'--export-dir {args.export_dir}'):
                 hub.check_export_dir(args.export_dir, args.overwrite)
-        accelerator = engine.create_accelerator(args, given)
+        accelerator = processes.create_accelerator(args, given)
         dataset_train, dataset_eval = data.create_datasets(args)
         if args.fast_norm:
             set_fast_norm()

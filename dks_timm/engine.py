@@ -1,192 +1,39 @@
-"""The Accelerate loop: one epoch, one evaluation, checkpoints. With sharding.py, all that knows Accelerate."""
+"""The Accelerate loop: one epoch, one evaluation, checkpoints."""
 import argparse
 import csv
-import importlib
 import logging
 import os
 import sys
 import time
 from collections import OrderedDict
 from contextlib import nullcontext
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
-from typing import Optional
 
 import torch
 import torchvision.utils
-import yaml
-from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, tqdm
+from accelerate.utils import tqdm
 from timm import utils
 from timm.models import load_checkpoint, safe_model_name
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.task import evaluation_sample_limit, load_task_ema_checkpoint, resume_task_checkpoint
-from timm.utils.checkpoint_saver import load_checkpoint_metadata
+from timm.task import evaluation_sample_limit, load_task_ema_checkpoint
 from torch.nn.functional import softmax
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-from . import build, sharding
+from . import build, checkpoints, processes, sharding
 from .data import model_dtype
 from .model import prune
-from .options import UNREADABLE, OptionError, SharedError, closest, naming
+from .options import naming
+from .progress import Progress, Totals
 
 _logger = logging.getLogger(__name__)
-
-
-def create_accelerator(args, given) -> Accelerator:
-    """Start Accelerate on the device and in the precision that the flags or the launcher ask for.
-
-    Where --device was not given the best device present is taken. --amp and --amp-dtype win over the launcher.
-    As timm's does, sets ``device``, ``distributed``, ``world_size``, ``rank`` and ``local_rank`` in args, and seeds.
-    """
-    engine = sharding.requested()
-    sharding.check(engine, args)
-    for module in args.device_modules or ():
-        with naming(f'--device-modules {module}', ImportError):
-            importlib.import_module(module)
-    if torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-
-    on_cpu = not torch.accelerator.is_available()
-    if 'device' in given:
-        device = _check_device(args.device)
-        on_cpu = device.type == 'cpu'
-        if not on_cpu and int(os.environ.get('WORLD_SIZE', 1)) == 1:
-            os.environ['ACCELERATE_TORCH_DEVICE'] = str(device)
-    elif on_cpu:
-        _logger.info('No accelerator found: training on the CPU.')
-
-    precision = None
-    if args.amp:
-        if on_cpu and 'amp_dtype' not in given:
-            _logger.info('--amp on the CPU: bfloat16.')
-            args.amp_dtype = 'bfloat16'
-        precision = dict(float16='fp16', bfloat16='bf16')[args.amp_dtype]
-    elif 'amp' in given:
-        precision = 'no'
-
-    trackers = args.log_with + ['wandb'] * args.log_wandb
-    for tracker in trackers:
-        if tracker not in LOGGER_TYPE_TO_CLASS:
-            raise OptionError(f'--log-with {tracker}: no tracker of Accelerate{closest(tracker, LOGGER_TYPE_TO_CLASS)}')
-        if tracker not in [str(t) for t in get_available_trackers()]:
-            flag = f'--log-with {tracker}' if tracker in args.log_with else '--log-wandb'
-            raise OptionError(f'{flag}: {tracker} is not installed; pip install {tracker}')
-
-    accelerator = Accelerator(
-        **sharding.accelerator_kwargs(engine, args, precision),
-        cpu=on_cpu,
-        log_with=trackers or None,
-        project_dir=args.output or './output/train',
-        # Groups of batches are divided here, as timm does, and not by Accelerate.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[DistributedDataParallelKwargs(
-            broadcast_buffers=not args.no_ddp_bb,
-            find_unused_parameters=args.dks and args.dks_every > 1,
-        )],
-    )
-    sharding.confirm(engine, accelerator)
-    if accelerator.device.type == 'cpu' and accelerator.mixed_precision == 'fp16':
-        raise OptionError('--amp-dtype float16: not on a CPU; use --amp-dtype bfloat16')
-    if accelerator.device.type == 'cpu' and accelerator.num_processes > 1 and args.sync_bn:
-        raise OptionError('--sync-bn: torch has none for the CPU; --dist-bn reduce averages after every epoch')
-    args.device = str(accelerator.device)
-    args.distributed = accelerator.num_processes > 1
-    args.world_size = accelerator.num_processes
-    args.rank = accelerator.process_index
-    args.local_rank = accelerator.local_process_index
-    _logger.info(
-        f'Training on {args.device}, process {args.rank} of {args.world_size}, '
-        + (f'{engine}, ' if engine else '') + f'mixed precision {sharding.precision(accelerator)}.'
-    )
-    utils.random_seed(args.seed, args.rank)
-    return accelerator
-
-
-def _check_device(name: str) -> torch.device:
-    with naming(f'--device {name}', RuntimeError):
-        device = torch.device(name)
-    module = getattr(torch, device.type, None)
-    present = device.type == 'cpu' or (module is not None and module.is_available())
-    if not present or (device.index or 0) >= (1 if device.type == 'cpu' else module.device_count()):
-        best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else 'cpu'
-        raise OptionError(f'--device {name}: is not on this machine; use --device {best}')
-    return device
-
-
-def find_resume(args, args_text: str) -> str:
-    """The checkpoint that --resume names, or '' for none.
-
-    "auto" is the newest complete one of the --experiment folder; without --experiment, of the newest folder under
-    --output whose args.yaml is that of this run.
-    """
-    if args.resume != 'auto':
-        return args.resume
-    root = Path(args.output or './output/train')
-    if args.experiment:
-        folders = [root / args.experiment]
-    else:
-        wanted = _without_resume(args_text)
-        folders = [f.parent for f in root.glob('*/args.yaml') if _without_resume(f.read_text()) == wanted]
-        folders = sorted(folders, key=lambda f: f.stat().st_mtime, reverse=True)[:1]
-    for folder in folders:
-        files = [*folder.glob('last.pth.tar'), *folder.glob('checkpoint-*.pth.tar'), *folder.glob('recovery-*.pth.tar')]
-        for file in sorted(files, key=lambda f: f.stat().st_mtime, reverse=True):
-            try:
-                load_checkpoint_metadata(file)
-            except UNREADABLE as e:
-                _logger.warning(f'{file} is not complete ({e}); trying the checkpoint before.')
-            else:
-                return str(file)
-    _logger.info('--resume auto: no checkpoint yet, starting from the beginning.')
-    return ''
-
-
-def share(refusal: str = '', facts: Optional[dict] = None) -> None:
-    """Let all processes know whether one refuses its input, and compare what they have to agree on.
-
-    Else the others, on other nodes perhaps, would wait for it for ever. All processes have to call this.
-
-    Args:
-        refusal: Why this process stops, or ''.
-        facts: Values by what they are called in a message.
-
-    Raises:
-        SharedError: Another process refuses, or facts differ.
-    """
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return
-    told = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(told, (refusal, facts))
-    if refusal:
-        return
-    for rank, (other, _) in enumerate(told):
-        if other:
-            raise SharedError(f'{other} (process {rank})')
-    for name, value in (facts or {}).items():
-        for rank, (_, theirs) in enumerate(told):
-            if theirs is not None and theirs[name] != value:
-                raise SharedError(
-                    f'{name}: process {rank} has {theirs[name]}, process {torch.distributed.get_rank()} {value}; '
-                    'every node needs the same files'
-                )
-
-
-def _without_resume(args_text):
-    try:
-        return {**yaml.safe_load(args_text), 'resume': ''}
-    except (TypeError, yaml.YAMLError):  # not written to its end
-        return None
 
 
 class Trainer:
     """Trains a task: epochs, evaluations, checkpoints, summary.csv and progress, in timm's order and with its digits.
 
     Args:
-        args: The command line, completed by :func:`create_accelerator`.
-        accelerator: From :func:`create_accelerator`.
+        args: The command line, completed by :func:`processes.create_accelerator`.
+        accelerator: From :func:`processes.create_accelerator`.
         task: A timm TrainingTask whose module is on the accelerator's device.
         optimizer: The module's optimizer.
         loaders: What ``create_loaders`` returns.
@@ -205,8 +52,9 @@ class Trainer:
         self.scaler = accelerator.scaler
         if self.scaler is not None:
             self.scaler.state_dict_key = utils.NativeScaler.state_dict_key  # what timm's saver asks for
-        self.earlier_seconds = 0.
-        resume_epoch = self._resume(resume, optimizer) if resume else None
+        resume_epoch, self.earlier_seconds = None, 0.
+        if resume:
+            resume_epoch, self.earlier_seconds = checkpoints.load(resume, args, task, optimizer, self.scaler)
         if args.model_ema:
             # Before DDP wraps the module, as the average has to be of the plain one.
             task.setup_ema(
@@ -223,7 +71,7 @@ class Trainer:
                 if task.has_ema():
                     task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
         self.eval_model = task.get_eval_model()
-        share(facts={
+        processes.share(facts={
             '--resume': f'{resume} up to epoch {resume_epoch}' if resume else 'no checkpoint',
             '--data-dir': f'{len(self.loader_train)} batches',
         })
@@ -249,29 +97,6 @@ class Trainer:
                 self.scheduler.step_update(self.start_epoch * self.updates_per_epoch)
             else:
                 self.scheduler.step(self.start_epoch)
-
-    def _resume(self, path, optimizer):
-        """Load a checkpoint of ours or timm's; returns the epoch that comes after it."""
-        args = self.args
-        with naming(f'--resume {path}', *UNREADABLE):
-            checkpoint = load_checkpoint_metadata(path)
-        if isinstance(checkpoint, dict):
-            self.earlier_seconds = getattr(checkpoint.get('args'), 'train_seconds', 0.)
-        try:
-            return resume_task_checkpoint(
-                self.task,
-                path,
-                optimizer=None if args.no_resume_opt else optimizer,
-                loss_scaler=None if args.no_resume_opt else self.scaler,
-            )
-        except (KeyError, RuntimeError):
-            raise OptionError(
-                f'--resume {path}: holds weights of {checkpoint.get("arch", "another model")} that do not fit '
-                f'--model {args.model} with {args.num_classes} classes; resume with the model it was made by'
-            ) from None
-        except ValueError as e:
-            hint = '; --no-resume-opt loads the weights only' if 'parameter group' in str(e) else ''
-            raise OptionError(f'--resume {path}: {e}{hint}') from None
 
     @property
     def finished(self) -> bool:
@@ -577,100 +402,3 @@ class Trainer:
         return model
 
 
-class Totals:
-    """Sums over the samples of an epoch, kept on the device until they are asked for.
-
-    A branch's means are over the samples that it ran on.
-    """
-
-    def __init__(self, accelerator, names):
-        self.accelerator = accelerator
-        self.names = names
-        self.dtype = torch.float32 if accelerator.device.type == 'mps' else torch.float64  # as timm's evaluator
-        self.sums = None
-        self.counts = []  # of the samples in each sum
-        self.weights = {}
-
-    @property
-    def count(self):
-        return self.counts[0]
-
-    @torch.no_grad()
-    def update(self, out, loss, target, batch_size):
-        logits = out.get('logits') or [out['output']]
-        if isinstance(logits[0], (tuple, list)):
-            logits = logits[0][:1]
-        if target.ndim > 1:
-            target = target.argmax(dim=-1)
-        top1 = [100 * (z.argmax(dim=-1) == target[:len(z)]).to(self.dtype).mean() for z in logits]
-        idle = [loss.new_zeros((), dtype=self.dtype)] * (len(self.names) - len(logits))
-        values = [loss.to(self.dtype), *top1, *idle]
-        counts = [batch_size, batch_size, *(len(z) for z in logits[1:]), *(0 for _ in idle)]
-        if len(self.names) > 1:
-            pairs = len(self.names) * (len(self.names) - 1)
-            synergy = idle[:1] or [out['synergy'].to(self.dtype).sum() / pairs]
-            values += [*out['ce'].to(self.dtype), *idle, *synergy]
-            counts += [*counts[1:], counts[-1]]
-        key = tuple(counts)
-        if key not in self.weights:  # there are few, and each is a transfer to the device
-            self.weights[key] = torch.tensor(counts, dtype=self.dtype, device=self.accelerator.device)
-        sums = torch.stack([v.to(self.accelerator.device) for v in values]) * self.weights[key]
-        self.sums = sums if self.sums is None else self.sums + sums
-        self.counts = [a + b for a, b in zip(self.counts or [0] * len(counts), counts, strict=True)]
-
-    def compute(self, reduce=False):
-        """Means so far, of this process or of all."""
-        totals = torch.stack([self.sums, self.sums.new_tensor(self.counts)])
-        if reduce:
-            totals = self.accelerator.reduce(totals)
-        means = (totals[0] / totals[1]).tolist()
-        names = ['loss', *(f'top1_{name}' for name in self.names)]
-        if len(self.names) > 1:
-            names += [*(f'ce_{name}' for name in self.names), 'synergy']
-        return OrderedDict(zip(names, means, strict=True))
-
-
-class Progress:
-    """Progress of an epoch on the main process: a bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, accelerator, epoch, num_epochs, updates, log_interval):
-        self.shown = accelerator.is_main_process
-        self.epoch, self.num_epochs, self.updates, self.log_interval = epoch, num_epochs, updates, log_interval
-        self.bar = tqdm(
-            total=updates,
-            desc=f'Epoch {epoch}',
-            bar_format='{desc}: {percentage:3.0f}%|{bar:10}|{postfix}',
-            leave=False,
-            disable=not (self.shown and sys.stderr.isatty()),
-        )
-        self.done = 0
-        self.start = time.monotonic()
-
-    def __enter__(self):
-        self.redirect = logging_redirect_tqdm() if not self.bar.disable else nullcontext()
-        self.redirect.__enter__()
-        return self
-
-    def __exit__(self, *exc):
-        self.bar.close()
-        self.redirect.__exit__(*exc)
-
-    def step(self, last: bool) -> bool:
-        """Count an update; returns whether it is time to show how things stand."""
-        self.done += 1
-        self.bar.update()
-        return self.shown and (last or (self.done - 1) % self.log_interval == 0)
-
-    def show(self, means, param_groups, images):
-        seconds = time.monotonic() - self.start
-        left = seconds / self.done * (self.updates - self.done + self.updates * (self.num_epochs - self.epoch - 1))
-        top1 = ', '.join(f'{name[5:]} {value:.1f}' for name, value in means.items() if name.startswith('top1_'))
-        lr = sum(group['lr'] for group in param_groups) / len(param_groups)
-        text = (
-            f'loss {means["loss"]:.4f}, {images / seconds:.0f} images/s, {timedelta(seconds=round(left))} left, '
-            f'train top-1 {top1}, lr {lr:.3g}'
-        )
-        if self.bar.disable:
-            _logger.info(f'Epoch {self.epoch} [{self.done}/{self.updates}]: {text}')
-        else:
-            self.bar.set_postfix_str(text)

@@ -439,8 +439,8 @@ class _Formatter(logging.Formatter):
 
 def _share(refusal: str) -> None:
     """Tell the other processes, once this one has joined them."""
-    if 'dks_timm.engine' in sys.modules:
-        from .engine import share
+    if 'dks_timm.processes' in sys.modules:
+        from .processes import share
         share(refusal)
 
 

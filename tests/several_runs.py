@@ -24,7 +24,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 import train
-from dks_timm import engine
+from dks_timm import engine, processes
 
 
 class ShardingAccelerator(Accelerator):
@@ -66,7 +66,7 @@ def run(argv, engine_name=None, env=()):
     with (
             mock.patch.dict(os.environ, {**variables, **dict(env)}),
             mock.patch.object(engine, 'Trainer', Trainer),
-            mock.patch.object(engine, 'Accelerator', ShardingAccelerator if engine_name else Accelerator),
+            mock.patch.object(processes, 'Accelerator', ShardingAccelerator if engine_name else Accelerator),
             mock.patch.object(PartialState, 'destroy_process_group'),  # the next run needs it
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),

@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from dks_timm import engine, options
+from dks_timm import checkpoints, options, processes
+from dks_timm.progress import Progress, Totals
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +23,7 @@ def fresh_accelerate():
 
 def start(*argv):
     args, given, _ = options.parse_args(list(argv))
-    return engine.create_accelerator(args, given), args
+    return processes.create_accelerator(args, given), args
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason='needs a machine without an accelerator')
@@ -61,7 +62,7 @@ def test_random_numbers_start_where_timms_do():
 
 
 def test_totals_are_means_over_samples():
-    totals = engine.Totals(Accelerator(cpu=True), ['backbone', 'stage2'])
+    totals = Totals(Accelerator(cpu=True), ['backbone', 'stage2'])
     logits = [torch.eye(4), torch.eye(4).flip(0)]
     synergy = torch.tensor([[0., 3.], [5., 0.]])
     report = dict(output=logits[0], logits=logits, ce=torch.tensor([1., 2.]), synergy=synergy)
@@ -79,7 +80,7 @@ MEANS = dict(loss=1.25, top1_backbone=50., top1_stage2=40.)
 
 
 def show_progress(updates):
-    with engine.Progress(Accelerator(cpu=True), epoch=0, num_epochs=2, updates=updates, log_interval=3) as progress:
+    with Progress(Accelerator(cpu=True), epoch=0, num_epochs=2, updates=updates, log_interval=3) as progress:
         for i in range(updates):
             if progress.step(last=i == updates - 1):
                 progress.show(MEANS, [dict(lr=0.1)], images=8 * progress.done)
@@ -112,15 +113,15 @@ def save(path, age):
 
 def test_resume_auto_takes_the_newest_complete_checkpoint_of_the_experiment(tmp_path):
     args, _, text = options.parse_args(['--resume', 'auto', '--output', str(tmp_path), '--experiment', 'x'])
-    assert engine.find_resume(args, text) == ''
+    assert checkpoints.find_resume(args, text) == ''
     save(tmp_path / 'x/checkpoint-0.pth.tar', age=30)
     save(tmp_path / 'x/last.pth.tar', age=20)
     save(tmp_path / 'x/recovery-1-9.pth.tar', age=10)
     save(tmp_path / 'x/tmp.pth.tar', age=0)
     save(tmp_path / 'y/last.pth.tar', age=0)
-    assert engine.find_resume(args, text) == str(tmp_path / 'x/recovery-1-9.pth.tar')
+    assert checkpoints.find_resume(args, text) == str(tmp_path / 'x/recovery-1-9.pth.tar')
     (tmp_path / 'x/recovery-1-9.pth.tar').write_bytes(b'half')
-    assert engine.find_resume(args, text) == str(tmp_path / 'x/last.pth.tar')
+    assert checkpoints.find_resume(args, text) == str(tmp_path / 'x/last.pth.tar')
 
 
 def test_resume_auto_without_experiment_takes_the_newest_run_of_the_same_flags(tmp_path):
@@ -132,10 +133,10 @@ def test_resume_auto_without_experiment_takes_the_newest_run_of_the_same_flags(t
     (tmp_path / 'd').mkdir()
     (tmp_path / 'd/args.yaml').write_text('')
     args, _, text = options.parse_args([*argv, '--resume', 'auto'])
-    assert engine.find_resume(args, text) == str(tmp_path / 'b/last.pth.tar')
+    assert checkpoints.find_resume(args, text) == str(tmp_path / 'b/last.pth.tar')
 
 
 def test_a_named_checkpoint_is_taken_as_it_is(tmp_path):
     save(tmp_path / 'any.pth.tar', 0)
     args, _, text = options.parse_args(['--resume', str(tmp_path / 'any.pth.tar')])
-    assert engine.find_resume(args, text) == args.resume
+    assert checkpoints.find_resume(args, text) == args.resume

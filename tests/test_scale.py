@@ -24,7 +24,7 @@ from test_train import ROOT, image_folder, main, rows
 from timm.optim import create_optimizer_v2
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-from dks_timm import engine, options, sharding
+from dks_timm import options, processes, sharding
 
 CONFIGS = ROOT / 'recipes/accelerate'
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
@@ -206,7 +206,7 @@ def test_tensorboard_gets_the_numbers_of_the_summary_from_the_main_process_alone
 
 
 def test_wandb_that_is_not_installed_is_refused(noise, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(engine, 'get_available_trackers', lambda: [])
+    monkeypatch.setattr(processes, 'get_available_trackers', lambda: [])
     with pytest.raises(SystemExit) as e:
         main(*noise, '--model', 'test_resnet', '--log-wandb', '--output', tmp_path / 'out')
     err = capfd.readouterr().err
