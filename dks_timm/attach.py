@@ -1,5 +1,6 @@
 """Deciding which branches to attach to a backbone, and making them."""
 import copy
+import functools
 import logging
 import math
 from dataclasses import dataclass, field, replace
@@ -101,7 +102,7 @@ class BranchSpec:
         kind: 'tail' or 'conv'.
         reason: Why, for people.
         overrides: Tail: arguments of the template that differ from the backbone's.
-        keep_every: Tail: thin runs of alike blocks down to one in so many.
+        keep_every: Tail: thin runs of alike blocks down to one in so many; 0 keeps one block of a kind.
         widens: Conv: double the width where the resolution halves, up to the backbone's.
     """
     kind: str
@@ -189,7 +190,8 @@ class BranchBuilder:
             kind: 'tail', 'conv', or 'auto' for a tail where the architecture allows it.
             overrides: Arguments of the tails' templates that differ from the backbone's, by stage.
             budget: Most that one training forward (backbone and branches) may cost, as a multiple of the backbone's
-                forward FLOPs. Branches are made cheaper, the costliest first, until they fit.
+                forward FLOPs. Branches are made cheaper, the costliest first, until they fit; all tails are made
+                thinner before one gives way to convolutions.
 
         Raises:
             ValueError: Unknown kind, a tail that the architecture or the overrides do not allow, or a budget below the
@@ -217,6 +219,7 @@ class BranchBuilder:
                 tails = [BranchSpec('tail', f"the paper's layout, {_listed(preset)}", preset)]
                 tails += [BranchSpec('tail', 'whole tail')]
             tails += [BranchSpec('tail', f'1 in {n} of repeated blocks', keep_every=n) for n in (2, 4, 8, 16)]
+            tails += [BranchSpec('tail', '1 block of a kind', keep_every=0)]
         convs = [BranchSpec('conv', 'as asked'), BranchSpec('conv', 'narrow', widens=False)]
         if kind == 'conv':
             return convs
@@ -234,25 +237,34 @@ class BranchBuilder:
 
     def _fit(self, indices: Sequence[int], ladders: List[List[BranchSpec]], budget: float) -> List[BranchSpec]:
         whole = self.flops()
-        ladders = [list(ladder) for ladder in ladders]
-        costs = [self._spec_flops(i, ladder[0]) for i, ladder in zip(indices, ladders, strict=True)]
-        while whole + sum(costs) > budget * whole:
-            cheaper = [n for n, ladder in enumerate(ladders) if len(ladder) > 1]
+
+        @functools.cache
+        def cost(n: int, rung: int) -> float:
+            return self._spec_flops(indices[n], ladders[n][rung]) / whole
+
+        def total() -> float:
+            return 1 + sum(cost(n, rung) for n, rung in enumerate(rungs))
+
+        rungs = [0] * len(ladders)
+        while total() > budget:
+            cheaper = {}
+            for n, rung in enumerate(rungs):
+                below = (r for r in range(rung + 1, len(ladders[n])) if cost(n, r) < cost(n, rung))
+                cheaper[n] = next(below, None)
+            cheaper = {n: rung for n, rung in cheaper.items() if rung is not None}
             if not cheaper:
-                least = math.ceil((1 + sum(costs) / whole) * 100) / 100
                 raise ValueError(
                     f'budget is {budget}, but the cheapest branches on stages {", ".join(map(str, indices))} of '
-                    f'{self.template.architecture} need {least}; give at least that, or fewer stages.')
-            n = max(cheaper, key=lambda n: costs[n])
-            spec = ladders[n][1]
-            cost = self._spec_flops(indices[n], spec)
-            if cost < costs[n]:
-                ladders[n].pop(0)
-                costs[n] = cost
-            else:
-                ladders[n].pop(1)
-        _logger.info(f'Training forward: {1 + sum(costs) / whole:.2f}x the FLOPs of the backbone (budget {budget}).')
-        return [ladder[0] for ladder in ladders]
+                    f'{self.template.architecture} need {math.ceil(total() * 100) / 100}; give at least that, or fewer '
+                    'stages.')
+            n = max(cheaper, key=lambda n: (ladders[n][cheaper[n]].kind == 'tail', cost(n, rungs[n])))
+            rungs[n] = cheaper[n]
+        # A branch may have become cheaper than it has to be, now that the others are.
+        for n, rung in enumerate(rungs):
+            room = budget - total() + cost(n, rung)
+            rungs[n] = next(r for r in range(rung + 1) if cost(n, r) <= room or r == rung)
+        _logger.info(f'Training forward: {total():.2f}x the FLOPs of the backbone (budget {budget}).')
+        return [ladder[rung] for ladder, rung in zip(ladders, rungs, strict=True)]
 
     def _spec_flops(self, index: int, spec: BranchSpec) -> int:
         with torch.device(self.device):
@@ -277,7 +289,7 @@ class BranchBuilder:
         where = dict(stage=index, reason=spec.reason)
         if spec.kind == 'tail':
             plan = self._plan(stage, spec)
-            if spec.keep_every > 1 and not plan.skips:
+            if spec.keep_every != 1 and not plan.skips:
                 where['reason'] = 'whole tail, it has no repeated blocks'
             source = self.trace.sources(stage)[plan.rank]
             retrace = Retrace(self.template, spec.overrides, stage, plan.rank, self.in_chans, self.device)

@@ -167,7 +167,8 @@ class Trace:
         """Blocks to leave out so that one in ``keep_every`` remains of each run of alike siblings after ``source``.
 
         Alike are consecutive siblings of one class with equal parameter shapes whose outputs have their inputs' shapes.
-        Whole blocks are left out, never parts of a block that is itself repeated.
+        Whole blocks are left out, never parts of a block that is itself repeated. Of 0, none of a run remains that
+        follows a sibling of its class, as in a stage whose first block alone changes shapes, and one of any other run.
         """
         siblings: Dict[str, List[Call]] = {}
         for call in self.calls:
@@ -185,11 +186,14 @@ class Trace:
         for parent in sorted(siblings, key=lambda name: name.count('.')):
             if any(f'{parent}.'.startswith(f'{name}.') for name in repeated):
                 continue
-            for _, run in groupby(siblings[parent], kind):
+            before = None
+            for key, run in groupby(siblings[parent], kind):
                 run = list(run)
-                if len(run) > 1:
+                follows, before = before is type(run[0].module), type(run[0].module)
+                left_out = [c for i, c in enumerate(run) if (i % keep_every if keep_every else follows or i)]
+                if left_out and isinstance(key, tuple):
                     repeated += [c.name for c in run]
-                    found.update({c.name: _passed(c) for i, c in enumerate(run) if i % keep_every})
+                    found.update({c.name: _passed(c) for c in left_out})
         return found
 
 
@@ -307,14 +311,14 @@ def plan_tail(trace: Trace, make: Callable[[], nn.Module], stage: Stage, keep_ev
         trace: Trace of the template.
         make: Makes another one, on the device of the trace (meta, as a rule).
         stage: Where the tail begins.
-        keep_every: Thin runs of alike blocks down to one in so many; 1 keeps all.
+        keep_every: Thin runs of alike blocks down to one in so many; 1 keeps all, 0 one block of a kind.
 
     Raises:
         SurgeryError: The architecture cannot be cut there.
     """
     refusals = []
     for rank, source in enumerate(trace.sources(stage)):
-        skips = trace.skips(source, keep_every) if keep_every > 1 else {}
+        skips = trace.skips(source, keep_every) if keep_every != 1 else {}
         stubs = trace.stubs(source)
         silent = [source] + [trace.once[name] for name in (*stubs, *skips)]
         alive = frozenset(c.name for c in trace.calls if not any(s.start <= c.start < s.end for s in silent))
