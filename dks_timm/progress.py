@@ -5,6 +5,7 @@ import time
 from collections import OrderedDict
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 
 import torch
 from accelerate.utils import tqdm
@@ -22,47 +23,52 @@ class Totals:
     def __init__(self, accelerator, names):
         self.accelerator = accelerator
         self.names = names
-        self.dtype = torch.float32 if accelerator.device.type == 'mps' else torch.float64  # as timm's evaluator
-        self.sums = None
-        self.counts = []  # of the samples in each sum
-        self.weights = {}
-
-    @property
-    def count(self):
-        return self.counts[0]
+        self.count = self.branch_count = 0  # samples
+        zeros = partial(torch.zeros, device=accelerator.device)
+        dtype = torch.float32 if accelerator.device.type == 'mps' else torch.float64  # as timm's evaluator
+        self.loss = zeros((), dtype=dtype)
+        self.hits = zeros(len(names), dtype=torch.int64)
+        self.ce = zeros(len(names), dtype=dtype)
+        self.synergy = zeros(len(names), len(names), dtype=dtype)
 
     @torch.no_grad()
     def update(self, out, loss, target, batch_size):
+        # Little happens for each classifier by itself: on a GPU, every operation is a kernel to launch.
         logits = out.get('logits') or [out['output']]
         if isinstance(logits[0], (tuple, list)):
             logits = logits[0][:1]
         if target.ndim > 1:
             target = target.argmax(dim=-1)
-        top1 = [100 * (z.argmax(dim=-1) == target[:len(z)]).to(self.dtype).mean() for z in logits]
-        idle = [loss.new_zeros((), dtype=self.dtype)] * (len(self.names) - len(logits))
-        values = [loss.to(self.dtype), *top1, *idle]
-        counts = [batch_size, batch_size, *(len(z) for z in logits[1:]), *(0 for _ in idle)]
+        running, part = len(logits), len(logits[-1])  # branches may rest, or run on the first samples only
+        predicted = [z.argmax(dim=-1) for z in logits]
+        hits = (torch.stack([p[:part] for p in predicted]) == target[:part]).sum(dim=1)
+        if part < len(logits[0]):
+            hits[0].add_((predicted[0][part:] == target[part:]).sum())
+        self.hits[:running].add_(hits)
+        self.loss.add_(loss, alpha=batch_size)
+        self.count += batch_size
         if len(self.names) > 1:
-            pairs = len(self.names) * (len(self.names) - 1)
-            synergy = idle[:1] or [out['synergy'].to(self.dtype).sum() / pairs]
-            values += [*out['ce'].to(self.dtype), *idle, *synergy]
-            counts += [*counts[1:], counts[-1]]
-        key = tuple(counts)
-        if key not in self.weights:  # there are few, and each is a transfer to the device
-            self.weights[key] = torch.tensor(counts, dtype=self.dtype, device=self.accelerator.device)
-        sums = torch.stack([v.to(self.accelerator.device) for v in values]) * self.weights[key]
-        self.sums = sums if self.sums is None else self.sums + sums
-        self.counts = [a + b for a, b in zip(self.counts or [0] * len(counts), counts, strict=True)]
+            self.ce[:1].add_(out['ce'][:1], alpha=batch_size)
+        if running > 1:
+            self.ce[1:].add_(out['ce'][1:], alpha=part)
+            self.synergy.add_(out['synergy'], alpha=part)
+            self.branch_count += part
 
     def compute(self, reduce=False):
         """Means so far, of this process or of all."""
-        totals = torch.stack([self.sums, self.sums.new_tensor(self.counts)])
+        branches = [self.branch_count] * (len(self.names) - 1)
+        names, sums = ['loss', *(f'top1_{name}' for name in self.names)], [self.loss[None], 100 * self.hits]
+        counts = [self.count, self.count, *branches]
+        if branches:
+            pairs = len(self.names) * len(branches)
+            names += [*(f'ce_{name}' for name in self.names), 'synergy']
+            sums += [self.ce, self.synergy.sum()[None] / pairs]  # the diagonal is zero
+            counts += [self.count, *branches, self.branch_count]
+        sums = torch.cat(sums)
+        totals = torch.stack([sums, sums.new_tensor(counts)])
         if reduce:
             totals = self.accelerator.reduce(totals)
         means = (totals[0] / totals[1]).tolist()
-        names = ['loss', *(f'top1_{name}' for name in self.names)]
-        if len(self.names) > 1:
-            names += [*(f'ce_{name}' for name in self.names), 'synergy']
         return OrderedDict(zip(names, means, strict=True))
 
 
