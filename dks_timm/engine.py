@@ -241,7 +241,7 @@ class Trainer:
                         accelerator.backward(scaled_loss)
                     else:
                         accelerator.backward(scaled_loss, create_graph=second_order)
-                totals.update(out, loss * divisor, y, batch_size)
+                totals.update(out, loss * divisor if divisor > 1 else loss, y, batch_size)
                 if not need_update:
                     continue
 
