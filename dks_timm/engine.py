@@ -21,6 +21,7 @@ from torch.nn.functional import softmax
 
 from . import build, checkpoints, processes, sharding
 from .data import model_dtype
+from .exits import HeadCounts
 from .model import prune
 from .options import naming
 from .progress import Progress, Totals
@@ -277,8 +278,13 @@ class Trainer:
 
     @torch.inference_mode()
     def evaluate(self, ema: bool = False) -> OrderedDict:
-        """Evaluate the model or its average: ``loss``, ``top1`` and ``top5`` of the backbone, exact for any number of
-        processes; with --dks also ``top1_<branch>`` and ``top1_ensemble`` (mean of the probabilities)."""
+        """Evaluate the model or its average.
+
+        Returns:
+            ``loss``, ``top1`` and ``top5`` of the backbone, exact for any number of processes; with --dks also
+            ``top1_<branch>``, ``top1_ensemble`` (mean of the probabilities), ``loss_<branch>``, and ``agree_<a>_<b>``,
+            the percentage of images to which two heads give one class. Sets ``exits`` in args, for the checkpoint.
+        """
         args, accelerator = self.args, self.accelerator
         if len(self.names) > 1:
             net = utils.unwrap_model(self.task.get_trainable_module(ema=ema))
@@ -291,6 +297,7 @@ class Trainer:
         names = (*self.names, 'ensemble') if len(self.names) > 1 else self.names
         limit = evaluation_sample_limit(self.loader_eval)
         evaluators = [self.task.create_evaluator(max_samples=limit) for _ in names]
+        heads = HeadCounts(self.names, accelerator.device, limit) if len(names) > 1 else None
         # The bar does not get the loader to iterate: it would start it a second time, which draws a random number.
         with tqdm(total=len(self.loader_eval), desc='Evaluation', leave=False, disable=not self._live()) as bar:
             for x, y in self.loader_eval:
@@ -302,7 +309,8 @@ class Trainer:
                 if args.tta > 1:
                     logits = [z.unfold(0, args.tta, args.tta).mean(dim=2) for z in logits]
                     y = y[::args.tta]
-                if len(names) > 1:
+                if heads:
+                    heads.update(logits, y)
                     logits.append(sum(softmax(z, dim=-1) for z in logits).log())
                 for evaluator, z in zip(evaluators, logits, strict=True):
                     evaluator.update(z, y)
@@ -311,6 +319,10 @@ class Trainer:
         metrics = OrderedDict(results[0])
         for name, result in zip(names[1:], results[1:], strict=True):
             metrics[f'top1_{name}'] = result['top1']
+        if heads:
+            metrics.update((f'loss_{n}', r['loss']) for n, r in zip(names[1:-1], results[1:-1], strict=True))
+            agreement, args.exits = heads.compute(distributed=args.distributed)
+            metrics.update(agreement)
         return metrics
 
     def _live(self):

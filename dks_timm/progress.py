@@ -6,6 +6,7 @@ from collections import OrderedDict
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
+from itertools import permutations
 
 import torch
 from accelerate.utils import tqdm
@@ -60,16 +61,23 @@ class Totals:
         names, sums = ['loss', *(f'top1_{name}' for name in self.names)], [self.loss[None], 100 * self.hits]
         counts = [self.count, self.count, *branches]
         if branches:
-            pairs = len(self.names) * len(branches)
+            pairs = list(permutations(self.names, 2))
             names += [*(f'ce_{name}' for name in self.names), 'synergy']
-            sums += [self.ce, self.synergy.sum()[None] / pairs]  # the diagonal is zero
-            counts += [self.count, *branches, self.branch_count]
+            names += [f'synergy_{teacher}_{student}' for teacher, student in pairs]
+            sums += [self.ce, self.synergy.sum()[None] / len(pairs), _off_diagonal(self.synergy)]
+            counts += [self.count, *branches, self.branch_count, *[self.branch_count] * len(pairs)]
         sums = torch.cat(sums)
         totals = torch.stack([sums, sums.new_tensor(counts)])
         if reduce:
             totals = self.accelerator.reduce(totals)
         means = (totals[0] / totals[1]).tolist()
         return OrderedDict(zip(names, means, strict=True))
+
+
+def _off_diagonal(matrix):
+    """The entries of a square matrix beside its diagonal, row by row."""
+    size = len(matrix)
+    return matrix.flatten()[1:].view(size - 1, size + 1)[:, :-1].flatten()
 
 
 class Progress:

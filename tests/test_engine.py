@@ -73,6 +73,7 @@ def test_totals_are_means_over_samples():
     assert totals.compute(reduce=True) == pytest.approx({
         'loss': (4 * 1 + 2 * 4) / 6, 'top1_backbone': 100 * (3 + 1) / 6, 'top1_stage2': 100 * (1 + 0) / 6,
         'ce_backbone': (4 * 1 + 2 * 4) / 6, 'ce_stage2': (4 * 2 + 2 * 8) / 6, 'synergy': 4.,
+        'synergy_backbone_stage2': 3., 'synergy_stage2_backbone': 5.,
     })
 
 

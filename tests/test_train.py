@@ -103,7 +103,10 @@ def test_a_dks_run_learns_and_records_every_classifier(dks_run):
     assert list(table[0]) == TIMM_COLUMNS + [
         'train_top1_backbone', 'train_top1_stage2', 'train_top1_stage3',
         'train_ce_backbone', 'train_ce_stage2', 'train_ce_stage3', 'train_synergy',
-        'eval_top1_stage2', 'eval_top1_stage3', 'eval_top1_ensemble',
+        'train_synergy_backbone_stage2', 'train_synergy_backbone_stage3', 'train_synergy_stage2_backbone',
+        'train_synergy_stage2_stage3', 'train_synergy_stage3_backbone', 'train_synergy_stage3_stage2',
+        'eval_top1_stage2', 'eval_top1_stage3', 'eval_top1_ensemble', 'eval_loss_stage2', 'eval_loss_stage3',
+        'eval_agree_backbone_stage2', 'eval_agree_backbone_stage3', 'eval_agree_stage2_stage3',
     ]
     assert [row['epoch'] for row in table] == ['0', '1']
     for name in ('', '_stage2', '_stage3', '_ensemble'):
