@@ -20,7 +20,7 @@ from .branches import Branch, ConvBranch, Layout, Tail
 from .stages import Stage, list_stages
 from .surgery import TRACE_BATCH, SurgeryError, TailPlan, Trace, plan_tail, shapes
 
-__all__ = ['BRANCH_KINDS', 'PRESETS', 'BranchBuilder', 'BranchSpec', 'Template']
+__all__ = ['BRANCH_KINDS', 'PRESETS', 'BranchBuilder', 'BranchSpec', 'Template', 'copy_without_weights']
 
 _logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ class BranchBuilder:
 
     def _trace_backbone(self) -> Trace:
         if self.device == 'meta':
-            model = _copy_without_weights(self.backbone)
+            model = copy_without_weights(self.backbone)
         else:
             with torch.device(self.device):
                 model = self.template.make()
@@ -346,7 +346,7 @@ def _listed(kwargs: Dict[str, Any]) -> str:
     return ', '.join(f'{k}={v}' for k, v in kwargs.items()) or 'no arguments'
 
 
-def _copy_without_weights(model: nn.Module) -> nn.Module:
+def copy_without_weights(model: nn.Module) -> nn.Module:
     """A copy of a model on the meta device."""
     memo: Dict[int, Any] = {}
     for tensor in chain(model.parameters(), model.buffers()):

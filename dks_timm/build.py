@@ -10,6 +10,7 @@ from timm.models import NaFlexVit
 from timm.optim import get_optimizer_info
 
 from .data import model_dtype
+from .inspection import training_cost
 from .loss import DKSLoss
 from .model import create_dks_model
 from .options import UNREADABLE, OptionError, closest, mixup_active, naming
@@ -69,6 +70,12 @@ def create_model(args):
                 **kwargs,
             )
             _logger.info(model.describe())
+            if args.dks_batch_fraction < 1 or args.dks_every > 1:
+                cost = training_cost(model, kwargs['in_chans'])
+                if cost is not None:
+                    _logger.info(
+                        f'Training forward, on average: {1 + (cost - 1) / args.dks_every:.2f}x the FLOPs of the '
+                        'backbone.')
         else:
             model = timm.create_model(args.model, **kwargs)
 

@@ -4,7 +4,15 @@ import json
 import sys
 from typing import Optional, Sequence
 
-from .options import Parser, add_branch_flags, add_card_flags, add_hub_flags, naming
+from .options import (
+    Parser,
+    add_branch_flags,
+    add_card_flags,
+    add_hub_flags,
+    add_thrift_flags,
+    check_numbers,
+    naming,
+)
 from .timm_flags import ParseKwargs
 
 
@@ -53,6 +61,7 @@ def _create_parser() -> Parser:
     inspect.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
                          help='more arguments for timm.create_model')
     add_branch_flags(inspect)
+    add_thrift_flags(inspect)
     inspect.add_argument('--json', action='store_true', help='print it for machines')
     inspect.set_defaults(run=_inspect)
     return parser
@@ -62,6 +71,7 @@ def _inspect(args: argparse.Namespace):
     from .build import check_model_name
     from .inspection import format_inspection, inspect_model
 
+    check_numbers(args)
     check_model_name(args.model)
     with naming(f'MODEL {args.model}', AssertionError, OSError, RuntimeError, TypeError):
         found = inspect_model(
@@ -73,6 +83,8 @@ def _inspect(args: argparse.Namespace):
             img_size=args.img_size,
             num_classes=args.num_classes,
             in_chans=args.in_chans,
+            batch_fraction=args.dks_batch_fraction,
+            every=args.dks_every,
             **args.model_kwargs,
         )
     print(json.dumps(found, indent=2) if args.json else format_inspection(found))

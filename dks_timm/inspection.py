@@ -6,13 +6,14 @@ import timm
 import torch
 import torch.nn as nn
 from timm.models import resolve_model_input_args
+from torch.utils.flop_counter import FlopCounterMode
 
-from .attach import BranchBuilder
+from .attach import BranchBuilder, copy_without_weights
 from .branches import Branch
-from .model import split_branch_kwargs
+from .model import DKSModel, check_batch_fraction, split_branch_kwargs
 from .stages import resolve_stages
 
-__all__ = ['format_inspection', 'inspect_model']
+__all__ = ['format_inspection', 'inspect_model', 'training_cost']
 
 
 def inspect_model(
@@ -22,6 +23,8 @@ def inspect_model(
         branch_kwargs: Optional[Dict[str, Any]] = None,
         budget: Optional[float] = None,
         img_size: Optional[int] = None,
+        batch_fraction: float = 1.0,
+        every: int = 1,
         **timm_kwargs: Any,
 ) -> Dict[str, Any]:
     """Attach branches to a model on the meta device, and count.
@@ -29,16 +32,18 @@ def inspect_model(
     Args:
         model_name: See :func:`dks_timm.create_dks_model`, as for the other arguments.
         img_size: Height and width of the images in pixels; None takes the model's own.
+        every: The branches run in one of so many updates.
 
     Returns:
         'model', 'num_classes', 'image_size' [H, W]; 'stages', a list with 'index', 'module', 'channels', 'reduction',
         'shape' [C, H, W] and 'supervised'; 'classifiers', the backbone first, with 'stage', 'kind', 'made_of',
         'blocks', 'parameters' and 'flops' (of one image's forward; a multiply-add counts as two); 'cost', the training
-        forward over the plain model's in 'parameters' and 'flops'.
+        forward over the plain model's in 'parameters' and 'flops', where these are a mean over updates and images.
 
     Raises:
         ValueError: See :meth:`dks_timm.DKSModel.from_timm`.
     """
+    check_batch_fraction(batch_fraction)
     size = dict(img_size=img_size) if img_size else {}
     resolved = resolve_model_input_args(model_name, size, **timm_kwargs)
     with torch.device('meta'):
@@ -53,6 +58,8 @@ def inspect_model(
     for branch in built:
         classifiers.append(_classifier(branch, builder.flops(branch), branch.stage, branch.kind, branch.reason))
     shapes = _stage_shapes(builder)
+    cost = {key: sum(c[key] for c in classifiers) / classifiers[0][key] for key in ('parameters', 'flops')}
+    cost['flops'] = 1 + (cost['flops'] - 1) * batch_fraction / every
     return dict(
         model=builder.template.architecture,
         num_classes=backbone.num_classes,
@@ -63,8 +70,31 @@ def inspect_model(
                 supervised=s.index in supervised,
             ) for s, shape in zip(builder.stages, shapes, strict=True)],
         classifiers=classifiers,
-        cost={key: sum(c[key] for c in classifiers) / classifiers[0][key] for key in ('parameters', 'flops')},
+        cost=cost,
     )
+
+
+def training_cost(net: DKSModel, in_chans: int = 3) -> Optional[float]:
+    """Forward FLOPs of training over those of the backbone, counted on a copy without weights.
+
+    Args:
+        net: Made by :meth:`DKSModel.from_timm`. Its ``batch_fraction`` counts.
+        in_chans: Channels of its images.
+
+    Returns:
+        None for models that do not run without weights.
+    """
+    net = copy_without_weights(net).eval().requires_grad_(False)
+    image = torch.zeros(1, in_chans, *net.layout['image_size'], device='meta')
+    flops = []
+    for forward in (net.backbone, net.exits):
+        with FlopCounterMode(display=False) as counter:
+            try:
+                forward(image)
+            except RuntimeError:
+                return None
+        flops.append(counter.get_total_flops())
+    return 1 + (flops[1] / flops[0] - 1) * net.batch_fraction
 
 
 def _classifier(module: nn.Module, flops: int, stage: int, kind: str, made_of: str) -> Dict[str, Any]:
@@ -114,8 +144,11 @@ def format_inspection(found: Dict[str, Any]) -> str:
           f'{c["flops"] / 1e9:.3f}', f'{c["flops"] / whole["flops"]:.2f}x', c['made_of'])
          for i, c in enumerate(found['classifiers'])])
     height, width = found['image_size']
+    cost = found['cost']['flops']
+    whole_cost = sum(c['flops'] for c in found['classifiers']) / whole['flops']
+    less = '' if cost == whole_cost else f' on average ({whole_cost:.2f}x where branches run on whole batches)'
     return (
         f'{found["model"]}, {found["num_classes"]} classes, {height}x{width} images\n\n{stages}\n\n{classifiers}\n\n'
-        f'Training forward over the plain model: {found["cost"]["flops"]:.2f}x FLOPs, '
+        f'Training forward over the plain model: {cost:.2f}x FLOPs{less}, '
         f'{found["cost"]["parameters"]:.2f}x parameters. Inference: the plain model, 1.00x.'
     )

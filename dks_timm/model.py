@@ -67,8 +67,7 @@ class DKSModel(nn.Module):
 
     def __init__(self, backbone: nn.Module, branches: Sequence[Branch], batch_fraction: float = 1.0):
         super().__init__()
-        if not 0 < batch_fraction <= 1:
-            raise ValueError(f'batch_fraction is {batch_fraction}; it must be above 0 and at most 1.')
+        check_batch_fraction(batch_fraction)
         self.batch_fraction = batch_fraction
         self.branches_on = True
         self.backbone = backbone
@@ -120,6 +119,8 @@ class DKSModel(nn.Module):
             builder = BranchBuilder(backbone, dict(model_kwargs or {}), image_size)
             built = builder.attach(indices, branches, overrides, budget)
         net = cls(backbone, built, batch_fraction)
+        if batch_fraction < 1:  # before training begins, not in its first step
+            net._first_images(builder.image(), {b.source: builder.trace.once[b.source].output for b in built})
         net.layout = dict(
             stages=list(net.stages),
             branches=branches,
@@ -262,6 +263,11 @@ class DKSModel(nn.Module):
             layers = auto_group_layers(backbone)
         head = max(layers.values())
         return lambda name: layers.get(name[len('backbone.'):], head) if name.startswith('backbone.') else head
+
+
+def check_batch_fraction(batch_fraction: float) -> None:
+    if not 0 < batch_fraction <= 1:
+        raise ValueError(f'batch_fraction is {batch_fraction}; it must be above 0 and at most 1.')
 
 
 def split_branch_kwargs(branch_kwargs: Dict[str, Any], stages: Sequence[int]) -> Dict[int, Dict[str, Any]]:

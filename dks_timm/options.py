@@ -272,16 +272,12 @@ def flag(name: str) -> str:
     return '--' + (name if name == 'local_rank' else name.replace('_', '-'))
 
 
-def check(args, given) -> None:
-    """Refuse values and combinations that cannot work, by name.
+def check_numbers(args) -> None:
+    """Refuse numbers outside their range.
 
     Raises:
         OptionError: naming flag, value and what would do.
     """
-    for name, choices in CHOICES.items():
-        value = getattr(args, name)
-        if value is not None and value not in choices:
-            raise OptionError(f'{flag(name)} {value}: must be one of {", ".join(c or repr(c) for c in choices)}')
     for name, value in vars(args).items():
         least, most = RANGES.get(name, (None, None))
         for number in value if isinstance(value, (list, tuple)) else [value]:
@@ -295,6 +291,19 @@ def check(args, given) -> None:
                 raise OptionError(f'{flag(name)} {number}: must be at most {most}')
             if name in ABOVE_ZERO and number <= 0:
                 raise OptionError(f'{flag(name)} {number}: must be above 0')
+
+
+def check(args, given) -> None:
+    """Refuse values and combinations that cannot work, by name.
+
+    Raises:
+        OptionError: naming flag, value and what would do.
+    """
+    for name, choices in CHOICES.items():
+        value = getattr(args, name)
+        if value is not None and value not in choices:
+            raise OptionError(f'{flag(name)} {value}: must be one of {", ".join(c or repr(c) for c in choices)}')
+    check_numbers(args)
     for name in ('resume', 'initial_checkpoint', 'pretrained_path'):
         path = getattr(args, name)
         if path and path != 'auto' and not os.path.isfile(path):
@@ -388,6 +397,9 @@ def check(args, given) -> None:
     for name in ('aug_splits', 'split_bn'):
         refuse(args.dks_batch_fraction < 1 and getattr(args, name),
                f'--dks-batch-fraction {args.dks_batch_fraction}: cannot be combined with {flag(name)}; use --dks-every')
+    refuse(args.dks_batch_fraction < 1 and args.dks_batch_fraction * args.batch_size <= 1,
+           f'--dks-batch-fraction {args.dks_batch_fraction}: leaves one image of {args.batch_size} for the branches; '
+           f'give more than {1 / args.batch_size:g}')
     refuse(args.dks_start_epoch >= args.epochs,
            f'--dks-start-epoch {args.dks_start_epoch}: synergy would not begin in {args.epochs} epochs; give less, or '
            '--dks-direction none')

@@ -104,6 +104,8 @@ def check(engine: str, args) -> None:
     for name, reason in _REFUSED[engine].items():
         refuse(getattr(args, name), flag(name), reason)
     refuse(args.clip_grad is not None and args.clip_mode == 'agc', '--clip-mode agc', f'it {_WHOLE}; use norm')
+    refuse(args.dks and args.dks_every > 1, f'--dks-every {args.dks_every}',
+           'updates in which branches have no gradients are not supported there; use --dks-batch-fraction')
     refuse(args.opt.lower() not in OPTIMIZERS[engine], f'--opt {args.opt}',
            f'use one of {", ".join(OPTIMIZERS[engine])}')
     if engine == FSDP2:

@@ -26,7 +26,7 @@ class DKSTask(ClassificationTask):
         start_epoch: First epoch with synergy; before it, every classifier learns from the labels alone.
 
     Raises:
-        ValueError: The weights of the loss are for another number of classifiers.
+        ValueError: The weights of the loss are for another number of classifiers, or `every` is below 1.
     """
 
     def __init__(
@@ -41,6 +41,8 @@ class DKSTask(ClassificationTask):
     ):
         loss_fn = DKSLoss() if loss_fn is None else loss_fn
         loss_fn.resolve_weights(1 + len(net.branches))
+        if every < 1:
+            raise ValueError(f'every is {every}; it must be at least 1.')
         super().__init__(net, loss_fn, device=device, dtype=dtype, verbose=verbose)
         self.every = every
         self.start_epoch = start_epoch
