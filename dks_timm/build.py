@@ -10,6 +10,7 @@ from timm.models import NaFlexVit
 from timm.optim import get_optimizer_info
 
 from .data import model_dtype
+from .exits import exit_flops
 from .inspection import training_cost
 from .loss import DKSLoss
 from .model import create_dks_model
@@ -97,6 +98,8 @@ def create_model(args):
 
 def place_model(args, model, input_size, device):
     """Move the model to its device, dtype and layout, with the BatchNorm that the flags ask for."""
+    if args.dks and args.rank == 0:
+        args.exit_flops = exit_flops(model, input_size)  # a checkpoint carries it, for reports
     if model.pretrained_cfg.get('fixed_input_size') and not args.naflex_loader:
         with naming(f'--model {args.model}: input size {tuple(input_size)}', AssertionError, RuntimeError):
             with torch.no_grad():

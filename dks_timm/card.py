@@ -8,7 +8,7 @@ import subprocess
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 import torch
 import torch.nn as nn
@@ -16,11 +16,12 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import __version__
+from .charts import curves_svg
 from .models import ARCHITECTURES
 from .options import create_parser
-from .report import curves_svg, read_summary
+from .runs import best_epoch, dataset_name, read_summary, run_settings
 
-__all__ = ['baseline', 'describe_run', 'eval_results', 'provenance', 'run_settings', 'write_card']
+__all__ = ['baseline', 'describe_run', 'eval_results', 'provenance', 'write_card']
 
 PathLike = Union[str, os.PathLike]
 
@@ -28,13 +29,6 @@ PathLike = Union[str, os.PathLike]
 METADATA = (
     'base_model', 'base_model_relation', 'datasets', 'language', 'license', 'license_link', 'license_name', 'tags')
 FACTS = ('baseline', 'branches', 'command', 'dks', 'model_name', 'repo_id', 'started_from', 'summary', 'training')
-
-# Flags that say nothing about how a model was trained, or only where its owner keeps things.
-_HOUSEKEEPING = {
-    'card_baseline', 'card_license', 'checkpoint_hist', 'data', 'data_dir', 'experiment', 'export_dir', 'hub_private',
-    'hub_revision', 'hub_timeout', 'keep_branches', 'log_interval', 'output', 'overwrite', 'push_every_best',
-    'push_to_hub', 'recovery_interval', 'resume', 'workers',
-}
 
 # What a card calls the rest of a run's provenance.
 _PROVENANCE = (('hardware', 'hardware'), ('software', 'software'), ('commit of dks_timm', 'commit'))
@@ -48,7 +42,7 @@ def eval_results(metrics: Mapping[str, float], dataset: str, split: str = 'valid
         dataset: Name of the dataset that they were measured on; of a path, its last part is taken.
         split: Its split.
     """
-    dataset = _dataset_name(dataset)
+    dataset = dataset_name(dict(dataset=dataset))
     names = {'top1': 'Top-1 accuracy of the backbone (%)', 'top5': 'Top-5 accuracy of the backbone (%)'}
     return [
         EvalResult(
@@ -62,20 +56,6 @@ def eval_results(metrics: Mapping[str, float], dataset: str, split: str = 'valid
         )
         for key, name in names.items() if key in metrics
     ]
-
-
-def _dataset_name(dataset: str) -> str:
-    return os.path.basename(os.path.abspath(dataset)) if os.path.exists(dataset) else dataset
-
-
-def run_settings(args: Mapping[str, Any]) -> Dict[str, Any]:
-    """The flags of ``train.py`` by which a run differs from its defaults, for ``card={'training': ...}``.
-
-    Args:
-        args: The arguments of the run.
-    """
-    defaults = vars(create_parser().parse_args([]))
-    return {k: v for k, v in args.items() if k in defaults.keys() - _HOUSEKEEPING and v != defaults[k]}
 
 
 def provenance(
@@ -166,7 +146,7 @@ def describe_run(
     if metric is None or row.get(f'eval_{args["eval_metric"]}') != metric:
         row = {}  # of other weights, or another run
     metrics = {name[5:]: value for name, value in row.items() if name in ('eval_top1', 'eval_top5')}
-    dataset = _dataset_of(args)
+    dataset = dataset_name(args)
     training = {**run_settings(args), 'seed': args['seed'], 'epoch of these weights (from 0)': epoch}
     if args.get('train_seconds'):
         training['training time'] = f'{timedelta(seconds=round(args["train_seconds"]))} (h:mm:ss, with evaluation)'
@@ -183,7 +163,7 @@ def describe_run(
         card.update(base_model=card['started_from'].partition('@')[0], base_model_relation='finetune')
     if baseline_dir:
         card['baseline'] = baseline(yaml.safe_load(Path(run_dir, 'args.yaml').read_text()), baseline_dir)
-    if len(epochs) > 1 and metrics and row == _best_epoch(epochs, args['eval_metric']):
+    if len(epochs) > 1 and metrics and row == best_epoch(epochs, args['eval_metric']):
         training['chosen among the epochs by'] = f'{args["eval_metric"]} on the split {args["val_split"]}'
     return dict(
         card={key: value for key, value in card.items() if value},
@@ -215,12 +195,12 @@ def baseline(settings: Mapping[str, Any], folder: PathLike) -> Dict[str, Any]:
         raise ValueError(f'baseline {str(folder)!r} is no folder of a run, with args.yaml and summary.csv: {e}') from e
     for name, of in (
             ('model', lambda args: args['model']),
-            ('data', _dataset_of),
+            ('data', dataset_name),
             ('evaluation split', lambda args: args['val_split']),
     ):
         if of(mine) != of(theirs):
             raise ValueError(f'baseline {str(folder)!r} has {name} {of(theirs)!r}, this run {of(mine)!r}')
-    best = _best_epoch(epochs, theirs['eval_metric'])
+    best = best_epoch(epochs, theirs['eval_metric'])
     if best is None:
         raise ValueError(f'baseline {str(folder)!r} has no evaluated epoch in its summary.csv')
     mine, other = run_settings(mine), run_settings(theirs)
@@ -231,17 +211,6 @@ def baseline(settings: Mapping[str, Any], folder: PathLike) -> Dict[str, Any]:
         dks=theirs['dks'],
         differ=[f'{k}: {mine.get(k)}, in the baseline {other.get(k)}' for k in differ],
     )
-
-
-def _best_epoch(epochs: Iterable[Mapping[str, float]], metric: str) -> Optional[Mapping[str, float]]:
-    """The evaluated epoch with the best metric, the earliest of equals; None without any."""
-    sign = 1 if metric == 'loss' else -1
-    evaluated = [row for row in epochs if f'eval_{metric}' in row]
-    return min(evaluated, key=lambda row: sign * row[f'eval_{metric}'], default=None)
-
-
-def _dataset_of(args: Mapping[str, Any]) -> str:
-    return _dataset_name(args['dataset'] or args['data_dir'] or args['data'] or '')
 
 
 def write_card(

@@ -1,11 +1,15 @@
-"""How heads compare on the evaluation split: how often they agree, and what leaving at an early one would do."""
+"""Early exits: how often heads agree, how accurate leaving at an early one is, and what it costs."""
 from collections import OrderedDict
 from itertools import combinations
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ['THRESHOLDS', 'HeadCounts']
+from .attach import copy_without_weights
+from .model import DKSModel
+
+__all__ = ['THRESHOLDS', 'HeadCounts', 'exit_flops']
 
 # Confidences from which on an image leaves at a branch; 0 is all of them.
 THRESHOLDS = (0., 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
@@ -72,3 +76,47 @@ class HeadCounts:
         return agreement, [
             dict(exit=name, threshold=threshold, leave=percent * left, top1=percent * correct)
             for (name, threshold), left, correct in zip(places, leave, right, strict=True)]
+
+
+class _Stop(Exception):
+    pass
+
+
+def exit_flops(net: DKSModel, input_size: Sequence[int]) -> Optional[Dict[str, Any]]:
+    """Forward FLOPs of one image, counted on a copy without weights; a multiply-add counts as two.
+
+    Args:
+        net: The network.
+        input_size: Of an image, (C, H, W).
+
+    Returns:
+        ``backbone``, and ``branches``: for each branch ``to_stage``, of the backbone up to it, and ``branch``, of the
+        branch alone. None for models that do not run without weights.
+    """
+    net = copy_without_weights(net).eval().requires_grad_(False)
+    image = torch.zeros(1, *input_size, device='meta')
+    try:
+        with FlopCounterMode(display=False) as counter:
+            net.backbone(image)
+        return dict(backbone=counter.get_total_flops(), branches=[_branch_flops(net, b, image) for b in net.branches])
+    except RuntimeError:  # it reads the values of tensors
+        return None
+
+
+def _branch_flops(net, branch, image):
+    flops = []
+
+    def run_branch(module, args, output):
+        flops.append(counter.get_total_flops())
+        branch(image, output)
+        raise _Stop
+
+    handle = net.backbone.get_submodule(branch.source).register_forward_hook(run_branch)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            net.backbone(image)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return dict(to_stage=flops[0], branch=counter.get_total_flops() - flops[0])

@@ -107,7 +107,7 @@ def export(
             ``license``, ``license_link``, ``license_name``, ``tags``. Facts: ``dks`` (whether it was trained with DKS)
             and ``branches`` (a table of the branches), both known of a DKSModel, ``command``, ``training`` (a mapping
             of settings and measurements), ``started_from`` (published weights), ``summary`` (the epochs, from
-            :func:`dks_timm.report.read_summary`), ``baseline`` (from :func:`dks_timm.card.baseline`), ``model_name``
+            :func:`dks_timm.runs.read_summary`), ``baseline`` (from :func:`dks_timm.card.baseline`), ``model_name``
             (default: the name of the repository or folder), ``repo_id`` on the Hub.
         model_args: Arguments of ``timm.create_model`` that the model was made with. timm records them itself; they are
             only needed for a model that was not made by ``create_model``.

@@ -41,6 +41,10 @@ class _Tap:
             self.taps.outputs[self.name] = output
 
 
+class _AllLeft(Exception):
+    """All images of a batch have left at a branch: the rest of the backbone need not run."""
+
+
 class DKSModel(nn.Module):
     """A timm model with auxiliary classifiers on intermediate stages (Sun et al., CVPR 2019, section 3).
 
@@ -165,6 +169,52 @@ class DKSModel(nn.Module):
             with torch.random.fork_rng(devices=[]):
                 return [logits, *self._run_branches(x, features)]
         return [logits, *self._run_branches(x, features)]
+
+    def early_exit(
+            self,
+            x: torch.Tensor,
+            threshold: float = 0.9,
+            branches: Optional[Sequence[int]] = None,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Answer with the first classifier that is sure, in evaluation mode.
+
+        Computing stops at the branch where the last image of the batch leaves; with one image, as soon as it leaves.
+
+        Args:
+            x: Images (B, C, H, W).
+            threshold: Confidence, the largest softmax probability, from which on an image leaves at a branch.
+            branches: Branches to ask, as indices into ``branches``; None asks all. The shallowest comes first.
+
+        Returns:
+            Logits (B, num_classes), and for each image the classifier they are of (B,): 0 for the backbone, 1 for the
+            first branch.
+        """
+        if self.training:
+            raise ValueError('early_exit needs the model in evaluation mode; call eval() first.')
+        exits = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        early = None  # logits of those that have left
+
+        def ask(index: int, output: Any) -> None:
+            nonlocal early
+            answer = self.branches[index](x, output)
+            leave = (exits == 0) & (answer.float().softmax(dim=-1).amax(dim=-1) >= threshold)
+            early = torch.where(leave[:, None], answer, answer if early is None else early)
+            exits[leave] = index + 1
+            if exits.all():
+                raise _AllLeft
+
+        asked = range(len(self.branches)) if branches is None else branches
+        handles = [
+            self.backbone.get_submodule(self.branches[i].source).register_forward_hook(
+                lambda module, args, output, i=i: ask(i, output)) for i in asked]
+        try:
+            logits = self.backbone(x)
+        except _AllLeft:
+            return early, exits
+        finally:
+            for handle in handles:
+                handle.remove()
+        return (logits if early is None else torch.where(exits[:, None] > 0, early, logits)), exits
 
     def _first_images(self, x: torch.Tensor, features: Dict[str, Any]) -> Tuple[torch.Tensor, Dict[str, Any]]:
         batch_size = x.shape[0]
