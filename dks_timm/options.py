@@ -10,20 +10,37 @@ import logging.handlers
 import math
 import os
 import pickle
+import reprlib
 import struct
 import sys
-import textwrap
 
 import yaml
+from safetensors import SafetensorError
 
 from .timm_flags import ParseKwargs, add_timm_flags
 
 # What reading a file can raise that is no checkpoint, or not a whole one.
-UNREADABLE = (AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, pickle.PickleError, struct.error)
+UNREADABLE = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
+    TypeError, ValueError, SafetensorError, pickle.PickleError, struct.error)
+
+
+def printable(text) -> str:
+    """Text whose control characters are escaped, as a terminal would obey them and a log begin another line."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
+
+
+def one_line(message, most: int = 1000) -> str:
+    """A message as one line of so many characters at most; what is left out of a longer one is its middle."""
+    text = printable(' '.join(str(message).split()))
+    return text if len(text) <= most else f'{text[:most // 2]} ... {text[-most // 2:]}'
 
 
 class OptionError(ValueError):
-    """A bad invocation. The message names the flag, the value given and what would do."""
+    """A bad invocation. The message names the flag, the value given and what would do, in one line."""
+
+    def __init__(self, message):
+        super().__init__(one_line(message))
 
 
 class SharedError(OptionError):
@@ -116,7 +133,7 @@ def create_parser() -> Parser:
 
     group = parser.add_argument_group('Bad data')
     # timm's number, and the variable it is set by there.
-    group.add_argument('--max-bad-images', type=int, default=int(os.environ.get('TIMM_DATASET_MAX_RETRIES') or 10),
+    group.add_argument('--max-bad-images', type=int, default=os.environ.get('TIMM_DATASET_MAX_RETRIES') or 10,
                        metavar='N',
                        help='most images in a row that may be unreadable; in training and evaluation each is named in '
                             'a warning, and the next one takes its place (in a stream, it is passed over uncounted)')
@@ -181,14 +198,15 @@ def read_recipe(path: str, actions: dict) -> dict:
             recipe = yaml.safe_load(f) or {}
     except OSError as e:
         raise OptionError(f'--config {path}: {e.strerror}; give the path of a YAML file') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise OptionError(f'--config {path}: not YAML ({" ".join(str(e).split())})') from None
+    except Exception as e:  # what a value out of order raises is anyone's guess
+        raise OptionError(f'--config {path}: not YAML ({type(e).__name__}: {e})') from None
     if not isinstance(recipe, dict):
         raise OptionError(f'--config {path}: holds a {type(recipe).__name__}; wanted lines of "flag_name: value"')
     names = sorted(set(actions) - {'config', 'help'})
     for key in recipe:
         if key not in names:
-            raise OptionError(f'--config {path}: no flag for "{key}: {recipe[key]}"{closest(str(key), names)}')
+            hint = closest(key, names) if isinstance(key, str) else ''
+            raise OptionError(f'--config {path}: no flag for "{_shown(key)}: {_shown(recipe[key])}"{hint}')
     return {key: _recipe_value(path, key, value, actions[key]) for key, value in recipe.items()}
 
 
@@ -213,8 +231,20 @@ def _recipe_value(path, key, given, action):
             value = [_recipe_scalar(v, action) for v in given] if isinstance(given, list) else []
             good = value and None not in value and len(value) == (count or len(value))
     if not good:
-        raise OptionError(f'--config {path}: "{key}: {given}" is not {wanted}')
+        raise OptionError(f'--config {path}: "{key}: {_shown(given)}" is not {wanted}')
     return value
+
+
+def _shown(value) -> str:
+    """A value of a recipe for a message. A few lines of YAML can hold one that is too long to write down."""
+    if isinstance(value, str):
+        return value
+    short = reprlib.Repr()
+    short.maxlevel = 3
+    try:
+        return short.repr(value)
+    except ValueError:  # Python does not write down a whole number of thousands of digits
+        return f'a {type(value).__name__} of thousands of digits'
 
 
 def _recipe_scalar(value, action):
@@ -249,6 +279,7 @@ CHOICES = dict(
     eval_metric=('top1', 'top5', 'loss'),
     kd_loss_type=('kl',),
 )
+LARGEST = 2 ** 63 - 1  # whole number that torch takes
 # Least and, where there is one, most that a number may be.
 RANGES = {
     **dict.fromkeys(
@@ -283,6 +314,8 @@ def check_numbers(args) -> None:
         for number in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(number, bool) or not isinstance(number, (int, float)):
                 continue
+            if isinstance(number, int) and not -LARGEST <= number <= LARGEST:
+                raise OptionError(f'{flag(name)} {_shown(number)}: must be at most {LARGEST} either way')
             if not math.isfinite(number):
                 raise OptionError(f'{flag(name)} {number}: must be a finite number')
             if least is not None and number < least:
@@ -434,11 +467,11 @@ def naming(subject: str, *more_errors):
     except OptionError:
         raise
     except (ValueError, *more_errors) as e:
-        reason = ' '.join(str(e).split()) or type(e).__name__
+        reason = one_line(e, 400) or type(e).__name__
         argument, _, rest = reason.partition(' ')
         if argument in _ARGUMENTS:
             raise OptionError(f'{_ARGUMENTS[argument]} {rest}') from e
-        raise OptionError(f'{subject}: {textwrap.shorten(reason, 400, placeholder=" ...")}') from e
+        raise OptionError(f'{subject}: {reason}') from e
 
 
 class _Formatter(logging.Formatter):
@@ -479,7 +512,7 @@ def exit_on_bad_input():
     except ValueError as e:
         waiting.buffer.clear()
         if int(os.environ.get('LOCAL_RANK', 0)) == 0:
-            print(f'train.py: error: {" ".join(str(e).split())}', file=sys.stderr)
+            print(f'train.py: error: {one_line(e)}', file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         logging.captureWarnings(False)
