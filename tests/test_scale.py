@@ -67,6 +67,10 @@ def same(tmp_path_factory):
     return [*flags_for(root), '--val-split', '', '--model', 'test_convnext']
 
 
+# Branches in every second of six updates, and what moves weights without a gradient.
+EVERY = ['--epochs', '2', '--dks-every', '2', '--momentum', '0.9', '--weight-decay', '0.1']
+
+
 @pytest.fixture(scope='module')
 def two(noise, same, tmp_path_factory):
     """Results of several runs in two processes, and the folder with what they wrote."""
@@ -85,6 +89,7 @@ def two(noise, same, tmp_path_factory):
     runs = dict(
         accumulated=dict(argv=[*convnext, '-b', '2', '--grad-accum-steps', '4']),
         short=dict(argv=[*same, '--output', root, '-b', '2', '--grad-accum-steps', '2']),
+        every=dict(argv=[*same, *EVERY, '--output', root, '-b', '1', '--grad-accum-steps', '2']),
         own_bn=dict(argv=[*resnet, '--dist-bn', '']),
         reduce_bn=dict(argv=[*resnet, *log]),
         broadcast_bn=dict(argv=[*resnet, '--dist-bn', 'broadcast']),
@@ -158,6 +163,13 @@ def test_a_last_group_that_is_shorter_is_divided_by_its_own_length(two, same, tm
     main(*same, '-b', '6', '--output', tmp_path, '--experiment', 'whole')
     torch.testing.assert_close(
         weights(two[1] / 'short/last.pth.tar'), weights(tmp_path / 'whole/last.pth.tar'), rtol=1e-4, atol=1e-6)
+
+
+def test_updates_without_branches_are_those_of_one_process(two, same, tmp_path):
+    assert codes(two, 'every') == [0, 0]
+    main(*same, *EVERY, '-b', '4', '--output', tmp_path, '--experiment', 'one')
+    torch.testing.assert_close(
+        weights(two[1] / 'every/last.pth.tar'), weights(tmp_path / 'one/last.pth.tar'), rtol=1e-4, atol=1e-6)
 
 
 def test_batchnorm_of_branches_is_distributed_like_the_backbones(two):
