@@ -13,6 +13,7 @@ second runner may be started beside a first, and takes other runs.
 import argparse
 import csv
 import fcntl
+import functools
 import json
 import math
 import os
@@ -293,45 +294,114 @@ def execute(args, runs) -> int:
     return 0
 
 
-def table(args, row: str) -> str:
-    """Markdown table of a row's finished runs, with what is known of the others below it."""
+class Results:
+    """The finished runs of a row, and how its methods compare."""
+
+    def __init__(self, args, row: str):
+        self.row = row
+        runs = [Run(args, row, method, seed) for method, seed in found(args, row)]
+        self.unfinished = [run for run in runs if not run.finished]
+        self.runs = {method: [run for run in runs if run.method == method and run.finished] for method in METHODS}
+        self.top1 = {method: [run.lines()[-1]['eval_top1'] for run in runs] for method, runs in self.runs.items()}
+
+    def gain(self, method: str) -> str:
+        """Top-1 accuracy over that of the baseline, with its standard error."""
+        ours, base = self.top1[method], self.top1['baseline']
+        if not base or method == 'baseline':
+            return ''
+        text = f'{statistics.mean(ours) - statistics.mean(base):+.2f}'
+        if len(ours) > 1 and len(base) > 1:
+            text += f' ± {math.sqrt(squared_error(ours) + squared_error(base)):.2f}'
+        return text
+
+    def share(self, method: str) -> str:
+        """The gain in percent of that of DKS, with its standard error."""
+        ours, full, base = (self.top1[name] for name in (method, 'dks', 'baseline'))
+        whole = statistics.mean(full) - statistics.mean(base) if full and base else 0.
+        if whole <= 0:
+            return ''
+        share = (statistics.mean(ours) - statistics.mean(base)) / whole
+        text = f'{100 * share:.0f}'
+        if method != 'dks' and min(map(len, (ours, full, base))) > 1:
+            variance = squared_error(ours) + share ** 2 * squared_error(full) + (1 - share) ** 2 * squared_error(base)
+            text += f' ± {100 * math.sqrt(variance) / whole:.0f}'
+        return text + ' %'
+
+    def time(self, method: str) -> str:
+        """Time of an epoch over the baseline's, seed by seed, as seeds may have run on machines of different speed."""
+        base = {run.seed: epoch_seconds(run) for run in self.runs['baseline']}
+        ratios = []
+        for run in self.runs[method]:
+            ours, theirs = epoch_seconds(run), base.get(run.seed, {})
+            by_device = [ours[device] / theirs[device] for device in ours if device in theirs]
+            if by_device:
+                ratios.append(statistics.mean(by_device))
+        return f'{statistics.mean(ratios):.2f}x' if ratios else ''
+
+    def flops(self, method: str) -> str:
+        """FLOPs of a training forward over the baseline's, on average."""
+        return f'{training_flops(str(RECIPES / f"{self.row}.yaml"), *METHODS[method][1]):.2f}x'
+
+    def accuracy(self, method: str) -> str:
+        """Mean and standard deviation."""
+        mean, spread = mean_and_deviation(self.top1[method])
+        return f'{mean:.2f}' + (f' ± {spread:.2f}' if len(self.top1[method]) > 1 else '')
+
+    def missing(self, methods):
+        """A line on the runs that are not finished, if there are any."""
+        others = [
+            f'{r.method} {r.seed} ({len(r.lines())} of {r.epochs} epochs)' for r in self.unfinished
+            if r.method in methods]
+        return ['', f'Not finished, and not in the table: {", ".join(others)}.'] if others else []
+
+
+@functools.cache
+def training_flops(recipe: str, *flags: str) -> float:
+    from dks_timm import options
     from dks_timm.inspection import inspect_model
-    runs = [Run(args, row, method, seed) for method, seed in found(args, row)]
-    finished = {method: [run for run in runs if run.method == method and run.finished] for method in METHODS}
-    recipe = yaml.safe_load((RECIPES / f'{row}.yaml').read_text())
-    cost = inspect_model(
-        recipe['model'], img_size=recipe['img_size'], num_classes=recipe['num_classes'],
-        **recipe.get('model_kwargs', {}))['cost']['flops']
-    base = final(finished['baseline'])
-    base_seconds = epoch_seconds(finished['baseline'])
-    paper = ROWS[row].get('paper', {})
+    args, *_ = options.parse_args(['--config', recipe, *flags])
+    if not args.dks:
+        return 1.
+    return inspect_model(
+        args.model, stages=args.dks_stages, branches=args.dks_branches, branch_kwargs=args.dks_branch_kwargs,
+        budget=args.dks_budget, img_size=args.img_size, batch_fraction=args.dks_batch_fraction, every=args.dks_every,
+        num_classes=args.num_classes, **args.model_kwargs)['cost']['flops']
+
+
+def table(results: Results) -> str:
+    """Markdown table of a row's finished runs, with what is known of the others below it."""
+    paper = ROWS[results.row].get('paper', {})
+    methods = [method for method in METHODS if method not in CHEAPER]
     text = [
         '| method | runs | top-1 % | error % | paper\'s error % | against baseline | training time | training FLOPs |',
         '|---|---|---|---|---|---|---|---|',
     ]
-    for method, (name, _) in METHODS.items():
-        top1 = final(finished[method])
-        if not top1:
-            continue
-        mean, spread = mean_and_deviation(top1)
-        difference = time_ratio = ''
-        if base and method != 'baseline':
-            base_mean, base_spread = mean_and_deviation(base)
-            difference = f'{mean - base_mean:+.2f}'
-            if len(top1) > 1 and len(base) > 1:
-                difference += f' ± {math.sqrt(spread ** 2 / len(top1) + base_spread ** 2 / len(base)):.2f}'
-        seconds = epoch_seconds(finished[method])
-        ratios = [seconds[device] / base_seconds[device] for device in seconds if device in base_seconds]
-        if ratios:
-            time_ratio = f'{statistics.mean(ratios):.2f}x'
-        deviation = f' ± {spread:.2f}' if len(top1) > 1 else ''
-        text.append(
-            f'| {name} | {len(top1)} | {mean:.2f}{deviation} | {100 - mean:.2f} | {paper.get(method, "")} | '
-            f'{difference} | {time_ratio} | {1. if method == "baseline" else cost:.2f}x |')
-    others = [f'{r.method} {r.seed} ({len(r.lines())} of {r.epochs} epochs)' for r in runs if not r.finished]
-    if others:
-        text += ['', f'Not finished, and not in the table: {", ".join(others)}.']
-    return '\n'.join(text)
+    for method in methods:
+        top1 = results.top1[method]
+        if top1:
+            text.append(
+                f'| {METHODS[method][0]} | {len(top1)} | {results.accuracy(method)} | '
+                f'{100 - statistics.mean(top1):.2f} | {paper.get(method, "")} | {results.gain(method)} | '
+                f'{results.time(method)} | {results.flops(method)} |')
+    return '\n'.join(text + results.missing(methods))
+
+
+def cheaper_table(results: Results) -> str:
+    """Markdown table of what less arithmetic costs in accuracy; '' where nothing is known of it."""
+    if not any(results.top1[method] for method in CHEAPER):
+        return ''
+    text = [
+        '| setting | flags | runs | training FLOPs | training time | top-1 % | gain | share of the full gain |',
+        '|---|---|---|---|---|---|---|---|',
+    ]
+    for method in ('ds', 'dks', *CHEAPER):
+        if results.top1[method]:
+            name, flags = METHODS[method]
+            text.append(
+                f'| {name} | `{shlex.join(flags)}` | {len(results.top1[method])} | {results.flops(method)} | '
+                f'{results.time(method)} | {results.accuracy(method)} | {results.gain(method)} | '
+                f'{results.share(method)} |')
+    return '\n'.join(text + results.missing(CHEAPER))
 
 
 def found(args, row: str):
@@ -342,40 +412,34 @@ def found(args, row: str):
             yield method, int(seed)
 
 
-def final(runs):
-    """Top-1 accuracy of each run after its last epoch."""
-    return [run.lines()[-1]['eval_top1'] for run in runs]
-
-
-def epoch_seconds(runs):
-    """Seconds that training one epoch takes, by device: the median of a run, the mean over runs."""
-    by_device = {}
-    for run in runs:
-        by_run = {}
-        for line in run.lines():
-            if 'device' in line:
-                # On a CPU that others use too, time on the clock says little.
-                key = 'cpu_seconds' if line['device'].startswith('cpu') else 'seconds'
-                by_run.setdefault(line['device'], []).append(line[key])
-        for device, values in by_run.items():
-            by_device.setdefault(device, []).append(statistics.median(values))
-    return {device: statistics.mean(values) for device, values in by_device.items()}
+def epoch_seconds(run):
+    """Seconds that training one epoch takes, by device: the median."""
+    seconds = {}
+    for line in run.lines():
+        if 'device' in line:
+            # On a CPU that others use too, time on the clock says little.
+            key = 'cpu_seconds' if line['device'].startswith('cpu') else 'seconds'
+            seconds.setdefault(line['device'], []).append(line[key])
+    return {device: statistics.median(values) for device, values in seconds.items()}
 
 
 def mean_and_deviation(values):
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.
 
 
+def squared_error(values):
+    """Of the mean."""
+    return statistics.variance(values) / len(values)
+
+
 COLOURS = ('#4d4d4d', '#e69f00', '#0072b2', '#009e73', '#cc79a7', '#d55e00', '#56b4e9')
 
 
-def curves(args, row: str) -> str:
+def curves(results: Results) -> str:
     """SVG of accuracy against epoch: per method the mean of its runs, and a band of one standard deviation."""
     series = {}
-    for method in METHODS:
-        runs = [Run(args, row, m, seed) for m, seed in found(args, row) if m == method]
-        runs = [run for run in runs if run.finished]
-        if runs:
+    for method, runs in results.runs.items():
+        if runs and method not in CHEAPER:
             by_epoch = zip(*([line['eval_top1'] for line in run.lines()] for run in runs), strict=True)
             series[method] = [mean_and_deviation(values) for values in by_epoch]
     if not series:
@@ -430,8 +494,8 @@ def summarise(args) -> None:
         'Written by `python benchmarks/paper.py --summarise` from the lines in these folders, one an epoch.',
         'Accuracy is that of the backbone alone on the validation images after the last epoch, as mean and standard '
         'deviation over seeds. The difference comes with its standard error. Training time is that of an epoch without '
-        'evaluation, CPU time where a CPU did it; FLOPs are those of one training forward; both in multiples of the '
-        'baseline.',
+        'evaluation, CPU time where a CPU did it; FLOPs are those of one training forward, on average; both in '
+        'multiples of the baseline, for time of that with the same seed on the same device.',
     ]
     for row, what in ROWS.items():
         if not any(found(args, row)):
@@ -442,11 +506,19 @@ def summarise(args) -> None:
             text.append(
                 f'The first {what["classes"]} classes by name; of each the first {what["images"]} training images by '
                 'name, and all validation images.')
-        text.append(table(args, row))
-        picture = curves(args, row)
+        results = Results(args, row)
+        text.append(table(results))
+        picture = curves(results)
         if picture:
             Path(args.results, f'{row}.svg').write_text(picture)
             text.append(f'![accuracy by epoch]({row}.svg)')
+        cheaper = cheaper_table(results)
+        if cheaper:
+            text += [
+                '### Cheaper DKS',
+                'What training costs over the baseline, and how much of what DKS gains is left.',
+                cheaper,
+            ]
     Path(args.results, 'README.md').write_text('\n\n'.join(text) + '\n')
 
 
