@@ -12,6 +12,7 @@ import sys
 import tarfile
 from contextlib import suppress
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
@@ -29,9 +30,11 @@ SPLITS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluat
 
 # Kinds of dataset, with those of the flags below that timm's reader of that kind understands.
 FIELD_FLAGS = ('class_map', 'input_key', 'target_key')
+BUILT_IN = ('digits', 'synthetic')
 KINDS = {
     '': ('class_map', 'input_key'),
     'digits': (),
+    'synthetic': (),
     'torch': (),
     'hfds': FIELD_FLAGS,
     'hfids': FIELD_FLAGS,
@@ -47,6 +50,8 @@ PACKAGES = {
 
 # What Pillow and the readers raise for a file that is not the image it says it is.
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, struct.error, tarfile.TarError, Image.DecompressionBombError)
+
+IMAGENET_SAMPLES = dict(train=1_281_167, val=50_000)
 
 
 class DataError(OptionError):
@@ -125,6 +130,20 @@ class Images(ImageDataset):
         if self.transform is not None:
             img = self.transform(img)
         return img, -1 if target is None else target
+
+
+class Synthetic(Images):
+    """Transforms a few images once, in every worker, and gives them for all: data that takes no time beside a model."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.given = {}
+
+    def __getitem__(self, index):
+        key = self.transform, index % len(self.reader.images)
+        if key not in self.given:
+            self.given[key] = super().__getitem__(index)[0]
+        return self.given[key], self.reader.label(index)
 
 
 class Stream(IterableImageDataset):
@@ -251,6 +270,29 @@ class ReaderDigits(Reader):
         return f'{self.samples[index][1]}/{index}.png'
 
 
+class ReaderSynthetic(Reader):
+    """A few images of random pixels again and again, under all labels in turn."""
+
+    def __init__(self, count: int, num_classes: int, seed: int):
+        super().__init__()
+        self.count, self.num_labels = count, num_classes
+        # More than one, as BatchNorm magnifies what is left of a batch in which all images are the same.
+        pixels = np.random.default_rng(seed).integers(256, size=(16, 256, 256, 3), dtype='uint8')
+        self.images = [Image.fromarray(p) for p in pixels]
+
+    def label(self, index):
+        return index % self.num_labels
+
+    def __getitem__(self, index):
+        return self.images[index % len(self.images)], self.label(index)
+
+    def __len__(self):
+        return self.count
+
+    def _filename(self, index, basename=False, absolute=False):
+        return f'{self.label(index)}/{index}'
+
+
 def _png(pixels) -> bytes:
     """Encode an (8, 8) array of values 0 to 16 as timm's datasets expect images: as a file."""
     file = io.BytesIO()
@@ -277,8 +319,8 @@ class ReaderTorch(Reader):
 
 
 def kind(args) -> str:
-    """The kind of --dataset: '' for folders and tars, "digits", or timm's prefix in lower case."""
-    if args.dataset == 'digits':
+    """The kind of --dataset: '' for folders and tars, "digits", "synthetic", or timm's prefix in lower case."""
+    if args.dataset in BUILT_IN:
         return args.dataset
     prefix, slash, _ = args.dataset.partition('/')
     return prefix.lower() if slash else ''
@@ -293,10 +335,10 @@ def check_dataset(args):
     """
     name = kind(args)
     if name not in KINDS:
-        known = [f'{k}/' for k in KINDS if k not in ('', 'digits')]
+        known = [f'{k}/' for k in KINDS if k and k not in BUILT_IN]
         raise OptionError(
-            f'--dataset {args.dataset}: no reader "{name}/"; there are {", ".join(known)}, "digits", and for folders '
-            f'and tars --data-dir alone{closest(f"{name}/", known)}'
+            f'--dataset {args.dataset}: no reader "{name}/"; there are {", ".join(known)}, "digits", "synthetic", and '
+            f'for folders and tars --data-dir alone{closest(f"{name}/", known)}'
         )
     package, install = PACKAGES.get(name, ('', ''))
     if package and getattr(_find_spec(package), 'origin', None) is None:  # a mere folder of that name has none
@@ -383,6 +425,9 @@ def create(args, prefix: str, is_training: bool, **kwargs):
     img_mode = ('RGB' if in_chans == 3 else 'L') if args.input_img_mode is None else args.input_img_mode
     if name == 'digits':
         return Images(ReaderDigits(split), img_mode, args.max_bad_images)
+    if name == 'synthetic':
+        count = getattr(args, f'{prefix}_num_samples') or IMAGENET_SAMPLES[prefix]
+        return Synthetic(ReaderSynthetic(count, args.num_classes or 1000, args.seed), img_mode, args.max_bad_images)
     if not name:
         root = _split_root(root, split)
     if name in ('hfds', 'hfids') and not sys.stderr.isatty():

@@ -20,11 +20,13 @@ def add_timm_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--data-dir', metavar='DIR', help='dataset folder, or a .tar of class folders')
     group.add_argument('--dataset', metavar='NAME', default='',
                        help='dataset as "type/name": folder or tar if empty, torch/, hfds/, hfids/, wds/, tfds/, '
-                            'or "digits", the small one that comes with scikit-learn')
+                            '"digits", the small one of scikit-learn, or "synthetic", random pixels to time a run with')
     group.add_argument('--train-split', metavar='NAME', default='train', help='split to train on')
     group.add_argument('--val-split', metavar='NAME', default='validation', help='split to evaluate on, "" for none')
-    group.add_argument('--train-num-samples', type=int, metavar='N', help='length of a streamed train split')
-    group.add_argument('--val-num-samples', type=int, metavar='N', help='length of a streamed validation split')
+    group.add_argument('--train-num-samples', type=int, metavar='N',
+                       help='length of a streamed or synthetic train split')
+    group.add_argument('--val-num-samples', type=int, metavar='N',
+                       help='length of a streamed or synthetic validation split')
     group.add_argument('--dataset-download', action='store_true', help='let torch/ and tfds/ datasets download')
     group.add_argument('--class-map', type=str, default='', metavar='FILENAME', help='file of class name -> index')
     group.add_argument('--input-img-mode', type=str, help='PIL mode images are converted to')
