@@ -18,8 +18,11 @@ def test_importing_the_package_does_not_import_torch():
     assert run_python("import sys, dks_timm; print('torch' in sys.modules, 'timm' in sys.modules)") == 'False False\n'
 
 
-@pytest.mark.parametrize('arguments', [['--help'], ['export', '--help']])
-def test_help_of_the_console_script_does_not_import_torch(arguments):
+@pytest.mark.parametrize('arguments', [
+    ['--help'], ['export', '--help'], [], ['no-such-command'], ['export', 'a', 'b', '--no-such-flag'],
+    ['inspect', 'resnet18', '--img-size', 'large'],
+])
+def test_help_and_typos_of_the_console_script_are_answered_without_torch(arguments):
     assert run_python(f"""
 import sys
 from dks_timm.cli import main
