@@ -17,7 +17,7 @@ def main(argv=None):
         from timm.layers import set_fast_norm
         from timm.optim import create_optimizer_v2, optimizer_kwargs
 
-        from dks_timm import build, card, checkpoints, data, engine, hub, processes, readers
+        from dks_timm import build, card, checkpoints, data, engine, faults, hub, processes, readers
 
         # Build, in timm's order and without a random number that timm's script does not draw.
         build.check_names(args)
@@ -32,13 +32,13 @@ def main(argv=None):
         model = build.create_model(args)
         if args.num_classes is None:
             args.num_classes = model.num_classes
-            data.check_num_classes(args.num_classes, dataset_train)
+            data.check_num_classes(args.num_classes, dataset_train, dataset_eval)
         data_config = resolve_data_config(vars(args), model=model, verbose=accelerator.is_main_process)
         model = build.place_model(args, model, data_config['input_size'], accelerator.device)
         loaders = data.create_loaders(args, dataset_train, dataset_eval, data_config, model, accelerator.device)
         task = build.create_task(args, model, accelerator.device)
         build.set_learning_rate(args, batch_size=loaders[-1])
-        with options.naming(f'--opt {args.opt}', TypeError):
+        with options.naming(f'--opt {args.opt}', Exception):
             optimizer = create_optimizer_v2(
                 task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
         names = ['backbone', *(f'stage{stage}' for stage in model.stages)] if args.dks else ['backbone']
@@ -62,6 +62,10 @@ def main(argv=None):
         trainer.fit(on_best)
     except readers.DataError as e:
         sys.exit(f'train.py: error: {e}')
+    except faults.Fault as e:
+        if accelerator.is_main_process:
+            print(f'train.py: {e}', file=sys.stderr)
+        sys.exit(e.code)
     if not accelerator.is_main_process:
         return
     print(trainer.result())

@@ -1,14 +1,27 @@
-"""Checkpoints: which one to resume from, and what is in it."""
+"""What a run leaves on disk: checkpoints and summary.csv, whole at any time; and which checkpoint to resume from."""
+import csv
+import io
 import logging
+import os
+import shutil
+import zipfile
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, Callable, Dict, Optional
 
+import torch
 import yaml
 from timm.task import resume_task_checkpoint
+from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
+from torch.utils._pytree import tree_map_only
 
-from .options import UNREADABLE, OptionError, naming
+from .options import OptionError
 
 _logger = logging.getLogger(__name__)
+
+# What checkpoints of a run are called.
+PATTERNS = ('last.pth.tar', 'checkpoint-*.pth.tar', 'recovery-*.pth.tar')
 
 
 def find_resume(args, args_text: str) -> str:
@@ -16,6 +29,9 @@ def find_resume(args, args_text: str) -> str:
 
     "auto" is the newest complete one of the --experiment folder; without --experiment, of the newest folder under
     --output whose args.yaml is that of this run.
+
+    Raises:
+        OptionError: A checkpoint may be complete, but cannot be read.
     """
     if args.resume != 'auto':
         return args.resume
@@ -27,14 +43,12 @@ def find_resume(args, args_text: str) -> str:
         folders = [f.parent for f in root.glob('*/args.yaml') if _without_resume(f.read_text()) == wanted]
         folders = sorted(folders, key=lambda f: f.stat().st_mtime, reverse=True)[:1]
     for folder in folders:
-        files = [*folder.glob('last.pth.tar'), *folder.glob('checkpoint-*.pth.tar'), *folder.glob('recovery-*.pth.tar')]
-        for file in sorted(files, key=lambda f: f.stat().st_mtime, reverse=True):
-            try:
-                load_checkpoint_metadata(file)
-            except UNREADABLE as e:
-                _logger.warning(f'{file} is not complete ({e}); trying the checkpoint before.')
-            else:
+        files = [file for pattern in PATTERNS for file in folder.glob(pattern)]
+        for file in sorted(files, key=lambda f: f.stat().st_mtime_ns, reverse=True):
+            reason = damage(file)
+            if not reason:
                 return str(file)
+            _logger.warning(f'{file} is not complete ({reason}); trying the checkpoint before.')
     _logger.info('--resume auto: no checkpoint yet, starting from the beginning.')
     return ''
 
@@ -46,18 +60,42 @@ def _without_resume(args_text):
         return None
 
 
+def damage(path) -> str:
+    """What is wrong with a checkpoint, or ''. All of it is read: torch does not look at the checksums in its files.
+
+    Raises:
+        OptionError: The file system does not let it be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            part = file.testzip()
+        if part:
+            return f'the checksum of {part} is wrong'
+        load_checkpoint_metadata(path)
+    except OSError as e:
+        raise OptionError(f'--resume {path}: {e.strerror or e}') from None
+    except Exception as e:  # a flipped byte can make anything of the file
+        return ' '.join(str(e).split())[:200] or type(e).__name__
+    return ''
+
+
 def load(path, args, task, optimizer, scaler):
     """Load a checkpoint of ours or timm's.
 
     Returns:
-        The epoch that comes after it, and the seconds of training it took.
+        The epoch that comes after it, or None; the seconds of training it took; and the state of the run besides
+        weights and optimizer, None where there is none to go on from.
 
     Raises:
         OptionError: It cannot be read, or is not one of this model.
     """
-    with naming(f'--resume {path}', *UNREADABLE):
-        checkpoint = load_checkpoint_metadata(path)
-    seconds = getattr(checkpoint.get('args'), 'train_seconds', 0.) if isinstance(checkpoint, dict) else 0.
+    reason = damage(path)
+    if reason:
+        raise OptionError(f'--resume {path}: no complete checkpoint ({reason}); --resume auto takes the newest that is')
+    checkpoint = load_checkpoint_metadata(path)
+    is_dict = isinstance(checkpoint, dict)
+    seconds = getattr(checkpoint.get('args'), 'train_seconds', 0.) if is_dict else 0.
+    run = (checkpoint.get('saver') or {}).get('run') if is_dict and not args.no_resume_opt else None
     try:
         epoch = resume_task_checkpoint(
             task,
@@ -73,4 +111,164 @@ def load(path, args, task, optimizer, scaler):
     except ValueError as e:
         hint = '; --no-resume-opt loads the weights only' if 'parameter group' in str(e) else ''
         raise OptionError(f'--resume {path}: {e}{hint}') from None
-    return epoch, seconds
+    return epoch, seconds, tree_map_only(torch.Tensor, torch.clone, run)  # the file is mapped, not read
+
+
+class _File(io.BufferedWriter):
+    """A file that remembers why writing to it failed, as torch.save does not say."""
+    error: Optional[OSError] = None
+
+    def __init__(self, path):
+        super().__init__(io.FileIO(path, 'w'))
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError as e:
+            self.error = e
+            raise
+
+
+def _write(path, write: Callable[[Any], Any]) -> None:
+    """Write a file, see it on the disk, and leave nothing behind where that fails.
+
+    Raises:
+        OSError: saying why.
+    """
+    file = _File(path)
+    try:
+        with file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as e:
+        with suppress(OSError):
+            os.unlink(path)
+        if file.error is None:
+            raise
+        raise file.error from e
+
+
+def _put(source, path) -> None:
+    """Rename a file to replace another, so that a loss of power finds one of the two there."""
+    os.replace(source, path)
+    with suppress(FileNotFoundError):  # two names of one file stay as they are
+        os.unlink(source)
+    folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_text(path, text: str) -> None:
+    """Write a file that is whole at any time."""
+    _write(f'{path}.tmp', lambda file: file.write(text.encode()))
+    _put(f'{path}.tmp', path)
+
+
+class Output:
+    """What keeps something on disk: where it cannot, it says so once, the run goes on, and the next time tells.
+
+    Attributes:
+        failure: Why it could not be written the last time, or ''.
+    """
+    failure = ''
+
+    def attempt(self, name: str, write: Callable, *args, **kwargs):
+        """Call a function that writes; returns what it does, or None."""
+        try:
+            result = write(*args, **kwargs)
+        except (OSError, RuntimeError) as e:
+            if not self.failure:
+                _logger.warning(f'{name} cannot be written ({e}); training goes on, and the next one is tried.')
+            self.failure = f'{name}: {e}'
+            return None
+        if self.failure:
+            _logger.info(f'{name} is written again.')
+        self.failure = ''
+        return result
+
+
+class Saver(Output, CheckpointSaver):
+    """timm's, whose files are whole or not there, and which knows the state of the run.
+
+    Attributes:
+        run: What a run needs besides weights and optimizer to go on as if it had not stopped.
+    """
+    run: Optional[Dict[str, Any]] = None
+    source = ''  # a checkpoint that takes the place of one to be written
+
+    def state_dict(self, epoch=None, metric=None):
+        return {**super().state_dict(epoch, metric), 'run': self.run}
+
+    def _save(self, save_path, epoch, metric=None):
+        if self.source:
+            self._duplicate(self.source, save_path)
+        else:
+            _write(save_path, lambda file: super(Saver, self)._save(file, epoch, metric))
+
+    def _replace(self, src, dst):
+        _put(src, dst)
+
+    def _duplicate(self, src, dst):
+        beside = f'{dst}.tmp'
+        with suppress(FileNotFoundError):
+            os.unlink(beside)
+        try:
+            os.link(src, beside)
+        except OSError:  # not every file system has links
+            with open(src, 'rb') as file:
+                _write(beside, lambda copy: shutil.copyfileobj(file, copy))
+        _put(beside, dst)
+
+    def save_checkpoint(self, epoch, metric=None):
+        return self.attempt('The checkpoint', super().save_checkpoint, epoch, metric) or (None, None)
+
+    def save_recovery(self, epoch, batch_idx=0):
+        self.attempt('The recovery checkpoint', super().save_recovery, epoch, batch_idx)
+
+    def resume(self, path) -> None:
+        """Go on with the files beside a checkpoint; what was left to do after it was written is done now."""
+        state = load_checkpoint_metadata(path).get('saver')
+        if not state or 'run' not in state:
+            self.load_state_dict_from_checkpoint(path)
+            return
+        epoch, metric = state['pending']
+        self.load_state_dict({**state, 'pending': (None, None)})
+        recoveries = sorted(map(str, Path(self.recovery_dir).glob(PATTERNS[-1])), key=os.path.getmtime)
+        self.prev_recovery_file, self.curr_recovery_file = ['', '', *recoveries][-2:]
+        if state['run']['over']:
+            self.source, self.run = path, state['run']
+            self.save_checkpoint(epoch, metric)
+            self.source = ''
+
+
+class Summary(Output):
+    """The rows of summary.csv.
+
+    Args:
+        path: Of the file; rows that it holds already are kept.
+        start_epoch: First epoch to come, whose row and later ones are dropped.
+    """
+
+    def __init__(self, path, start_epoch: int):
+        self.path = path
+        self.rows = []
+        if os.path.exists(path):
+            with open(path, newline='', errors='replace') as file:
+                rows = [row for row in csv.DictReader(file, restval=None) if None not in {*row, *row.values()}]
+            self.rows = [row for row in rows if row.get('epoch', '').isdigit() and int(row['epoch']) < start_epoch]
+            self.write()
+
+    def append(self, row: Dict[str, Any]) -> None:
+        self.rows.append({name: str(value) for name, value in row.items()})
+        self.write()
+
+    def write(self) -> None:
+        text = io.StringIO(newline='')
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in self.rows for name in row)), restval='')
+        if self.rows:
+            writer.writeheader()
+        writer.writerows(self.rows)
+        self.attempt('summary.csv', write_text, self.path, text.getvalue())

@@ -46,6 +46,7 @@ class DeviceLoader:
     """
     batch_sampler = None
     mixup_enabled = False  # what mixes is the training loop
+    start = 0  # batches of the next epoch that are left out
 
     def __init__(
             self,
@@ -88,7 +89,9 @@ class DeviceLoader:
         moves = None
         if self.is_training and (self.pad or self.hflip or self.vflip):
             moves = [m.to(device) for m in self._draw(self.sampler.epoch)]
-        for index in order.split(self.batch_size)[:len(self)]:
+        self.batches = order.split(self.batch_size)[:len(self)]  # indices of images
+        start, self.start = self.start, 0
+        for index in self.batches[start:]:
             images = self.images[index] if moves is None else self._move(index, *(m[index] for m in moves))
             yield images.to(self.dtype).sub_(self.mean).div_(self.std), self.targets[index]
 

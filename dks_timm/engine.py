@@ -1,6 +1,5 @@
 """The Accelerate loop: one epoch, one evaluation, checkpoints."""
 import argparse
-import csv
 import logging
 import os
 import sys
@@ -8,7 +7,7 @@ import time
 from collections import OrderedDict
 from contextlib import nullcontext
 from datetime import datetime
-from pathlib import Path
+from math import isfinite
 
 import torch
 import torchvision.utils
@@ -18,15 +17,21 @@ from timm.models import load_checkpoint, safe_model_name
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import evaluation_sample_limit, load_task_ema_checkpoint
 from torch.nn.functional import softmax
+from torch.utils.data import IterableDataset
 
-from . import build, checkpoints, processes, sharding
+from . import build, checkpoints, faults, processes, resumable, sharding
 from .data import model_dtype
 from .exits import HeadCounts
 from .model import prune
 from .options import naming
 from .progress import Progress, Totals
+from .run_state import RunState
 
 _logger = logging.getLogger(__name__)
+
+
+class _Stop(Exception):
+    """Leaves an evaluation."""
 
 
 class Trainer:
@@ -53,9 +58,9 @@ class Trainer:
         self.scaler = accelerator.scaler
         if self.scaler is not None:
             self.scaler.state_dict_key = utils.NativeScaler.state_dict_key  # what timm's saver asks for
-        resume_epoch, self.earlier_seconds = None, 0.
+        resume_epoch, self.earlier_seconds, run = None, 0., None
         if resume:
-            resume_epoch, self.earlier_seconds = checkpoints.load(resume, args, task, optimizer, self.scaler)
+            resume_epoch, self.earlier_seconds, run = checkpoints.load(resume, args, task, optimizer, self.scaler)
         if args.model_ema:
             # Before DDP wraps the module, as the average has to be of the plain one.
             task.setup_ema(
@@ -92,12 +97,43 @@ class Trainer:
                 **scheduler_kwargs(args, decreasing_metric=self.eval_metric == 'loss'),
                 updates_per_epoch=self.updates_per_epoch,
             )
+        self._go_on(run, resume, resume_epoch)
+
+    def _go_on(self, run, path, resume_epoch):
+        """Start where a checkpoint says: exactly, or where it does not say so much at the beginning of an epoch."""
+        args = self.args
+        prefetched = hasattr(self.loader_train, 'loader')
+        fetches = resumable.Fetches(
+            self.loader_train.loader if prefetched else self.loader_train,
+            self.accelerator.device,
+            memory=args.grad_accum_steps + prefetched,
+        )
+        if prefetched:
+            self.loader_train.loader = fetches
+        else:
+            self.loader_train = fetches
+        resumable.prepare_evaluation(self.loader_eval)
+        self.fetches = fetches
+        self.state = RunState(self, fetches)
+        self.signals = faults.Signals(self.accelerator, args.grad_accum_steps)
+        module = self.task.get_trainable_module()
+        self.statistics = faults.Keeper(faults.statistics(module).values())
+        self.skipped = self.skipped_since = self.skipped_in_a_row = 0  # updates: in all, since the last row, running
+
+        if args.start_epoch is not None:
+            run = None
+        self.run = self.state.restore(run, path)
         self.start_epoch = args.start_epoch if args.start_epoch is not None else resume_epoch or 0
-        if self.scheduler is not None and self.start_epoch > 0:
-            if args.sched_on_updates:
-                self.scheduler.step_update(self.start_epoch * self.updates_per_epoch)
-            else:
-                self.scheduler.step(self.start_epoch)
+        if self.run is not None:
+            self.skipped, self.skipped_since = self.run['skipped']
+        if run is not None and not run['over']:
+            self.start_epoch = run['epoch']
+        if self.scheduler is None or self.start_epoch == 0:
+            return
+        if self.run is None and args.sched_on_updates:
+            self.scheduler.step_update(self.start_epoch * self.updates_per_epoch)
+        elif self.run is None or self.run['over']:
+            self.scheduler.step(self.start_epoch, self.run and self.run['metric'])
 
     @property
     def finished(self) -> bool:
@@ -125,8 +161,8 @@ class Trainer:
                 self.output_dir = os.path.dirname(resume)
             else:
                 self.output_dir = utils.get_outdir(root, name, inc=not args.experiment)
-            Path(self.output_dir, 'args.yaml').write_text(args_text)
-        self.saver = utils.CheckpointSaver(
+            checkpoints.write_text(os.path.join(self.output_dir, 'args.yaml'), args_text)
+        self.saver = checkpoints.Saver(
             model=self.task.get_trainable_module(),
             optimizer=self.shards or self.optimizer,
             args=args,
@@ -138,10 +174,9 @@ class Trainer:
             task=self.shards or self.task,
         )
         logging.getLogger(utils.checkpoint_saver.__name__).setLevel(logging.WARNING)  # it lists all files every epoch
-        self.summary = os.path.join(self.output_dir, 'summary.csv')
-        utils.summary.trim_summary(self.summary, self.start_epoch)
+        self.summary = checkpoints.Summary(os.path.join(self.output_dir, 'summary.csv'), self.start_epoch)
         if resume and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(self.output_dir):
-            self.saver.load_state_dict_from_checkpoint(resume)
+            self.saver.resume(resume)
         if self.accelerator.log_with:
             self.accelerator.project_configuration.logging_dir = self.output_dir
             wandb = dict(name=name, tags=args.wandb_tags)
@@ -158,40 +193,105 @@ class Trainer:
 
         Args:
             on_best: Called on the main process when a checkpoint is the best so far.
+
+        Raises:
+            Fault: The run had to stop before its end, or could not be saved.
         """
-        args = self.args
-        start = time.monotonic()
-        for epoch in range(self.start_epoch, self.num_epochs):
-            train_metrics = self.train_one_epoch(epoch)
-            self._distribute_bn(self.task.get_trainable_module())
-            if (epoch + 1) % args.val_interval and epoch + 1 != self.num_epochs:
-                if self.scheduler is not None:
-                    self.scheduler.step(epoch + 1, metric=None)
-                continue
-
-            eval_metrics = {}
-            if self.loader_eval is not None:
-                eval_metrics = self.evaluate()
-                if self.task.has_ema() and not args.model_ema_force_cpu:
-                    _logger.info(self._line(f'Epoch {epoch} without EMA', eval_metrics))
-                    self._distribute_bn(self.task.get_trainable_module(ema=True))
-                    eval_metrics = self.evaluate(ema=True)
-            metric = (eval_metrics or train_metrics)[self.eval_metric]
-            _logger.info(self._line(f'Epoch {epoch}', eval_metrics, train_loss=train_metrics['loss']))
-            if self.shards:
-                self.shards.gather()
-            if self.saver is not None:
-                self._write_summary(epoch, train_metrics, eval_metrics)
-                args.train_seconds = self.earlier_seconds + time.monotonic() - start  # for the card of an export
-                _, best_epoch = self.saver.save_checkpoint(epoch, metric=metric)
-                if on_best is not None and best_epoch == epoch:
-                    on_best()
-            if self.scheduler is not None:
-                self.scheduler.step(epoch + 1, metric)
+        self.began = time.monotonic()
+        try:
+            with self.signals:
+                for epoch in range(self.start_epoch, self.num_epochs):
+                    self._fit_epoch(epoch, on_best)
+        finally:
+            if self.skipped:
+                _logger.warning(f'{self.skipped} updates were skipped, as they were no numbers.')
         self.accelerator.end_training()
+        failure = self.saver and (self.saver.failure or self.summary.failure)
+        if failure:
+            raise faults.Fault(f'training is over, but was not saved to the end: {failure}', faults.UNSAVED)
 
-    def train_one_epoch(self, epoch: int) -> OrderedDict:
-        """Train one epoch.
+    def _fit_epoch(self, epoch, on_best):
+        """Train, evaluate and save, or what of it a checkpoint has left to do."""
+        args, task = self.args, self.task
+        evaluated = not (epoch + 1) % args.val_interval or epoch + 1 == self.num_epochs
+        ema = task.has_ema() and not args.model_ema_force_cpu
+        run, self.run = self.run, None
+        train_metrics = run['metrics'] if run and not run['over'] else None
+        if train_metrics is None:
+            train_metrics = self.train_one_epoch(epoch, run if run and not run['over'] else None)
+            self._distribute_bn(task.get_trainable_module())
+            if evaluated and ema and self.loader_eval is not None:
+                self._distribute_bn(task.get_trainable_module(ema=True))
+        if not evaluated:
+            if self.scheduler is not None:
+                self.scheduler.step(epoch + 1, metric=None)
+            return
+
+        eval_metrics = {}
+        if self.loader_eval is not None:
+            trained = self.fetches.state(len(self.fetches), now=True)
+            try:
+                eval_metrics = self.evaluate()
+                if ema:
+                    _logger.info(self._line(f'Epoch {epoch} without EMA', eval_metrics))
+                    eval_metrics = self.evaluate(ema=True)
+            except _Stop:
+                self._stop(trained, epoch=epoch, metrics=train_metrics, done=self.updates_per_epoch)
+        metric = (eval_metrics or train_metrics)[self.eval_metric]
+        _logger.info(self._line(f'Epoch {epoch}', eval_metrics, train_loss=train_metrics['loss']))
+        if self.saver is not None:
+            self._write_summary(epoch, train_metrics, eval_metrics)
+        self.skipped_since = 0
+        best_epoch = self._save(self.fetches.state(len(self.fetches), now=True), epoch=epoch, metric=metric, over=True)
+        if on_best is not None and best_epoch == epoch:
+            on_best()
+        if self.scheduler is not None:
+            self.scheduler.step(epoch + 1, metric)
+
+    def _save(self, loader, epoch, over=False, metric=None, metrics=None, done=0, updates=0, batch=0, totals=None):
+        """Save a checkpoint of an epoch, or a recovery checkpoint. All processes have to call it.
+
+        Args:
+            loader: State of the fetches.
+            epoch: Number of the epoch.
+            over: Whether it has been evaluated.
+            metric: What it is ranked by.
+            metrics: Of its training, where that is complete.
+            done: Updates in it.
+            updates: Updates since the beginning of the run.
+            batch: Batches in it.
+            totals: Of its training, where that is not complete.
+
+        Returns:
+            The best epoch, None where that is not known.
+        """
+        run = self.state.collect(
+            loader, totals, epoch=epoch, over=over, metric=metric, metrics=metrics, done=done, updates=updates,
+            batch=batch, skipped=[self.skipped, self.skipped_since])
+        if self.shards:
+            self.shards.gather()
+        if self.saver is None:
+            return None
+        self.args.train_seconds = self.earlier_seconds + time.monotonic() - self.began  # for the card of an export
+        self.saver.run = run
+        if over:
+            return self.saver.save_checkpoint(epoch, metric=metric)[1]
+        return self.saver.save_recovery(epoch, batch_idx=max(0, done - 1))
+
+    def _stop(self, loader, epoch, done, **position):
+        """Save where the run is, and end it, as it was told."""
+        self._save(loader, epoch=epoch, done=done, **position)
+        place = f'stopped in epoch {epoch} after update {done} of {self.updates_per_epoch}'
+        if self.saver is not None and self.saver.failure:
+            raise faults.Fault(f'{place}, but not saved: {self.saver.failure}', faults.UNSAVED)
+        raise faults.Fault(f'{place}, and saved; the same command with --resume auto goes on', faults.STOPPED)
+
+    def train_one_epoch(self, epoch: int, run=None) -> OrderedDict:
+        """Train one epoch, or the rest of one.
+
+        Args:
+            epoch: Its number.
+            run: The state in which a run was saved within the epoch.
 
         Returns:
             ``loss`` as timm averages it; with --dks also the mean losses and training accuracies of the classifiers.
@@ -213,11 +313,20 @@ class Trainer:
         accum = args.grad_accum_steps
         last_accum = batches % accum
         deepspeed = self.engine == sharding.DEEPSPEED  # it divides, clips and steps within backward()
-        num_updates = epoch * self.updates_per_epoch
+        begin, done, num_updates = 0, 0, epoch * self.updates_per_epoch
         totals = Totals(accelerator, self.names)
+        if run is not None:
+            begin, done, num_updates = run['batch'], run['done'], run['updates']
+            totals.load_state_dict(run['processes'][accelerator.process_index]['totals'])
+            if last_accum and begin > batches - last_accum and not deepspeed:
+                accum = last_accum
+        group = []  # the batches of the next update: (output, loss, target, size)
         optimizer.zero_grad()
-        with Progress(accelerator, epoch, self.num_epochs, self.updates_per_epoch, args.log_interval) as progress:
-            for batch_idx, (x, y) in enumerate(loader):
+        with Progress(accelerator, epoch, self.num_epochs, self.updates_per_epoch, args.log_interval, done) as progress:
+            for batch_idx, (x, y) in enumerate(loader if begin < batches else (), begin):
+                if not group:
+                    before = self.fetches.state(batch_idx)
+                    self.statistics.keep()
                 # timm's rule, to the letter: the last group, where shorter, is divided by its own length, and from its
                 # second batch on an update also falls due where that length divides the number of batches seen.
                 last_batch = batch_idx == batches - 1
@@ -237,44 +346,114 @@ class Trainer:
                     divisor = 1 if deepspeed else accum
                     loss = out['loss'] / divisor if divisor > 1 else out['loss']
                     scaled_loss = self._scale_loss(loss, batch_size)
-                    if deepspeed:
-                        accelerator.sync_gradients = need_update
-                        accelerator.backward(scaled_loss)
-                    else:
-                        accelerator.backward(scaled_loss, create_graph=second_order)
-                totals.update(out, loss * divisor if divisor > 1 else loss, y, batch_size)
-                if not need_update:
+                    group.append((out, loss * divisor if divisor > 1 else loss, y, batch_size))
+                    finite = not deepspeed or self._losses_finite(group)
+                    if finite:
+                        accelerator.sync_gradients = need_update or not deepspeed
+                        self._backward(scaled_loss, second_order)
+                if not need_update and finite:
                     continue
 
-                if args.clip_grad is not None and not deepspeed:
-                    accelerator.unscale_gradients(optimizer)
-                    utils.dispatch_clip_grad(
-                        task.get_clip_parameters(exclude_head='agc' in args.clip_mode),
-                        value=args.clip_grad,
-                        mode=args.clip_mode,
-                    )
-                optimizer.step()
+                finite = finite and (deepspeed or self._clip(group))
+                place = dict(epoch=epoch, done=progress.done, updates=num_updates, totals=totals)
+                if finite:
+                    for batch in group:
+                        totals.update(*batch)
+                    optimizer.step()
+                    self.skipped_in_a_row = 0
+                else:
+                    self.statistics.restore()
+                    self._not_finite(group, before, batch=batch_idx + 1 - len(group), **place)
+                group.clear()
                 optimizer.zero_grad()
                 num_updates += 1
-                task.update_ema(step=num_updates)
+                if finite:
+                    task.update_ema(step=num_updates)
                 if args.synchronize_step and accelerator.device.type != 'cpu':
                     torch.accelerator.synchronize()
-                if progress.step(last_batch):
+                if progress.step(last_batch) and totals.count:
                     progress.show(totals.compute(), optimizer.param_groups, totals.count * args.world_size)
                     if args.save_images and self.output_dir:
                         torchvision.utils.save_image(
                             x, os.path.join(self.output_dir, f'train-batch-{batch_idx}.jpg'), padding=0, normalize=True)
-                if args.recovery_interval and progress.done % args.recovery_interval == 0:
-                    if self.shards:
-                        self.shards.gather()
-                    if self.saver is not None:
-                        self.saver.save_recovery(epoch, batch_idx=progress.done - 1)
                 if self.scheduler is not None:
                     self.scheduler.step_update(num_updates=num_updates)
+                place = dict(epoch=epoch, batch=batch_idx + 1, done=progress.done, updates=num_updates, totals=totals)
+                if self.signals.stop(num_updates):
+                    self._stop(self.fetches.state(batch_idx + 1, now=True), **place)
+                if args.recovery_interval and progress.done % args.recovery_interval == 0:
+                    self._save(self.fetches.state(batch_idx + 1, now=True), **place)
 
+        if not totals.count:
+            raise faults.Fault(f'every update of epoch {epoch} was skipped', faults.NONFINITE)
         if hasattr(raw_optimizer, 'sync_lookahead'):
             raw_optimizer.sync_lookahead()
         return totals.compute(reduce=True)
+
+    def _backward(self, loss, second_order):
+        if self.engine == sharding.DEEPSPEED:
+            self.accelerator.backward(loss)
+        elif self.scaler is not None:
+            self.accelerator.backward(loss, create_graph=second_order)
+        else:
+            # One where the loss is a number; else all gradients are none, in every process, which is then noticed.
+            self.accelerator.backward(loss, create_graph=second_order, gradient=loss.detach() * 0 + 1)
+
+    def _losses_finite(self, group) -> bool:
+        """Whether the losses are numbers in every process."""
+        losses = torch.stack([loss.detach().float() for _, loss, _, _ in group]).sum()
+        return isfinite(self.accelerator.reduce(losses))
+
+    def _clip(self, group) -> bool:
+        """Clip gradients; returns whether they are numbers, or with a scaler, which looks after them, the losses."""
+        args, task = self.args, self.task
+        if self.scaler is not None and not self._losses_finite(group):
+            return False
+        norm = None
+        if args.clip_grad is not None:
+            self.accelerator.unscale_gradients(self.optimizer)
+            parameters = task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
+            if args.clip_mode == 'norm':
+                norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad)
+            else:
+                utils.dispatch_clip_grad(parameters, value=args.clip_grad, mode=args.clip_mode)
+        if self.scaler is not None:
+            return True
+        return isfinite(faults.gradient_norm(task.get_trainable_module()) if norm is None else norm)
+
+    def _not_finite(self, group, before, epoch, batch, done, updates, totals):
+        """Say which update, heads and images gave no numbers; then go on without, or save what was before and stop."""
+        found = faults.suspects([out for out, *_ in group], self.names)
+        told = [(what, self.fetches.names(batch + i)) for i, what in found.items()]
+        reports = [told]
+        if self.args.distributed:
+            reports = [None] * self.args.world_size
+            torch.distributed.all_gather_object(reports, told)
+        lines = [
+            (what + (f' in process {rank}' if self.args.distributed else ''), names)
+            for rank, told in enumerate(reports) for what, names in told
+        ] or [(faults.bad_gradients(utils.unwrap_model(self.task.get_trainable_module())), [
+            name for i in range(len(group)) for name in self.fetches.names(batch + i)])]
+        what, names = lines[0]
+        text = f'epoch {epoch}, update {done + 1} of {self.updates_per_epoch}: {what}'
+        if names:
+            text += f', on {", ".join(names[:3])}'
+        if len(names) > 3:
+            text += f' and {len(names) - 3} more'
+        if self.saver is not None and any(names for _, names in lines):
+            path = os.path.join(self.output_dir, f'nonfinite-{epoch}-{done}.txt')
+            listing = ''.join(f'{line}\n' for what, names in lines for line in (f'{what}:', *names))
+            self.saver.attempt(path, checkpoints.write_text, path, listing)
+            text += f' (listed in {path})'
+        self.skipped_in_a_row += 1
+        if self.args.on_nonfinite == 'skip' and self.skipped_in_a_row < faults.MOST_SKIPPED:
+            self.skipped += 1
+            self.skipped_since += 1
+            _logger.warning(f'{text}; the update is skipped.')
+            return
+        self.optimizer.zero_grad()
+        self._save(before, epoch=epoch, batch=batch, done=done, updates=updates, totals=totals)
+        raise faults.Fault(f'{text}; the state before it is saved', faults.NONFINITE)
 
     @torch.inference_mode()
     def evaluate(self, ema: bool = False) -> OrderedDict:
@@ -298,9 +477,13 @@ class Trainer:
         limit = evaluation_sample_limit(self.loader_eval)
         evaluators = [self.task.create_evaluator(max_samples=limit) for _ in names]
         heads = HeadCounts(self.names, accelerator.device, limit) if len(names) > 1 else None
+        # Of a stream, processes may have different numbers of batches.
+        uneven = args.distributed and isinstance(self.loader_eval.dataset, IterableDataset)
         # The bar does not get the loader to iterate: it would start it a second time, which draws a random number.
         with tqdm(total=len(self.loader_eval), desc='Evaluation', leave=False, disable=not self._live()) as bar:
-            for x, y in self.loader_eval:
+            for i, (x, y) in enumerate(self.loader_eval):
+                if not uneven and self.signals.stop(i):
+                    raise _Stop
                 x, y = self._to_device(x, y)
                 with sharding.autocast(accelerator):
                     logits = forward(x)
@@ -377,17 +560,14 @@ class Trainer:
         if len(self.names) > 1:
             for prefix, metrics in (('train', train_metrics), ('eval', eval_metrics)):
                 row.update((f'{prefix}_{name}', v) for name, v in metrics.items() if f'{prefix}_{name}' not in row)
-        with open(self.summary, 'a', newline='') as f:
-            writer = csv.DictWriter(f, fieldnames=row)
-            if f.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
+        if self.args.on_nonfinite == 'skip':
+            row['skipped'] = self.skipped_since
+        self.summary.append(row)
         self.accelerator.log(row, step=epoch)
 
     def best_metrics(self):
         """The evaluation metrics of the best epoch, {} where there was no evaluation."""
-        with open(self.summary, newline='') as f:
-            row = next((r for r in csv.DictReader(f) if int(r['epoch']) == self.saver.best_epoch), {})
+        row = next((row for row in self.summary.rows if row['epoch'] == str(self.saver.best_epoch)), {})
         return {name[5:]: float(value) for name, value in row.items() if name.startswith('eval_')}
 
     def result(self) -> str:

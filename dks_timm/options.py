@@ -138,6 +138,10 @@ def create_parser() -> Parser:
                        help='most images in a row that may be unreadable; in training and evaluation each is named in '
                             'a warning, and the next one takes its place (in a stream, it is passed over uncounted)')
 
+    group = parser.add_argument_group('Numbers that are none')
+    group.add_argument('--on-nonfinite', type=str, default='stop', choices=('stop', 'skip'),
+                       help='where a loss or gradient is inf or nan: save what was before and stop, or skip the update')
+
     group = parser.add_argument_group('Export and tracking')
     group.add_argument('--export-dir', type=str, metavar='DIR',
                        help='write the best weights here, pruned to the plain timm model')

@@ -55,6 +55,15 @@ class Totals:
             self.synergy.add_(out['synergy'], alpha=part)
             self.branch_count += part
 
+    def state_dict(self):
+        """The sums and counts so far, of this process."""
+        state = {name: value for name, value in vars(self).items() if name not in ('accelerator', 'names')}
+        return {name: value.to('cpu', copy=True) if torch.is_tensor(value) else value for name, value in state.items()}
+
+    def load_state_dict(self, state):
+        for name, value in state.items():
+            setattr(self, name, value.to(self.accelerator.device) if torch.is_tensor(value) else value)
+
     def compute(self, reduce=False):
         """Means so far, of this process or of all."""
         branches = [self.branch_count] * (len(self.names) - 1)
@@ -83,17 +92,18 @@ def _off_diagonal(matrix):
 class Progress:
     """Progress of an epoch on the main process: a bar on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, accelerator, epoch, num_epochs, updates, log_interval):
+    def __init__(self, accelerator, epoch, num_epochs, updates, log_interval, done=0):
         self.shown = accelerator.is_main_process
         self.epoch, self.num_epochs, self.updates, self.log_interval = epoch, num_epochs, updates, log_interval
         self.bar = tqdm(
             total=updates,
+            initial=done,
             desc=f'Epoch {epoch}',
             bar_format='{desc}: {percentage:3.0f}%|{bar:10}|{postfix}',
             leave=False,
             disable=not (self.shown and sys.stderr.isatty()),
         )
-        self.done = 0
+        self.done = self.done_before = done
         self.start = time.monotonic()
 
     def __enter__(self):
@@ -113,12 +123,13 @@ class Progress:
 
     def show(self, means, param_groups, images):
         seconds = time.monotonic() - self.start
-        left = seconds / self.done * (self.updates - self.done + self.updates * (self.num_epochs - self.epoch - 1))
+        pace = (self.done - self.done_before) / seconds
+        left = (self.updates - self.done + self.updates * (self.num_epochs - self.epoch - 1)) / pace
         top1 = ', '.join(f'{name[5:]} {value:.1f}' for name, value in means.items() if name.startswith('top1_'))
         lr = sum(group['lr'] for group in param_groups) / len(param_groups)
         text = (
-            f'loss {means["loss"]:.4f}, {images / seconds:.0f} images/s, {timedelta(seconds=round(left))} left, '
-            f'train top-1 {top1}, lr {lr:.3g}'
+            f'loss {means["loss"]:.4f}, {images / self.done * pace:.0f} images/s, '
+            f'{timedelta(seconds=round(left))} left, train top-1 {top1}, lr {lr:.3g}'
         )
         if self.bar.disable:
             _logger.info(f'Epoch {self.epoch} [{self.done}/{self.updates}]: {text}')
