@@ -2,8 +2,8 @@
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple, Union
-from xml.sax.saxutils import escape, quoteattr
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+from xml.sax.saxutils import escape
 
 __all__ = ['MUTED', 'STYLE', 'Line', 'chart', 'color', 'curves_svg', 'number', 'picture']
 
@@ -81,13 +81,13 @@ def text_of(text: str) -> str:
 
 def ticks(low: float, high: float, count: int = 4) -> List[float]:
     """Round numbers about ``count`` steps apart that enclose a range."""
-    span = (high - low) or abs(high) or 1
-    rough = span / count
+    if high - low <= 1e-9 * abs(high):
+        around = 0.02 * abs(high) or 1
+        low, high = low - around, high + around
+    rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    if first == last:
-        first, last = first - 1, last + 1
     return [i * step for i in range(first, last + 1)]
 
 
@@ -105,8 +105,7 @@ def chart(
         size: Tuple[int, int] = (420, 270),
         y_range: Optional[Tuple[float, float]] = None,
         y_most: float = math.inf,
-        x_zero: bool = False,
-        extra: Mapping[str, Union[int, str]] = {},
+        focus: bool = False,
 ) -> Optional[str]:
     """A line chart.
 
@@ -117,8 +116,7 @@ def chart(
         size: Width and height in pixels, which the picture may be scaled from.
         y_range: What the y-axis has to show at least; None takes it from the points.
         y_most: Where the y-axis ends at the latest, 100 for percent.
-        x_zero: Whether the x-axis starts at zero.
-        extra: More attributes of the ``svg`` element.
+        focus: Whether the y-axis leaves out the first tenth of the x-axis, where a training is still far from its end.
 
     Returns:
         An ``svg`` element without :data:`STYLE`; None where no line has a point.
@@ -129,15 +127,17 @@ def chart(
     width, height = size
     labels = [f'{line.label} {line.value}' if line.value else line.label for line in lines]
     longest = max(len(label) for label in labels)
-    most = width // 22
+    most = width // 17
     left, top, bottom = 42, 34, 40
     right = 18 + round(6.6 * min(longest, most))
 
     xs = [x for line in lines for x, _ in line.points]
-    ys = [y for line in lines for _, y in line.points] + [y for line in lines for _, *b in line.band for y in b]
+    x_low, x_high = min(xs), max(xs)
+    first = x_low + 0.1 * (x_high - x_low) if focus else x_low
+    ys = [y for line in lines for x, y in line.points if x >= first]
+    ys += [y for line in lines for x, *ends in line.band if x >= first for y in ends]
     y_ticks = ticks(min([*ys, *(y_range or ())]), max([*ys, *(y_range or ())]))
     y_ticks = [y for y in y_ticks if y <= y_most]
-    x_low, x_high = (0 if x_zero else min(xs)), max(xs)
     x_ticks = [x for x in ticks(x_low, x_high) if x_low <= x <= x_high * (1 + 1e-9)]
     if x_title == 'epoch':
         x_ticks = sorted({round(x) for x in x_ticks if x == round(x)} or {round(x_low)})
@@ -166,6 +166,9 @@ def chart(
     middle = left + (width - left - right) / 2
     parts.append(f'<text x="{middle:.1f}" y="{height - 6}" text-anchor="middle">{text_of(x_title)}</text>')
 
+    # A picture of its own cuts off what lies beyond the axes; some room for the width of lines.
+    x, y, w, h = left - 6, top - 4, width - left - right + 12, height - top - bottom + 8
+    parts.append(f'<svg x="{x}" y="{y}" width="{w}" height="{h}" viewBox="{x} {y} {w} {h}">')
     for line in lines:
         if line.band:
             around = path([(x, high) for x, _, high in line.band] + [(x, low) for x, low, _ in reversed(line.band)])
@@ -188,11 +191,11 @@ def chart(
                     f'<circle cx="{px:.1f}" cy="{py:.1f}" r="{radius}" style="fill:{line.color}">'
                     f'<title>{text_of(text)}</title></circle>')
         parts.append('</g>')
+    parts.append('</svg>')
     parts += _end_labels(lines, labels, [place(*line.points[-1]) for line in lines], width - right, most,
                          (top - 6, height - bottom + 6))
-    attributes = {'viewBox': f'0 0 {width} {height}', 'role': 'img', 'aria-label': text_of(title), **extra}
-    attributes = ' '.join(f'{key}={quoteattr(str(value))}' for key, value in attributes.items())
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {attributes}>' + '\n'.join(parts) + '</svg>'
+    inside = '\n'.join(parts)
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">{inside}</svg>'
 
 
 def _end_labels(lines, labels, ends, x, most, limits) -> List[str]:
@@ -270,7 +273,14 @@ def curves_svg(epochs: Sequence[Mapping[str, float]]) -> Optional[str]:
     ) if c], columns=2)
 
 
-def column_line(epochs: Sequence[Mapping[str, float]], column: str, label: str, color: str, **style) -> Line:
+def column_line(
+        epochs: Sequence[Mapping[str, float]],
+        column: str,
+        label: str,
+        color: str,
+        digits: int = 2,
+        **style,
+) -> Line:
     """A column of a summary.csv as a line, with its last value behind the label."""
     points = [(row['epoch'], row[column]) for row in epochs if math.isfinite(row.get(column, math.nan))]
-    return Line(label, points, color, value=number(points[-1][1]) if points else None, **style)
+    return Line(label, points, color, value=number(points[-1][1], digits) if points else None, **style)

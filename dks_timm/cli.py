@@ -64,7 +64,25 @@ def _create_parser() -> Parser:
     add_thrift_flags(inspect)
     inspect.add_argument('--json', action='store_true', help='print it for machines')
     inspect.set_defaults(run=_inspect)
+
+    report = commands.add_parser(
+        'report',
+        help='write a page with pictures about a run, or about several side by side',
+        description='Write an HTML page about runs of train.py: accuracy and loss of every head, who teaches whom, how '
+                    'often heads agree, what early exits cost, and means over seeds. It needs no network; its pictures '
+                    'lie beside it as SVG files.',
+    )
+    report.add_argument('runs', metavar='RUN', nargs='+', help='folder of a run, with its args.yaml and summary.csv')
+    report.add_argument('--output', metavar='DIR',
+                        help='where to write; if not given, RUN/report, and ./report for several runs')
+    report.set_defaults(run=_report)
     return parser
+
+
+def _report(args: argparse.Namespace):
+    from .report import write_report
+
+    print(write_report(args.runs, args.output))
 
 
 def _inspect(args: argparse.Namespace):

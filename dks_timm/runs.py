@@ -80,7 +80,7 @@ def best_epoch(epochs: Iterable[Epoch], metric: str) -> Optional[Epoch]:
     return min(evaluated, key=lambda row: sign * row[f'eval_{metric}'], default=None)
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """A run, as far as its folder tells.
 
@@ -162,7 +162,7 @@ def read_run(folder: PathLike) -> Run:
     args = {**vars(create_parser().parse_args([])), **(settings or {})}
     run = Run(folder, args, noted, epochs, notes, known=settings is not None)
     if epochs and run.known and not run.finished:
-        notes.append(f'It has come to epoch {epochs[-1]["epoch"] + 1:.0f} of {args["epochs"]}.')
+        notes.append(f'{epochs[-1]["epoch"] + 1:.0f} of {args["epochs"]} epochs are done.')
     return run
 
 
@@ -201,7 +201,7 @@ def _read_checkpoints(folder: Path, notes: List[str]) -> Dict[str, Any]:
     return {**found, 'exits': best_args.get('exits'), 'exits_epoch': best_args.get('epoch')}
 
 
-@dataclass
+@dataclass(eq=False)
 class Group:
     """Runs that differ in their seed only.
 
@@ -218,10 +218,19 @@ class Group:
     def method(self) -> str:
         return self.runs[0].method
 
+    @property
+    def counted(self) -> List[Run]:
+        """The runs that means are taken over: the finished ones, all where none is."""
+        return [run for run in self.runs if run.finished] or self.runs
+
+    @property
+    def finished(self) -> bool:
+        return all(run.finished and run.last for run in self.counted)
+
     def curve(self, column: str) -> List[Tuple[float, List[float]]]:
-        """Values of a column at the epochs that all runs have."""
+        """Values of a column at the epochs that all counted runs have."""
         tables = [{row['epoch']: row[column] for row in run.epochs if math.isfinite(row.get(column, math.nan))}
-                  for run in self.runs]
+                  for run in self.counted]
         shared = set.intersection(*map(set, tables))
         return [(epoch, [table[epoch] for table in tables]) for epoch in sorted(shared)]
 
