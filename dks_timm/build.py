@@ -1,5 +1,7 @@
 """From flags to model, task and learning rate, each as timm's trainer makes it."""
 import logging
+import math
+from copy import deepcopy
 
 import timm
 import torch
@@ -50,8 +52,10 @@ def create_model(args):
         bn_momentum=args.bn_momentum,
         bn_eps=args.bn_eps,
         checkpoint_path=args.initial_checkpoint,
-        **args.model_kwargs,
     )
+    for name in set(kwargs) & set(args.model_kwargs):
+        raise OptionError(f'--model-kwargs {name}={args.model_kwargs[name]}: train.py has a flag of its own for it')
+    kwargs.update(args.model_kwargs)
     if args.pretrained_path:
         kwargs['pretrained_cfg_overlay'] = dict(file=args.pretrained_path, num_classes=-1)  # -1 adapts the classifier
     image_size = tuple(args.input_size[1:]) if args.input_size else args.img_size and (args.img_size, args.img_size)
@@ -82,14 +86,14 @@ def create_model(args):
 
     heads = model.get_classifiers() if args.dks else model.get_classifier()
     for head in heads if isinstance(heads, (list, tuple)) else [heads]:
-        with torch.no_grad():
+        with torch.no_grad(), naming(f'--head-init-scale, --head-init-bias with --model {args.model}', AttributeError):
             if args.head_init_scale is not None:
                 head.weight.mul_(args.head_init_scale)
                 head.bias.mul_(args.head_init_scale)
             if args.head_init_bias is not None:
                 head.bias.fill_(args.head_init_bias)
     if args.grad_checkpointing:
-        with naming(f'--grad-checkpointing with --model {args.model}', AssertionError):
+        with naming(f'--grad-checkpointing with --model {args.model}', AssertionError, AttributeError):
             model.set_grad_checkpointing(enable=True)
     if args.naflex_loader and not isinstance(model, NaFlexVit):
         raise OptionError(f'--naflex-loader: --model {args.model} does not take patch sequences; use a naflexvit model')
@@ -100,13 +104,11 @@ def place_model(args, model, input_size, device):
     """Move the model to its device, dtype and layout, with the BatchNorm that the flags ask for."""
     if args.dks and args.rank == 0:
         args.exit_flops = exit_flops(model, input_size)  # a checkpoint carries it, for reports
-    if model.pretrained_cfg.get('fixed_input_size') and not args.naflex_loader:
-        with naming(f'--model {args.model}: input size {tuple(input_size)}', AssertionError, RuntimeError):
-            with torch.no_grad():
-                model.eval()(torch.zeros(1, *input_size))
-        model.train()
+    if not args.naflex_loader:
+        _check_input_size(args, model, input_size)
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
+    _check_batch_norm(args, model, input_size)
     model.to(device=device, dtype=model_dtype(args))
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -114,6 +116,36 @@ def place_model(args, model, input_size, device):
         args.dist_bn = ''  # no statistics are left to distribute
         model = convert_sync_batchnorm(model)
     return model
+
+
+def _check_input_size(args, model, input_size):
+    """Refuse images that the model does not take, by one that it evaluates."""
+    pool = f' with --gp {args.gp!r}' if args.gp is not None else ''
+    model.eval()
+    for height, width in [input_size[1:], *((size, size) for size in args.train_img_sizes or ())]:
+        size = (input_size[0], height, width)
+        with naming(f'--model {args.model}{pool}: input size {size}', Exception), torch.no_grad():
+            model(torch.zeros(1, *size))
+    model.train()
+
+
+def _check_batch_norm(args, model, input_size):
+    """Refuse single images where BatchNorm, in training, gets one number a channel, and nothing to take a mean of."""
+    smallest = min([args.batch_size, *(args.train_batch_sizes or [])])
+    images = math.ceil(round(smallest * (args.dks_batch_fraction if args.dks else 1), 6))
+    if images > 1 or args.naflex_loader or args.distributed and args.sync_bn:
+        return
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            deepcopy(model)(torch.zeros(smallest * max(args.aug_splits, 1), *input_size))
+    except ValueError as e:
+        if 'more than 1 value per channel' not in str(e):
+            raise
+        given = f'--batch-size {smallest}' if smallest == 1 else f'--dks-batch-fraction {args.dks_batch_fraction}'
+        raise OptionError(
+            f'{given}: in --model {args.model}, BatchNorm cannot train on one image of '
+            f'{input_size[1]} x {input_size[2]} at a time; give more images or larger ones'
+        ) from None
 
 
 def create_criterion(args):

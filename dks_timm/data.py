@@ -33,12 +33,14 @@ def create_datasets(args):
     train = readers.create(args, 'train', is_training=True, seed=args.seed, repeats=args.epoch_repeats)
     val = readers.create(args, 'val', is_training=False) if args.val_split else None
     if val is not None and class_to_idx(val) != class_to_idx(train):
-        differ = sorted(set(class_to_idx(val) or ()) ^ set(class_to_idx(train) or ()))
+        differ = sorted(map(str, set(class_to_idx(val) or ()) ^ set(class_to_idx(train) or ())))
+        names = ', '.join(differ[:5]) + (', ...' if len(differ) > 5 else '')
         raise OptionError(
             f'--val-split {args.val_split}: its classes are not those of --train-split {args.train_split} '
-            f'({", ".join(differ[:5])} in one of them only); give the same folders, or --class-map'
+            f'({f"{names} in one of them only" if differ else "they are in another order"}); give the same folders, or '
+            '--class-map'
         )
-    check_num_classes(args.num_classes, train)
+    check_num_classes(args.num_classes, train, val)
     return train, val
 
 
@@ -56,16 +58,22 @@ def label_names(dataset):
     return [names[i] for i in range(len(names))] if names and set(names) == set(range(len(names))) else None
 
 
-def check_num_classes(num_classes, dataset):
+def check_num_classes(num_classes, train, val=None):
     """Refuse a model with too few classes for the data, and warn of one with more; no number is no check."""
-    classes = class_to_idx(dataset)
-    present = max(classes.values()) + 1 if classes else getattr(dataset.reader, 'num_labels', 0)
-    if num_classes is None or not present:
+    if num_classes is None:
         return
-    if num_classes < present:
-        raise OptionError(f'--num-classes {num_classes}: the training data has {present} classes')
-    if num_classes > present:
+    for what, dataset in (('training', train), ('evaluation', val)):
+        present = _count_classes(dataset) if dataset is not None else 0
+        if num_classes < present:
+            raise OptionError(f'--num-classes {num_classes}: the {what} data has {present} classes')
+    present = _count_classes(train)
+    if 0 < present < num_classes:
         _logger.warning(f'The model has {num_classes} classes, the training data {present} (--num-classes).')
+
+
+def _count_classes(dataset):
+    classes = class_to_idx(dataset)
+    return max(classes.values()) + 1 if classes else getattr(dataset.reader, 'num_labels', 0)
 
 
 def model_dtype(args):
@@ -91,6 +99,9 @@ def create_loaders(args, train, val, data_config, model, device):
         raise OptionError(f'--aug-repeats {args.aug_repeats:g}: repeats over several processes, and this is one')
     if isinstance(train, readers.Stream):
         readers.check_stream(args, train)
+    for dataset in (train, val):
+        if dataset is not None:
+            dataset.num_classes = args.num_classes
     channels = data_config['input_size'][0]
     if args.no_prefetcher and len(data_config['mean']) != channels:
         raise OptionError(f'--no-prefetcher: needs --mean and --std for images of {channels} channels')
@@ -152,7 +163,6 @@ def create_loaders(args, train, val, data_config, model, device):
         raise OptionError(f'--batch-size {args.batch_size}: the training split does not fill one batch')
     for dataset in (train, val):
         if isinstance(dataset, readers.Stream):
-            dataset.num_classes = args.num_classes
             # torch takes it for a mistake that processes have different shares.
             warnings.filterwarnings('ignore', 'Length of IterableDataset')
     if isinstance(train, readers.Stream):

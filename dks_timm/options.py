@@ -287,19 +287,29 @@ LARGEST = 2 ** 63 - 1  # whole number that torch takes
 # Least and, where there is one, most that a number may be.
 RANGES = {
     **dict.fromkeys(
-        ('num_classes', 'img_size', 'in_chans', 'batch_size', 'validation_batch_size', 'epochs', 'lr_base_size',
-         'log_interval', 'val_interval', 'checkpoint_hist', 'train_num_samples', 'val_num_samples', 'dks_every'),
-        (1, None)),
+        ('num_classes', 'in_chans', 'batch_size', 'validation_batch_size', 'epochs', 'lr_base_size', 'log_interval',
+         'val_interval', 'checkpoint_hist', 'train_num_samples', 'val_num_samples', 'train_batch_sizes',
+         'train_batches_per_epoch', 'recount', 'lr_cycle_limit', 'naflex_train_seq_lens', 'naflex_max_seq_len',
+         'naflex_patch_sizes', 'kd_student_feature_dim', 'kd_teacher_feature_dim', 'dks_every'), (1, None)),
+    **dict.fromkeys(('img_size', 'input_size', 'train_img_sizes'), (1, 16384)),
+    'crop_pct': (0.05, 2),
+    'layer_decay': (0, 1),
+    'aug_splits': (0, 64),
+    'seed': (0, 2 ** 32 - 1),
     **dict.fromkeys(
         ('workers', 'recovery_interval', 'start_epoch', 'warmup_epochs', 'cooldown_epochs', 'lr', 'lr_base', 'mixup',
-         'cutmix', 'color_jitter', 'clip_grad', 'tta', 'train_pad', 'seed', 'distill_loss_weight', 'task_loss_weight',
-         'dks_ce_weight', 'dks_synergy_weight', 'dks_start_epoch', 'max_bad_images'), (0, None)),
+         'cutmix', 'color_jitter', 'clip_grad', 'tta', 'train_pad', 'distill_loss_weight', 'task_loss_weight',
+         'weight_decay', 'decay_milestones', 'patience_epochs', 'epoch_repeats', 'aug_repeats', 'min_lr',
+         'warmup_lr', 'mixup_off_epoch', 'scale', 'train_size_probs', 'naflex_patch_size_probs', 'dks_ce_weight',
+         'dks_synergy_weight', 'dks_start_epoch', 'max_bad_images'), (0, None)),
     **dict.fromkeys(
         ('hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'mixup_prob',
          'mixup_switch_prob', 'momentum', 'smoothing', 'drop', 'drop_path', 'drop_block', 'drop_connect',
          'model_ema_decay', 'dks_batch_fraction'), (0, 1)),
 }
-ABOVE_ZERO = ('crop_pct', 'kd_temperature', 'dks_temperature', 'dks_batch_fraction', 'std')
+ABOVE_ZERO = ('kd_temperature', 'dks_temperature', 'dks_batch_fraction', 'std', 'ratio', 'decay_epochs', 'lr_cycle_mul')
+# Pillow's modes that timm's transforms take, with their channels.
+IMAGE_MODES = dict(L=1, LA=2, RGB=3, YCbCr=3, HSV=3, RGBA=4, RGBX=4, CMYK=4)
 
 
 def flag(name: str) -> str:
@@ -360,6 +370,12 @@ def check(args, given) -> None:
     in_chans = args.in_chans or (args.input_size or [3])[0]
     refuse(args.input_size and args.input_size[0] != in_chans,
            f'--in-chans {in_chans}: --input-size {args.input_size} says {(args.input_size or [3])[0]}; give the same')
+    mode = args.input_img_mode
+    if mode is None:
+        mode = 'RGB' if in_chans == 3 else 'L'
+    refuse(IMAGE_MODES.get(mode) != in_chans,
+           f'--input-img-mode {mode}: does not give the {in_chans} channels of the model (--in-chans); there are '
+           + ', '.join(f'{name} with {count}' for name, count in IMAGE_MODES.items()))
     refuse(args.lr_noise and len(args.lr_noise) > 2,
            f'--lr-noise {args.lr_noise}: must be one number, where noise begins, or two, where it begins and ends')
     refuse(args.pretrained_path and not args.pretrained,
@@ -377,7 +393,8 @@ def check(args, given) -> None:
     refuse(mixup_active(args) and args.batch_size % 2, f'--batch-size {args.batch_size}: must be even for mixup')
     refuse(args.amp and args.model_dtype not in (None, 'float32'),
            f'--model-dtype {args.model_dtype}: cannot be combined with --amp; use one of the two')
-    refuse(args.aug_splits == 1 or args.aug_splits < 0, f'--aug-splits {args.aug_splits}: must be 0 or at least 2')
+    refuse(args.aug_splits == 1, f'--aug-splits {args.aug_splits}: must be 0 or at least 2')
+    refuse(args.smoothing >= 1, f'--smoothing {args.smoothing}: must be below 1')
     refuse(args.jsd_loss and args.aug_splits < 2, '--jsd-loss: needs --aug-splits 2 or more')
     refuse(args.split_bn and not (args.aug_splits > 1 or args.resplit), '--split-bn: needs --aug-splits or --resplit')
     refuse(args.split_bn and args.sync_bn, '--split-bn: cannot be combined with --sync-bn; use one of the two')

@@ -25,7 +25,7 @@ def create_accelerator(args, given) -> Accelerator:
     engine = sharding.requested()
     sharding.check(engine, args)
     for module in args.device_modules or ():
-        with naming(f'--device-modules {module}', ImportError):
+        with naming(f'--device-modules {module}', Exception):
             importlib.import_module(module)
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True

@@ -7,10 +7,9 @@ import logging
 import numbers
 import os
 import re
-import struct
 import sys
-import tarfile
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,10 +17,11 @@ from PIL import Image
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader import Reader
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.data.readers.targets import get_field, has_field
 
-from .options import OptionError, closest, flag, naming
+from .options import OptionError, closest, flag, naming, one_line, printable
 
 _logger = logging.getLogger(__name__)
 
@@ -48,8 +48,12 @@ PACKAGES = {
     'tfds': ('tensorflow_datasets', 'tensorflow-cpu tensorflow-datasets'),
 }
 
-# What Pillow and the readers raise for a file that is not the image it says it is.
-UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, struct.error, tarfile.TarError, Image.DecompressionBombError)
+# What a file raises that is not the image it says it is is anyone's guess: each decoder of Pillow has its own.
+UNREADABLE = Exception
+
+# Times that an image may be as long as it is wide. Resizing brings the shorter side up to the input size: an image of
+# 1 x 65,500 pixels, a small file, would take gigabytes.
+MOST_ELONGATED = 500
 
 IMAGENET_SAMPLES = dict(train=1_281_167, val=50_000)
 
@@ -86,15 +90,41 @@ class BadImages:
             DataError: if it is one too many.
         """
         self.in_a_row += 1
-        reason = ' '.join(str(error).split()) or type(error).__name__
-        if name not in self.named:
-            self.named.add(name)
-            _logger.warning(f'Bad image {name}: {reason}; {self.then}.')
+        name, reason = printable(name), one_line(error, 300) or type(error).__name__
+        self.warn(name, f'Bad image {name}: {reason}; {self.then}.')
         if self.in_a_row > self.most:
             raise DataError(
                 f'--max-bad-images {self.most}: {self.in_a_row} images in a row cannot be read, the last is {name} '
                 f'({reason}); repair or remove them, or allow more'
             ) from None
+
+    def warn(self, about, message):
+        if about not in self.named:
+            self.named.add(about)
+            _logger.warning(message)
+
+    def convert(self, image, mode, name):
+        """Bring an image to a Pillow mode, '' for its own.
+
+        Of gray in 16 bits the upper 8 are kept, as Pillow itself keeps those of colour; else it takes all above 255 for
+        white. The name is asked for where it is needed: a reader may have to read the file for it.
+
+        Raises:
+            ValueError: for pixels that have no meaning in 8 bits, and a shape that cannot be resized.
+        """
+        if max(image.size) > MOST_ELONGATED * min(image.size):
+            raise ValueError(f'{image.width} x {image.height} pixels are too far from a square')
+        if image.mode.startswith('I;16'):
+            self.warn(image.mode, f'{printable(name())} has 16 bits a pixel; of all such images the upper 8 are used.')
+            image = Image.fromarray((np.asarray(image) >> 8).astype('uint8'))
+        elif image.mode in ('I', 'F'):
+            low, high = image.getextrema()
+            if low < 0 or high > 255 or image.mode == 'F' and 0 < high <= 1:
+                raise ValueError(f'its pixels are numbers from {low:g} to {high:g}, not from 0 to 255')
+        if mode:
+            return image.convert(mode)
+        image.load()
+        return image
 
 
 class Images(ImageDataset):
@@ -111,6 +141,7 @@ class Images(ImageDataset):
     def __init__(self, reader, input_img_mode: str, max_bad: int):
         super().__init__('', reader=reader, input_img_mode=input_img_mode)
         self.bad_images = BadImages(max_bad, 'the next one takes its place')
+        self.num_classes = None  # set where it is known
 
     def __getitem__(self, index):
         while True:
@@ -118,18 +149,27 @@ class Images(ImageDataset):
                 img, target = self.reader[index]
                 if not isinstance(img, Image.Image):
                     img = Image.open(img)
-                if self.input_img_mode:
-                    img = img.convert(self.input_img_mode)
-                else:
-                    img.load()
+                img = self.bad_images.convert(img, self.input_img_mode, partial(self._name, index))
                 break
             except UNREADABLE as e:
-                self.bad_images.bad(self.reader.filename(index, absolute=True) or f'number {index}', e)
+                self.bad_images.bad(self._name(index), e)
                 index = (index + 1) % len(self.reader)
         self.bad_images.good()
+        check_label(target, self.num_classes, partial(self._name, index))
         if self.transform is not None:
             img = self.transform(img)
         return img, -1 if target is None else target
+
+    def _name(self, index):
+        return self.reader.filename(index, absolute=True) or f'number {index}'
+
+
+def check_label(label, num_classes, name=lambda: ''):
+    """Refuse a label that no output of the model stands for; no number of classes is no check."""
+    if num_classes and not (isinstance(label, numbers.Integral) and 0 <= label < num_classes):
+        of = f' ({printable(name())})' if name() else ''
+        raise DataError(
+            f'--num-classes {num_classes}: the data holds label {label!r}{of}; wanted: 0 to {num_classes - 1}')
 
 
 class Synthetic(Images):
@@ -171,8 +211,7 @@ class Stream(IterableImageDataset):
         count = 0
         for img, target in self._samples():
             self.bad_images.good()
-            if self.num_classes and isinstance(target, numbers.Integral) and not 0 <= target < self.num_classes:
-                raise DataError(f'--num-classes {self.num_classes}: the data holds label {target}')
+            check_label(target, self.num_classes)
             yield img if self.transform is None else self.transform(img), target
             count += 1
         if reader.is_training and count < reader._num_samples_per_worker():
@@ -198,44 +237,48 @@ class Stream(IterableImageDataset):
                 i = stages.index(reader._split_by_node_and_worker)
                 stages[i], stages[i + 1] = stages[i + 1], stages[i]  # split samples in place of shards
             decode, = stages[-2].args
+            decode.keywords['image_mode'] = ''  # converted here
             stages[-2] = lambda samples: self._decode_wds(samples, decode)
         elif hasattr(reader.ds, 'cast_column'):  # hfids/
             feature = (reader.ds.features or {}).get(reader.input_key)
             if getattr(feature, 'decode', False):
                 undecoded = reader.ds.cast_column(reader.input_key, type(feature)(decode=False))
-                reader.ds = _Decoded(undecoded, reader.input_key, feature, self.bad_images)
+                reader.ds = _Decoded(undecoded, reader.input_key, feature, self.bad_images, reader.input_img_mode)
 
     def _decode_wds(self, samples, decode):
         from timm.data.readers.reader_wds import WdsTargetKeyError
         key = self.reader.input_key.split(';')[0]
         for sample in samples:
+            name = f'{sample["__key__"]} of {sample["__url__"]}'
             try:
                 decoded = decode(sample)
+                if decoded is None:  # timm's way to leave out a sample without a label
+                    continue
+                image = self.bad_images.convert(decoded['jpg'], self.reader.input_img_mode, partial(str, name))
             except WdsTargetKeyError as e:
                 raise DataError(f'--target-key: {e}') from None
-            except (KeyError, *UNREADABLE) as e:
-                reason = f'it has no {e}' if isinstance(e, KeyError) else e
-                self.bad_images.bad(f'{sample["__key__"]} of {sample["__url__"]}', reason)
+            except UNREADABLE as e:
+                self.bad_images.bad(name, f'it has no {e}' if isinstance(e, KeyError) else e)
             else:
-                if decoded is not None:  # timm's way to leave out a sample without a label
-                    yield {key: decoded['jpg'], 'target': decoded['target']}
+                yield {key: image, 'target': decoded['target']}
 
 
 class _Decoded:
     """A Hugging Face IterableDataset whose images are decoded here, so that a bad one does not end it."""
 
-    def __init__(self, ds, key, feature, bad_images):
-        self.ds, self.key, self.feature, self.bad_images = ds, key, feature, bad_images
+    def __init__(self, ds, key, feature, bad_images, mode):
+        self.ds, self.key, self.feature, self.bad_images, self.mode = ds, key, feature, bad_images, mode
         self.num_shards = getattr(ds, 'num_shards', None)
         self.set_epoch = ds.set_epoch
 
     def __iter__(self):
         for number, sample in enumerate(self.ds):
             value = sample[self.key]
+            name = (value or {}).get('path') or f'number {number} of the stream'
             try:
-                image = self.feature.decode_example(value)
+                image = self.bad_images.convert(self.feature.decode_example(value), self.mode, partial(str, name))
             except UNREADABLE as e:
-                self.bad_images.bad((value or {}).get('path') or f'number {number} of the stream', e)
+                self.bad_images.bad(name, e)
             else:
                 yield {**sample, self.key: image}
 
@@ -300,6 +343,18 @@ def _png(pixels) -> bytes:
     return file.getvalue()
 
 
+class ReaderFolder(ReaderImageFolder):
+    """timm's reader of folders, which a named pipe among the images does not keep waiting for ever."""
+
+    def __getitem__(self, index):
+        path, target = self.samples[index]
+        return _open(path), target
+
+
+def _open(path):
+    return open(path, 'rb', opener=lambda path, flags: os.open(path, flags | getattr(os, 'O_NONBLOCK', 0)))
+
+
 class ReaderTorch(Reader):
     """A torchvision dataset as a reader, so that :class:`Images` looks after it too."""
 
@@ -307,6 +362,8 @@ class ReaderTorch(Reader):
         super().__init__()
         self.dataset = dataset
         self.class_to_idx = getattr(dataset, 'class_to_idx', None)
+        if hasattr(dataset, 'loader'):
+            dataset.loader = _open  # Images decodes
 
     def __getitem__(self, index):
         return self.dataset[index]
@@ -438,14 +495,13 @@ def create(args, prefix: str, is_training: bool, **kwargs):
     subject = f'--dataset {args.dataset}, {split_flag}' if args.dataset else f'--data-dir {args.data_dir}, {split_flag}'
     with naming(subject, Exception):  # readers, and the packages behind them, raise whatever they like
         try:
-            if not name and _holds_tars(root):
-                dataset = ImageDataset('', reader=ReaderImageInTar(root, class_map=class_map))
+            if not name:
+                dataset = ImageDataset('', reader=_create_folder_reader(args, root, class_map))
             else:
                 dataset = create_dataset(
                     args.dataset,
                     root=root,
                     split=split,
-                    search_split=bool(name),
                     is_training=is_training,
                     class_map=class_map,
                     download=args.dataset_download,
@@ -463,6 +519,8 @@ def create(args, prefix: str, is_training: bool, **kwargs):
                     f'--{prefix}-num-samples: missing; --dataset {args.dataset} does not say how many samples its '
                     f'split {split} has'
                 ) from e
+            if not name and 'not enough values to unpack' in str(e):
+                raise OptionError(f'{subject}: Found 0 images in {root}') from e
             if name == 'hfds' and 'cast' in str(e):
                 raise OptionError(f'--input-key {args.input_key or "image"}: the field holds no images') from e
             if 'not found in info' in str(e):
@@ -485,6 +543,37 @@ def create(args, prefix: str, is_training: bool, **kwargs):
     if isinstance(dataset, IterableImageDataset):
         return Stream(reader, args.max_bad_images)
     return Images(reader, img_mode, args.max_bad_images)
+
+
+def _create_folder_reader(args, root: str, class_map):
+    """timm's reader of folders or tars, where every image has a class, and no folder is left out without a word."""
+    if _holds_tars(root) or os.path.isfile(root):
+        reader = ReaderImageInTar(root, class_map or '')
+        classes, labels = reader.class_name_to_idx, reader.targets
+    else:
+        _check_readable(args, root)
+        reader = ReaderFolder(root, class_map or '', args.input_key)
+        classes, labels = reader.class_to_idx, [label for _, label in reader.samples]
+    for name in {'', '.'} & set(classes):
+        stray = [reader.filename(i) for i, label in enumerate(labels) if label == classes[name]]
+        raise OptionError(
+            f'--data-dir {args.data_dir}: {len(stray)} images of {root} lie in no class folder, the first is '
+            f'{stray[0]}; remove them, or give each class a folder'
+        )
+    return reader
+
+
+def _check_readable(args, root: str):
+    def refuse(error):
+        raise OptionError(
+            f'--data-dir {args.data_dir}: {error.filename} cannot be read ({error.strerror}); permit it, or remove it')
+
+    for folder, subfolders, _ in os.walk(root, onerror=refuse, followlinks=True):
+        for path in (os.path.join(folder, name) for name in subfolders):
+            target = os.path.realpath(path)
+            if os.path.islink(path) and os.path.commonpath([os.path.realpath(folder), target]) == target:
+                raise OptionError(
+                    f'--data-dir {args.data_dir}: {path} is a link to a folder that it lies in itself; remove it')
 
 
 class ClassMap(dict):

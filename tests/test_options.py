@@ -134,7 +134,7 @@ def test_args_text_is_a_recipe(tmp_path):
     (['--lr', '-0.1'], ['--lr -0.1', 'at least 0']),
     (['--reprob', '2'], ['--reprob 2.0', 'at most 1']),
     (['--drop-path', '-1'], ['--drop-path -1.0', 'at least 0']),
-    (['--crop-pct', '0'], ['--crop-pct 0.0', 'above 0']),
+    (['--crop-pct', '0'], ['--crop-pct 0.0', 'at least 0.05']),
     (['--std', '0.2', '0', '0.2'], ['--std 0.0', 'above 0']),
     (['--seed', '-1'], ['--seed -1', 'at least 0']),
     (['--input-size', '3', '32', '32', '--in-chans', '1'], ['--in-chans 1', '--input-size [3, 32, 32]']),

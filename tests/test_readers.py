@@ -601,7 +601,7 @@ def test_text_labels_are_mapped_by_a_class_map(tmp_path):
 @pytest.mark.parametrize('workers', [0, 1])
 def test_a_label_out_of_range_in_a_stream_is_named(tmp_path, workers):
     argv = [*make('wds', tmp_path), '--workers', workers]
-    with pytest.raises(readers.DataError, match='^--num-classes 2: the data holds label 2$'):
+    with pytest.raises(readers.DataError, match='^--num-classes 2: the data holds label 2; wanted: 0 to 1$'):
         numbers(loaders(*argv, '--num-classes', 2)[0])
 
 
