@@ -207,10 +207,15 @@ def read_recipe(path: str, actions: dict) -> dict:
     if not isinstance(recipe, dict):
         raise OptionError(f'--config {path}: holds a {type(recipe).__name__}; wanted lines of "flag_name: value"')
     names = sorted(set(actions) - {'config', 'help'})
-    for key in recipe:
+    for key, value in recipe.items():
         if key not in names:
             hint = closest(key, names) if isinstance(key, str) else ''
-            raise OptionError(f'--config {path}: no flag for "{_shown(key)}: {_shown(recipe[key])}"{hint}')
+            raise OptionError(f'--config {path}: no flag for "{_shown(key)}: {_shown(value)}"{hint}')
+        if key in RUNS_CODE and value or isinstance(value, str) and value.startswith('pipe:'):
+            raise OptionError(
+                f'--config {path}: "{key}: {_shown(value)}" runs code from elsewhere; if you trust it, give it on the '
+                f'command line, as {flag(key)}'
+            )
     return {key: _recipe_value(path, key, value, actions[key]) for key, value in recipe.items()}
 
 
@@ -267,6 +272,8 @@ def closest(name: str, names) -> str:
     return f'; closest: {", ".join(matches)}' if matches else ''
 
 
+# What lets a run load code that its user has to trust.
+RUNS_CODE = ('dataset_trust_remote_code', 'device_modules')
 CHOICES = dict(
     amp_dtype=('float16', 'bfloat16'),
     model_dtype=('float32', 'float16', 'bfloat16'),
@@ -351,6 +358,10 @@ def check(args, given) -> None:
         if value is not None and value not in choices:
             raise OptionError(f'{flag(name)} {value}: must be one of {", ".join(c or repr(c) for c in choices)}')
     check_numbers(args)
+    for name, value in vars(args).items():
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(text, str) and '\0' in text:
+                raise OptionError(f'{flag(name)} {text}: holds a NUL character, which no name can')
     for name in ('resume', 'initial_checkpoint', 'pretrained_path'):
         path = getattr(args, name)
         if path and path != 'auto' and not os.path.isfile(path):
@@ -362,8 +373,10 @@ def check(args, given) -> None:
 
     refuse(args.fuser, f'--fuser {args.fuser}: TorchScript fusers are not supported; use --torchcompile')
     refuse(args.torchscript, '--torchscript: not supported; use --torchcompile')
-    refuse(args.experiment and os.path.normpath(os.path.join('x', args.experiment)).split(os.sep)[0] != 'x',
-           f'--experiment {args.experiment}: must stay inside --output; give a plain name')
+    root = os.path.realpath(args.output or './output/train')
+    folder = os.path.realpath(os.path.join(root, args.experiment))  # links followed
+    refuse(folder != root and not folder.startswith(os.path.join(root, '')),
+           f'--experiment {args.experiment}: must stay inside --output, and leads to {folder}; give a plain name')
     for name in ('scale', 'ratio', 'cutmix_minmax'):
         value = getattr(args, name)
         refuse(value is not None and len(value) != 2, f'{flag(name)} {value}: must be two numbers, least and most')
