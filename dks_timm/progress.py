@@ -1,5 +1,6 @@
 """What is counted and shown while a model trains."""
 import logging
+import math
 import sys
 import time
 from collections import OrderedDict
@@ -125,7 +126,9 @@ class Progress:
         seconds = time.monotonic() - self.start
         pace = (self.done - self.done_before) / seconds
         left = (self.updates - self.done + self.updates * (self.num_epochs - self.epoch - 1)) / pace
-        top1 = ', '.join(f'{name[5:]} {value:.1f}' for name, value in means.items() if name.startswith('top1_'))
+        top1 = ', '.join(
+            f'{name[5:]} {value:.1f}' for name, value in means.items()
+            if name.startswith('top1_') and not math.isnan(value))  # branches may not have run yet
         lr = sum(group['lr'] for group in param_groups) / len(param_groups)
         text = (
             f'loss {means["loss"]:.4f}, {images / self.done * pace:.0f} images/s, '

@@ -1,4 +1,6 @@
 """DKS for less: branches on a part of each batch or in some updates only, synergy from an epoch on, thinner tails."""
+import contextlib
+import io
 import math
 
 import numpy as np
@@ -247,10 +249,11 @@ EVERY = ('--dks-every', 2, '--epochs', 2)  # of three updates each
 
 @pytest.fixture(scope='module')
 def every(same, tmp_path_factory):
-    """The folder of a run in one process, and for each of its batches whether the branches ran."""
+    """The folder of a run in one process, whether the branches ran for each of its batches, and what it printed."""
     root = tmp_path_factory.mktemp('every')
     seen = []
-    with pytest.MonkeyPatch.context() as patch:
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(printed):
         exits = DKSModel.exits
 
         def noted(net, x):
@@ -260,14 +263,22 @@ def every(same, tmp_path_factory):
 
         patch.setattr(DKSModel, 'exits', noted)
         main(*same, *EVERY, '-b', 2, '--grad-accum-steps', 2, '--output', root, '--experiment', 'run')
-    return root / 'run', seen
+    return root / 'run', seen, printed.getvalue()
 
 
 def test_all_batches_of_an_update_run_the_branches_or_none_and_epochs_continue_the_pattern(every):
-    folder, seen = every
+    folder, seen, _ = every
     assert seen == [True, True, False, False, True, True] + [False, False, True, True, False, False]
     for row in rows(folder):
         assert all(math.isfinite(float(value)) for value in row.values())
+
+
+def test_progress_shows_no_accuracy_of_branches_that_have_not_run_yet(every):
+    _, _, printed = every
+    first = [line for line in printed.splitlines() if line.startswith('Epoch 1 [1/3]')]
+    last = [line for line in printed.splitlines() if line.startswith('Epoch 1 [3/3]')]
+    assert 'backbone' in first[0] and 'stage' not in first[0] and 'stage1' in last[0]
+    assert 'nan' not in printed
 
 
 def test_a_resumed_run_continues_the_pattern(every, same, tmp_path):
