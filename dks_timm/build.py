@@ -61,7 +61,9 @@ def create_model(args):
     image_size = tuple(args.input_size[1:]) if args.input_size else args.img_size and (args.img_size, args.img_size)
     subject = f'--model {args.model}'
     if args.initial_checkpoint:
-        subject += f' with --initial-checkpoint {args.initial_checkpoint}'
+        subject += f' with --initial-checkpoint {args.initial_checkpoint}, which should hold its weights'
+    if args.pretrained_path:
+        subject += f' with --pretrained-path {args.pretrained_path}, which should hold its weights'
     with naming(subject, AssertionError, *UNREADABLE):
         if args.dks:
             model = create_dks_model(

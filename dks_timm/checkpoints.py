@@ -16,7 +16,7 @@ from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch.utils._pytree import tree_map_only
 
-from .options import OptionError
+from .options import OptionError, why
 
 _logger = logging.getLogger(__name__)
 
@@ -40,15 +40,17 @@ def find_resume(args, args_text: str) -> str:
         folders = [root / args.experiment]
     else:
         wanted = _without_resume(args_text)
-        folders = [f.parent for f in root.glob('*/args.yaml') if _without_resume(f.read_text()) == wanted]
+        # A link may lead out of --output.
+        files = [f for f in root.glob('*/args.yaml') if not f.parent.is_symlink()]
+        folders = [f.parent for f in files if _without_resume(f.read_text(errors='replace')) == wanted]
         folders = sorted(folders, key=lambda f: f.stat().st_mtime, reverse=True)[:1]
     for folder in folders:
         files = [file for pattern in PATTERNS for file in folder.glob(pattern)]
         for file in sorted(files, key=lambda f: f.stat().st_mtime_ns, reverse=True):
-            reason = damage(file)
-            if not reason:
+            broken = damage(file)
+            if not broken:
                 return str(file)
-            _logger.warning(f'{file} is not complete ({reason}); trying the checkpoint before.')
+            _logger.warning(f'{file} is not complete ({broken}); trying the checkpoint before.')
     _logger.info('--resume auto: no checkpoint yet, starting from the beginning.')
     return ''
 
@@ -56,7 +58,7 @@ def find_resume(args, args_text: str) -> str:
 def _without_resume(args_text):
     try:
         return {**yaml.safe_load(args_text), 'resume': ''}
-    except (TypeError, yaml.YAMLError):  # not written to its end
+    except Exception:  # not written to its end, or not by a run
         return None
 
 
@@ -75,7 +77,7 @@ def damage(path) -> str:
     except OSError as e:
         raise OptionError(f'--resume {path}: {e.strerror or e}') from None
     except Exception as e:  # a flipped byte can make anything of the file
-        return ' '.join(str(e).split())[:200] or type(e).__name__
+        return why(e, 200)
     return ''
 
 
@@ -89,13 +91,15 @@ def load(path, args, task, optimizer, scaler):
     Raises:
         OptionError: It cannot be read, or is not one of this model.
     """
-    reason = damage(path)
-    if reason:
-        raise OptionError(f'--resume {path}: no complete checkpoint ({reason}); --resume auto takes the newest that is')
+    broken = damage(path)
+    if broken:
+        raise OptionError(f'--resume {path}: no complete checkpoint ({broken}); --resume auto takes the newest that is')
     checkpoint = load_checkpoint_metadata(path)
-    is_dict = isinstance(checkpoint, dict)
-    seconds = getattr(checkpoint.get('args'), 'train_seconds', 0.) if is_dict else 0.
-    run = (checkpoint.get('saver') or {}).get('run') if is_dict and not args.no_resume_opt else None
+    if not isinstance(checkpoint, dict):
+        raise OptionError(f'--resume {path}: holds a {type(checkpoint).__name__}; give a checkpoint of a run')
+    seconds = getattr(checkpoint.get('args'), 'train_seconds', 0.)
+    saver = checkpoint.get('saver')
+    run = saver.get('run') if isinstance(saver, dict) and not args.no_resume_opt else None
     try:
         epoch = resume_task_checkpoint(
             task,
@@ -103,7 +107,7 @@ def load(path, args, task, optimizer, scaler):
             optimizer=None if args.no_resume_opt else optimizer,
             loss_scaler=None if args.no_resume_opt else scaler,
         )
-    except (KeyError, RuntimeError):
+    except (AttributeError, KeyError, RuntimeError, TypeError):
         raise OptionError(
             f'--resume {path}: holds weights of {checkpoint.get("arch", "another model")} that do not fit '
             f'--model {args.model} with {args.num_classes} classes; resume with the model it was made by'

@@ -26,7 +26,7 @@ from .build import create_model
 from .card import FACTS, METADATA, baseline, describe_run, write_card
 from .model import DKSModel, create_dks_model, prune
 from .models import ARCHITECTURES
-from .options import UNREADABLE, create_parser, naming
+from .options import UNREADABLE, check_types, create_parser, naming, why
 from .published import load_checkpoint_branches, plain_tensors, save_branches
 from .push import FILES, BackgroundPush, PushError, check_repository, finishing_line, push_folder
 
@@ -198,15 +198,19 @@ def export_checkpoint(
     try:
         state = load_checkpoint_metadata(str(checkpoint))
     except UNREADABLE as e:
-        raise ValueError(f'checkpoint {str(checkpoint)!r} cannot be read: {e}') from e
+        raise ValueError(f'checkpoint {str(checkpoint)!r} cannot be read: {why(e)}') from e
     if not isinstance(state, dict) or not isinstance(state.get('args'), argparse.Namespace):
         raise ValueError(f'checkpoint {str(checkpoint)!r} does not say how its model was made; give one of a run')
-    args = {**vars(create_parser().parse_args([])), **vars(state['args'])}
+    subject, parser = f'checkpoint {str(checkpoint)!r}', create_parser()
+    flags = {action.dest: action for action in parser._actions}
+    args = {**vars(parser.parse_args([])), **vars(state['args'])}
+    args.update(check_types(subject, {name: args[name] for name in args.keys() & flags.keys()}, flags))
     no_weights = {'pretrained': False, 'pretrained_path': None, 'initial_checkpoint': ''}
     net = create_model(argparse.Namespace(**{**args, **no_weights}))
-    load_checkpoint(prune(net), str(checkpoint), use_ema=use_ema, filter_fn=_without_aux_bn)
-    if keep_branches and isinstance(net, DKSModel):
-        load_checkpoint_branches(net, str(checkpoint), use_ema)
+    with naming(subject, *UNREADABLE):
+        load_checkpoint(prune(net), str(checkpoint), use_ema=use_ema, filter_fn=_without_aux_bn)
+        if keep_branches and isinstance(net, DKSModel):
+            load_checkpoint_branches(net, str(checkpoint), use_ema)
     # The run evaluated its average where it had one at hand; a recovery checkpoint lies between two evaluations.
     evaluated_ema = args['model_ema'] and not args['model_ema_force_cpu']
     is_ema = use_ema and 'state_dict_ema' in state
@@ -322,8 +326,7 @@ def _no_ema(args: argparse.Namespace) -> List[str]:
 
 
 def _fail(subject: str, error: Exception, where: str, command: str):
-    reason = ' '.join(str(error).split()) or type(error).__name__
-    print(f'train.py: error: {subject}: {reason}\n{where}\n    {command}', file=sys.stderr)
+    print(f'train.py: error: {subject}: {why(error)}\n{where}\n    {command}', file=sys.stderr)
     raise SystemExit(3)
 
 

@@ -36,6 +36,17 @@ def one_line(message, most: int = 1000) -> str:
     return text if len(text) <= most else f'{text[:most // 2]} ... {text[-most // 2:]}'
 
 
+def why(error: Exception, most: int = 400) -> str:
+    """What an exception has to say, as one line. Of some kinds the message alone is no sentence."""
+    text = one_line(error, most)
+    if 'weights_only' in text or 'mmap can only be used' in text:
+        # What timm and torch suggest here is to let the file run what it likes.
+        return 'holds something other than plain weights, which is not loaded, as it could run code'
+    if not isinstance(error, (OSError, RuntimeError, ValueError)) or not text:
+        return f'{type(error).__name__}: {text}' if text else type(error).__name__
+    return text
+
+
 class OptionError(ValueError):
     """A bad invocation. The message names the flag, the value given and what would do, in one line."""
 
@@ -196,7 +207,11 @@ def parse_args(argv=None):
 
 
 def read_recipe(path: str, actions: dict) -> dict:
-    """Read a YAML file of flag names and values, with the types that the command line would give them."""
+    """Read a YAML file of flag names and values, with the types that the command line would give them.
+
+    Raises:
+        OptionError: for what is no such file.
+    """
     try:
         with open(path) as f:
             recipe = yaml.safe_load(f) or {}
@@ -216,10 +231,24 @@ def read_recipe(path: str, actions: dict) -> dict:
                 f'--config {path}: "{key}: {_shown(value)}" runs code from elsewhere; if you trust it, give it on the '
                 f'command line, as {flag(key)}'
             )
-    return {key: _recipe_value(path, key, value, actions[key]) for key, value in recipe.items()}
+    return check_types(f'--config {path}', recipe, actions)
 
 
-def _recipe_value(path, key, given, action):
+def check_types(source: str, values: dict, actions: dict) -> dict:
+    """Values from a file, with the types that the command line would give them.
+
+    Args:
+        source: What a message names the file by.
+        values: By the name of the flag.
+        actions: The parser's, by the same names.
+
+    Raises:
+        OptionError: for a value of another type.
+    """
+    return {key: _typed(source, key, value, actions[key]) for key, value in values.items()}
+
+
+def _typed(source, key, given, action):
     if given in (None, []) and given == action.default:
         return given
     value = given
@@ -232,15 +261,15 @@ def _recipe_value(path, key, given, action):
         if action.choices:
             wanted = 'one of ' + ', '.join(action.choices)
         if action.nargs in (None, '?'):
-            value = _recipe_scalar(given, action)
+            value = _typed_scalar(given, action)
             good = value is not None
         else:
             count = action.nargs if isinstance(action.nargs, int) else None
             wanted = f'a list of {count or "one or more"}, each {wanted}'
-            value = [_recipe_scalar(v, action) for v in given] if isinstance(given, list) else []
+            value = [_typed_scalar(v, action) for v in given] if isinstance(given, (list, tuple)) else []
             good = value and None not in value and len(value) == (count or len(value))
     if not good:
-        raise OptionError(f'--config {path}: "{key}: {_shown(given)}" is not {wanted}')
+        raise OptionError(f'{source}: "{key}: {_shown(given)}" is not {wanted}')
     return value
 
 
@@ -256,7 +285,7 @@ def _shown(value) -> str:
         return f'a {type(value).__name__} of thousands of digits'
 
 
-def _recipe_scalar(value, action):
+def _typed_scalar(value, action):
     """The value where it is of the flag's type and one of its choices, else None. YAML reads 5e-4 as text."""
     if isinstance(value, str) and action.type in (int, float):
         with contextlib.suppress(ValueError):
@@ -501,11 +530,11 @@ def naming(subject: str, *more_errors):
     except OptionError:
         raise
     except (ValueError, *more_errors) as e:
-        reason = one_line(e, 400) or type(e).__name__
-        argument, _, rest = reason.partition(' ')
+        text = why(e)
+        argument, _, rest = text.partition(' ')
         if argument in _ARGUMENTS:
             raise OptionError(f'{_ARGUMENTS[argument]} {rest}') from e
-        raise OptionError(f'{subject}: {reason}') from e
+        raise OptionError(f'{subject}: {text}') from e
 
 
 class _Formatter(logging.Formatter):

@@ -21,7 +21,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.data.readers.targets import get_field, has_field
 
-from .options import OptionError, closest, flag, naming, one_line, printable
+from .options import OptionError, closest, flag, naming, printable, why
 
 _logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class BadImages:
             DataError: if it is one too many.
         """
         self.in_a_row += 1
-        name, reason = printable(name), one_line(error, 300) or type(error).__name__
+        name, reason = printable(name), why(error, 300)
         self.warn(name, f'Bad image {name}: {reason}; {self.then}.')
         if self.in_a_row > self.most:
             raise DataError(
