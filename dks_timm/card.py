@@ -231,7 +231,7 @@ def write_card(
     metadata['tags'] = ['timm', *(['dks'] if card.get('dks') else []), *(card.get('tags') or [])]
     curves = curves_svg(card.get('summary') or [])
     if curves:
-        (model_dir / 'curves.svg').write_text(curves)
+        (model_dir / 'curves.svg').write_text(curves, encoding='utf-8')
     package = Path(__file__).parent
     # The template lies at the top of the project; a wheel carries it inside the package.
     template = next(p for p in (package / 'MODEL_CARD.md', package.parent / 'MODEL_CARD.md') if p.is_file())

@@ -2,17 +2,18 @@
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import List, Mapping, Optional, Sequence, Tuple
 from xml.sax.saxutils import escape
 
-__all__ = ['MUTED', 'STYLE', 'Line', 'chart', 'color', 'curves_svg', 'number', 'picture']
+__all__ = [
+    'PAIR', 'STYLE', 'Line', 'chart', 'clean', 'color', 'column_line', 'curves_svg', 'number', 'picture', 'ticks']
 
 # Distinguishable without red and green, after Okabe and Ito; each as it looks on a light and on a dark page.
 _COLORS = (
     ('#0b62b0', '#64b1f4'), ('#c8500a', '#f5924a'), ('#0a8062', '#3fc59f'), ('#a03f7e', '#e48cc4'),
     ('#8a6a00', '#e0b93a'), ('#5b52c4', '#a8a0ff'), ('#00798c', '#4fc6d8'), ('#7d4b2a', '#cf9a76'),
 )
-MUTED = 'muted'
+PAIR = ' \N{MIDDLE DOT} '  # between the two things of a line with two colours
 
 
 def _variables(shade: int) -> str:
@@ -43,10 +44,10 @@ class Line:
         label: Stands at its end.
         points: (x, y), by x; those that are not finite are left out.
         color: As in CSS, see :func:`color`.
-        second: Colour of the other half of its dashes.
+        second: Colour of the other half of its dashes, and of what follows :data:`PAIR` in the label.
         dashed: For what is derived, or measured only.
         band: (x, low, high), by x.
-        dots: Whether each point is marked; label and text of each where texts are given.
+        dots: Whether each point is marked, the first one by a large dot.
         value: What stands behind the label; None for nothing.
         texts: Of its points, shown under the pointer.
     """
@@ -63,10 +64,14 @@ class Line:
     def __post_init__(self):
         self.points = [p for p in self.points if all(map(math.isfinite, p))]
 
+    @property
+    def text(self) -> str:
+        return f'{self.label} {self.value}' if self.value else self.label
+
 
 def color(index: Optional[int]) -> str:
     """Colour of the index-th of several things; None for what stands back."""
-    return f'var(--{MUTED})' if index is None else f'var(--c{index % len(_COLORS)})'
+    return 'var(--muted)' if index is None else f'var(--c{index % len(_COLORS)})'
 
 
 def number(value: float, digits: int = 2) -> str:
@@ -74,9 +79,13 @@ def number(value: float, digits: int = 2) -> str:
     return f'{value:.{digits}f}'.replace('-', '\N{MINUS SIGN}')
 
 
-def text_of(text: str) -> str:
-    """Text as it can stand in XML, which has no place for control characters."""
-    return escape(re.sub('[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]', '\N{REPLACEMENT CHARACTER}', text))
+def clean(text: str) -> str:
+    """Text without the control characters and halves of pairs that neither XML nor UTF-8 has a place for."""
+    return re.sub('[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]', '\N{REPLACEMENT CHARACTER}', text)
+
+
+def _xml(text: str) -> str:
+    return escape(clean(text))
 
 
 def ticks(low: float, high: float, count: int = 4) -> List[float]:
@@ -92,10 +101,27 @@ def ticks(low: float, high: float, count: int = 4) -> List[float]:
 
 
 def _tick_text(value: float, step: float) -> str:
-    digits = max(0, -math.floor(math.log10(step) + 1e-9)) if step < 1 else 0
-    if digits and abs(step * 10 ** digits - round(step * 10 ** digits)) > 1e-6:
-        digits += 1  # 0.25
-    return number(round(value, 10) or 0., digits if step < 1 or step == int(step) else 1)
+    digits = next((d for d in range(6) if math.isclose(step * 10 ** d, round(step * 10 ** d), rel_tol=1e-6)), 6)
+    return number(round(value, 10) or 0., digits)  # no minus before a zero
+
+
+@dataclass
+class _Frame:
+    """Where a chart's axes lie, in pixels and in what they measure."""
+    left: float
+    top: float
+    right: float
+    bottom: float
+    x: Tuple[float, float]
+    y: Tuple[float, float]
+
+    def place(self, x: float, y: float) -> Tuple[float, float]:
+        along = (x - self.x[0]) / ((self.x[1] - self.x[0]) or 1)
+        up = (y - self.y[0]) / ((self.y[1] - self.y[0]) or 1)
+        return self.left + along * (self.right - self.left), self.bottom - up * (self.bottom - self.top)
+
+    def path(self, points: Sequence[Tuple[float, float]]) -> str:
+        return 'M' + 'L'.join('{:.1f} {:.1f}'.format(*self.place(*point)) for point in points)
 
 
 def chart(
@@ -103,7 +129,7 @@ def chart(
         lines: Sequence[Line],
         x_title: str = 'epoch',
         size: Tuple[int, int] = (420, 270),
-        y_range: Optional[Tuple[float, float]] = None,
+        y_range: Sequence[float] = (),
         y_most: float = math.inf,
         focus: bool = False,
 ) -> Optional[str]:
@@ -114,7 +140,7 @@ def chart(
         lines: The lines.
         x_title: What runs along the x-axis; 'epoch' has whole numbers only.
         size: Width and height in pixels, which the picture may be scaled from.
-        y_range: What the y-axis has to show at least; None takes it from the points.
+        y_range: What the y-axis has to show besides the lines.
         y_most: Where the y-axis ends at the latest, 100 for percent.
         focus: Whether the y-axis leaves out the first tenth of the x-axis, where a training is still far from its end.
 
@@ -125,109 +151,110 @@ def chart(
     if not lines:
         return None
     width, height = size
-    labels = [f'{line.label} {line.value}' if line.value else line.label for line in lines]
-    longest = max(len(label) for label in labels)
-    most = width // 17
-    left, top, bottom = 42, 34, 40
-    right = 18 + round(6.6 * min(longest, most))
+    most = width // 17  # letters of a label
+    longest = max(len(line.text) for line in lines)
 
     xs = [x for line in lines for x, _ in line.points]
     x_low, x_high = min(xs), max(xs)
     first = x_low + 0.1 * (x_high - x_low) if focus else x_low
     ys = [y for line in lines for x, y in line.points if x >= first]
     ys += [y for line in lines for x, *ends in line.band if x >= first for y in ends]
-    y_ticks = ticks(min([*ys, *(y_range or ())]), max([*ys, *(y_range or ())]))
-    y_ticks = [y for y in y_ticks if y <= y_most]
-    x_ticks = [x for x in ticks(x_low, x_high) if x_low <= x <= x_high * (1 + 1e-9)]
-    if x_title == 'epoch':
-        x_ticks = sorted({round(x) for x in x_ticks if x == round(x)} or {round(x_low)})
-    y_low, y_high = y_ticks[0], max([y_ticks[-1], *ys])
-    x_span, y_span = (x_high - x_low) or 1, (y_high - y_low) or 1
-
-    def place(x, y):
-        return (
-            left + (x - x_low) / x_span * (width - left - right),
-            height - bottom - (y - y_low) / y_span * (height - top - bottom),
-        )
-
-    def path(points):
-        return 'M' + 'L'.join(f'{px:.1f} {py:.1f}' for px, py in (place(*p) for p in points))
-
-    parts = [f'<title>{text_of(title)}</title>', f'<text class="title" x="0" y="15">{text_of(title)}</text>']
-    step = y_ticks[1] - y_ticks[0] if len(y_ticks) > 1 else 1
-    for y in y_ticks:
-        py = place(x_low, y)[1]
-        parts.append(f'<path class="grid" d="M{left} {py:.1f}H{width - right}"/>')
-        parts.append(f'<text x="{left - 7}" y="{py + 4:.1f}" text-anchor="end">{_tick_text(y, step)}</text>')
-    step = x_ticks[1] - x_ticks[0] if len(x_ticks) > 1 else 1
-    for x in x_ticks:
-        px = place(x, y_low)[0]
-        parts.append(f'<text x="{px:.1f}" y="{height - bottom + 17}" text-anchor="middle">{_tick_text(x, step)}</text>')
-    middle = left + (width - left - right) / 2
-    parts.append(f'<text x="{middle:.1f}" y="{height - 6}" text-anchor="middle">{text_of(x_title)}</text>')
-
+    y_ticks = [y for y in ticks(min([*ys, *y_range]), max([*ys, *y_range])) if y <= y_most]
+    frame = _Frame(
+        left=42,
+        top=34,
+        right=width - 18 - round(6.6 * min(longest, most)),
+        bottom=height - 40,
+        x=(x_low, x_high),
+        y=(y_ticks[0], max([y_ticks[-1], *ys])),
+    )
     # A picture of its own cuts off what lies beyond the axes; some room for the width of lines.
-    x, y, w, h = left - 6, top - 4, width - left - right + 12, height - top - bottom + 8
-    parts.append(f'<svg x="{x}" y="{y}" width="{w}" height="{h}" viewBox="{x} {y} {w} {h}">')
-    for line in lines:
-        if line.band:
-            around = path([(x, high) for x, _, high in line.band] + [(x, low) for x, low, _ in reversed(line.band)])
-            parts.append(f'<path d="{around}Z" style="fill:{line.color}" fill-opacity="0.16"/>')
-    for line, label in zip(lines, labels, strict=True):
-        parts.append(f'<g><title>{text_of(label)}</title>')
-        if len(line.points) > 1:
-            dashes = ' stroke-dasharray="2 5"' if line.dashed else ''
-            parts.append(f'<path class="line" d="{path(line.points)}" style="stroke:{line.color}"{dashes}/>')
-            if line.second:
-                parts.append(
-                    f'<path class="line" d="{path(line.points)}" style="stroke:{line.second};stroke-linecap:butt" '
-                    'stroke-dasharray="7 7"/>')
-        if line.dots or len(line.points) == 1:
-            texts = line.texts or [label] * len(line.points)
-            for i, (point, text) in enumerate(zip(line.points, texts, strict=True)):
-                px, py = place(*point)
-                radius = 4.5 if i == 0 else 2.5
-                parts.append(
-                    f'<circle cx="{px:.1f}" cy="{py:.1f}" r="{radius}" style="fill:{line.color}">'
-                    f'<title>{text_of(text)}</title></circle>')
-        parts.append('</g>')
-    parts.append('</svg>')
-    parts += _end_labels(lines, labels, [place(*line.points[-1]) for line in lines], width - right, most,
-                         (top - 6, height - bottom + 6))
-    inside = '\n'.join(parts)
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">{inside}</svg>'
+    x, y, w, h = frame.left - 6, frame.top - 4, frame.right - frame.left + 12, frame.bottom - frame.top + 8
+    return '\n'.join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">',
+        f'<title>{_xml(title)}</title>',
+        f'<text class="title" x="0" y="15">{_xml(title)}</text>',
+        *_axes(frame, y_ticks, x_title),
+        f'<svg x="{x}" y="{y}" width="{w}" height="{h}" viewBox="{x} {y} {w} {h}">',
+        *[_band(frame, line) for line in lines if line.band],
+        *[_line(frame, line) for line in lines],
+        '</svg>',
+        *_end_labels(frame, lines, most),
+        '</svg>',
+    ])
 
 
-def _end_labels(lines, labels, ends, x, most, limits) -> List[str]:
-    """Labels right of the lines' ends, pushed apart where they would lie on each other."""
-    gap = 15
-    order = sorted(range(len(lines)), key=lambda i: ends[i][1])
-    ys: Dict[int, float] = {}
-    for n, i in enumerate(order):
-        ys[i] = max(ends[i][1], ys[order[n - 1]] + gap if n else limits[0])
-    over = ys[order[-1]] - limits[1]
-    for n, i in reversed(list(enumerate(order))):
-        if over > 0:
-            below = ys[order[n + 1]] - gap if n + 1 < len(order) else limits[1]
-            ys[i] = min(ys[i], below)
+def _axes(frame: _Frame, y_ticks: Sequence[float], x_title: str) -> List[str]:
     parts = []
-    for i, (line, label) in enumerate(zip(lines, labels, strict=True)):
-        (px, py), y = ends[i], ys[i]
-        if abs(y - py) > 3 or x - px > 4:
+    for value in y_ticks:
+        y = frame.place(0, value)[1]
+        parts.append(f'<path class="grid" d="M{frame.left} {y:.1f}H{frame.right}"/>')
+        text = _tick_text(value, y_ticks[1] - y_ticks[0] if len(y_ticks) > 1 else value or 1)
+        parts.append(f'<text x="{frame.left - 7}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
+    low, high = frame.x
+    x_ticks = [x for x in ticks(low, high) if low <= x <= high * (1 + 1e-9)]
+    if x_title == 'epoch':
+        x_ticks = [x for x in x_ticks if x == round(x)] or [low]
+    for value in x_ticks:
+        x = frame.place(value, 0)[0]
+        text = _tick_text(value, x_ticks[1] - x_ticks[0] if len(x_ticks) > 1 else value or 1)
+        parts.append(f'<text x="{x:.1f}" y="{frame.bottom + 17}" text-anchor="middle">{text}</text>')
+    middle = (frame.left + frame.right) / 2
+    parts.append(f'<text x="{middle:.1f}" y="{frame.bottom + 34}" text-anchor="middle">{_xml(x_title)}</text>')
+    return parts
+
+
+def _band(frame: _Frame, line: Line) -> str:
+    around = [(x, high) for x, _, high in line.band] + [(x, low) for x, low, _ in reversed(line.band)]
+    return f'<path d="{frame.path(around)}Z" style="fill:{line.color}" fill-opacity="0.16"/>'
+
+
+def _line(frame: _Frame, line: Line) -> str:
+    parts = [f'<g><title>{_xml(line.text)}</title>']
+    if len(line.points) > 1:
+        path = frame.path(line.points)
+        dashes = ' stroke-dasharray="2 5"' if line.dashed else ''
+        parts.append(f'<path class="line" d="{path}" style="stroke:{line.color}"{dashes}/>')
+        if line.second:
+            style = f'stroke:{line.second};stroke-linecap:butt'
+            parts.append(f'<path class="line" d="{path}" style="{style}" stroke-dasharray="7 7"/>')
+    if line.dots or len(line.points) == 1:
+        for i, point in enumerate(line.points):
+            x, y = frame.place(*point)
+            text = line.texts[i] if line.texts else line.text
             parts.append(
-                f'<path d="M{px + 3:.1f} {py:.1f}L{x + 2} {py:.1f}L{x + 10} {y:.1f}" fill="none" stroke-opacity="0.45" '
-                f'style="stroke:{line.color}"/>')
-        name, value = line.label, f' {line.value}' if line.value else ''
-        if len(label) > most:
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{2.5 if i else 4.5}" style="fill:{line.color}">'
+                f'<title>{_xml(text)}</title></circle>')
+    return ''.join([*parts, '</g>'])
+
+
+def _end_labels(frame: _Frame, lines: Sequence[Line], most: int) -> List[str]:
+    """Labels right of the lines' ends, pushed apart where they would lie on each other."""
+    gap, lowest = 15, frame.bottom + 6
+    ends = [frame.place(*line.points[-1]) for line in lines]
+    order = sorted(range(len(lines)), key=lambda i: ends[i][1])
+    ys: List[float] = []
+    for i in order:
+        ys.append(max(ends[i][1], ys[-1] + gap if ys else frame.top - 6))
+    for n in reversed(range(len(ys))):
+        ys[n] = min(ys[n], ys[n + 1] - gap if n + 1 < len(ys) else lowest)
+    parts = []
+    for i, label_y in zip(order, ys, strict=True):
+        line, (x, y) = lines[i], ends[i]
+        if abs(label_y - y) > 3 or frame.right - x > 4:
+            path = f'M{x + 3:.1f} {y:.1f}L{frame.right + 2} {y:.1f}L{frame.right + 10} {label_y:.1f}'
+            parts.append(f'<path d="{path}" fill="none" stroke-opacity="0.45" style="stroke:{line.color}"/>')
+        value = f' {line.value}' if line.value else ''
+        name = line.label
+        if len(name + value) > most:
             name = name[:max(1, most - len(value) - 1)] + '\N{HORIZONTAL ELLIPSIS}'
-        second = f'<tspan style="fill:{line.second}">' if line.second else ''
-        text = text_of(name)
-        if second:
-            first, dot, other = text.partition(' \N{MIDDLE DOT} ')
-            text = f'{first}{dot}{second}{other}</tspan>'
+        name = _xml(name)
+        if line.second:
+            first, dot, other = name.partition(PAIR)
+            name = f'{first}{dot}<tspan style="fill:{line.second}">{other}</tspan>'
         parts.append(
-            f'<text class="label" x="{x + 13}" y="{y + 4:.1f}" style="fill:{line.color}">{text}'
-            f'<tspan style="fill:var(--ink)">{text_of(value)}</tspan></text>')
+            f'<text class="label" x="{frame.right + 13}" y="{label_y + 4:.1f}" style="fill:{line.color}">{name}'
+            f'<tspan style="fill:var(--ink)">{_xml(value)}</tspan></text>')
     return parts
 
 

@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 from jinja2 import Environment
 
 from . import __version__
-from .charts import STYLE, Line, chart, color, number, picture
+from .charts import STYLE, Line, chart, clean, color, number, picture
 from .runs import Group, Run, dataset_name, differing, group_runs, read_run
 from .sections import describe, duration, percent, top1_of
 
@@ -43,7 +43,7 @@ def write_report(folders: Sequence[PathLike], out_dir: Optional[PathLike] = None
     page = out_dir / _PAGE
     if out_dir.exists() and not out_dir.is_dir():
         raise ValueError(f'--output {out_dir}: is a file; give a folder')
-    earlier = page.read_text(errors='replace') if page.exists() else ''
+    earlier = page.read_text(encoding='utf-8', errors='replace') if page.exists() else ''
     if earlier and '<meta name="generator" content="dks_timm' not in earlier:
         raise ValueError(f'--output {out_dir}: holds an {_PAGE} that is no report; give another folder')
 
@@ -52,8 +52,8 @@ def write_report(folders: Sequence[PathLike], out_dir: Optional[PathLike] = None
     for old in re.findall(r'href="([\w.-]+\.svg)"', earlier):  # of other runs, perhaps
         (out_dir / old).unlink(missing_ok=True)
     for name, svg in pictures.items():
-        (out_dir / f'{name}.svg').write_text(svg)
-    page.write_text(text)
+        (out_dir / f'{name}.svg').write_text(svg, encoding='utf-8')
+    page.write_text(text, encoding='utf-8')
     return page
 
 
@@ -75,11 +75,10 @@ def _render(runs: Sequence[Run]) -> Tuple[str, Dict[str, str]]:
         prefix = f'{i + 1}-{re.sub("[^A-Za-z0-9_.-]+", "-", Path(run.name).name)}-' if len(runs) > 1 else ''
         charts.update((f'{prefix}{name}', of) for name, of in described['pictures'].items())
     pictures = {name: picture(of, columns=2) for name, of in charts.items() if of}
-    template = Path(__file__).with_suffix('.html').read_text()
+    template = Path(__file__).with_suffix('.html').read_text(encoding='utf-8')
     text = Environment(autoescape=True, trim_blocks=True).from_string(template).render(
         **context, version=__version__, style=STYLE, pictures=list(pictures))
-    # Whatever control characters a name may have, HTML has no place for them.
-    return re.sub('[\x00-\x08\x0b\x0c\x0e-\x1f]', '\N{REPLACEMENT CHARACTER}', text), pictures
+    return clean(text), pictures
 
 
 def _count(number: int, thing: str, things: str = '') -> str:

@@ -47,7 +47,7 @@ def read_summary(path: PathLike) -> List[Epoch]:
 def _read_epochs(path: Path) -> Tuple[List[Epoch], List[str]]:
     """The epochs, and what is wrong with the file."""
     try:
-        text = path.read_text(errors='replace')
+        text = path.read_text(encoding='utf-8', errors='replace')
     except FileNotFoundError:
         return [], ['There is no summary.csv yet: no epoch was completed.']
     except OSError as e:
@@ -124,7 +124,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return bool(self.epochs) and self.epochs[-1]['epoch'] + 1 >= (self.args['epochs'] or 0)
+        return bool(self.epochs) and self.epochs[-1]['epoch'] + 1 >= float(self.args['epochs'] or 0)
 
     @property
     def best(self) -> Epoch:
@@ -168,8 +168,11 @@ def read_run(folder: PathLike) -> Run:
 
 def _read_settings(path: Path, notes: List[str]) -> Optional[Dict[str, Any]]:
     try:
-        settings = yaml.safe_load(path.read_text())
+        text = path.read_text(encoding='utf-8')
+        settings = yaml.safe_load(text)
         if isinstance(settings, dict):
+            if not text.endswith('\n'):
+                notes.append('args.yaml does not end with a line break: it may be cut off.')
             return {str(key): value for key, value in settings.items()}
         notes.append('args.yaml holds no arguments.')
     except FileNotFoundError:

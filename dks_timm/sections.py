@@ -3,7 +3,7 @@ import math
 from datetime import timedelta
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from .charts import Line, chart, color, column_line, number
+from .charts import PAIR, Line, chart, color, column_line, number
 from .runs import Epoch, Run, run_settings
 
 __all__ = ['describe', 'duration', 'percent', 'top1_of']
@@ -178,7 +178,7 @@ def _agreement(run: Run, colors: Mapping[str, str]) -> Optional[Dict[str, Any]]:
         return None
     drawn = {pair: c for pair, c in pairs.items() if len(heads) <= _MOST_HEADS or 'backbone' in pair}
     lines = [
-        column_line(rows, column, f'{a} \N{MIDDLE DOT} {b}', colors[a], second=colors[b])
+        column_line(rows, column, f'{a}{PAIR}{b}', colors[a], second=colors[b])
         for (a, b), column in drawn.items()]
     last = rows[-1]
     return dict(

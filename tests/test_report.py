@@ -119,8 +119,8 @@ def real_run(tmp_path_factory):
     try:
         train.main([
             '--data-dir', str(root / 'noise'), '--num-classes', '3', '--model', 'test_resnet', '--img-size', '32',
-            '--dks', '--device', 'cpu', '--workers', '0', '-b', '6', '--opt', 'adamw', '--warmup-epochs', '0', '--no-aug',
-            '--epochs', '2', '--output', str(root), '--experiment', 'run'])
+            '--dks', '--device', 'cpu', '--workers', '0', '-b', '6', '--opt', 'adamw', '--warmup-epochs', '0',
+            '--no-aug', '--epochs', '2', '--output', str(root), '--experiment', 'run'])
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     return root / 'run'
@@ -165,9 +165,10 @@ def test_without_a_baseline_no_gain_is_claimed(tmp_path):
     runs = [make_run(tmp_path / f'dks{seed}', (30., 55. + seed), seed=seed) for seed in range(2)]
     assert report(*runs, '--output', tmp_path / 'out') == 0
     page, _ = read(tmp_path / 'out')
-    assert 'DKS backbone 55.50 ± 0.71 % top-1' in page.text and 'baseline' not in page.text
+    assert 'DKS backbone 55.50 ± 0.71 % top-1' in page.text and 'against baseline' not in page.text
     # Nor against another model.
-    assert report(runs[0], make_run(tmp_path / 'other', heads=(), model='resnet50'), '--output', tmp_path / 'out') == 0
+    other = make_run(tmp_path / 'other', (40., 50.), heads=(), model='resnet50')
+    assert report(runs[0], other, '--output', tmp_path / 'out') == 0
     page, _ = read(tmp_path / 'out')
     assert '2 runs side by side' in page.text and 'these runs differ in model' in page.text
     assert 'baseline, model resnet50' in page.text
@@ -234,6 +235,7 @@ def remove(name):
     (edit('summary.csv', lambda b: b.replace(b'60.0', b'nan')), []),
     (remove('args.yaml'), ['There is no args.yaml', 'The arguments are those that a checkpoint holds']),
     (edit('args.yaml', lambda b: b[:-3] + b': ['), ['args.yaml cannot be read']),
+    (edit('args.yaml', lambda b: b[:-3]), ['args.yaml does not end with a line break: it may be cut off']),
     (edit('args.yaml', lambda b: b''), ['args.yaml holds no arguments']),
     (remove('model_best.pth.tar'), ['There is no checkpoint']),
     (break_checkpoint, ['model_best.pth.tar is no whole checkpoint', 'There is no checkpoint']),
