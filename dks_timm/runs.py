@@ -8,7 +8,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import yaml
 
-from .options import UNREADABLE, create_parser
+from .options import UNREADABLE, OptionError, check_types, create_parser
 
 __all__ = ['Group', 'Run', 'best_epoch', 'dataset_name', 'group_runs', 'read_run', 'read_summary', 'run_settings']
 
@@ -35,7 +35,7 @@ def run_settings(args: Mapping[str, Any]) -> Dict[str, Any]:
 
 def dataset_name(args: Mapping[str, Any]) -> str:
     """Name of the dataset of a run; of a path, its last part."""
-    dataset = args.get('dataset') or args.get('data_dir') or args.get('data') or ''
+    dataset = str(args.get('dataset') or args.get('data_dir') or args.get('data') or '')
     return os.path.basename(os.path.abspath(dataset)) if os.path.exists(dataset) else dataset
 
 
@@ -124,7 +124,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return bool(self.epochs) and self.epochs[-1]['epoch'] + 1 >= float(self.args['epochs'] or 0)
+        epochs = self.args['epochs']
+        return bool(self.epochs) and isinstance(epochs, int) and self.epochs[-1]['epoch'] + 1 >= epochs
 
     @property
     def best(self) -> Epoch:
@@ -159,6 +160,11 @@ def read_run(folder: PathLike) -> Run:
     if settings is None and noted:
         notes.append('The arguments are those that a checkpoint holds.')
         settings = noted
+    try:
+        settings = settings and check_types(f'RUN {folder}', settings)
+    except OptionError as e:
+        notes.append(f'Settings are unknown: {e}.')
+        settings = None
     args = {**vars(create_parser().parse_args([])), **(settings or {})}
     run = Run(folder, args, noted, epochs, notes, known=settings is not None)
     if epochs and run.known and not run.finished:
