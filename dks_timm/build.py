@@ -31,6 +31,8 @@ def check_model_name(name: str, flag: str = 'MODEL') -> None:
 def check_names(args) -> None:
     """Refuse a model or an optimizer that timm does not have."""
     check_model_name(args.model, '--model')
+    if args.kd_model_name is not None:
+        check_model_name(args.kd_model_name, '--kd-model-name')
     optimizer = args.opt.lower().removeprefix('lookahead_')
     try:
         get_optimizer_info(optimizer)
@@ -60,6 +62,8 @@ def create_model(args):
         kwargs['pretrained_cfg_overlay'] = dict(file=args.pretrained_path, num_classes=-1)  # -1 adapts the classifier
     image_size = tuple(args.input_size[1:]) if args.input_size else args.img_size and (args.img_size, args.img_size)
     subject = f'--model {args.model}'
+    if args.model_kwargs:
+        subject += f' with --model-kwargs {args.model_kwargs}'
     if args.initial_checkpoint:
         subject += f' with --initial-checkpoint {args.initial_checkpoint}, which should hold its weights'
     if args.pretrained_path:
@@ -191,7 +195,7 @@ def _create_distillation_task(args, student, criterion, common):
         task_loss_weight=args.task_loss_weight,
         **common,
     )
-    with naming(f'--kd-model-name {args.kd_model_name}', AssertionError, OSError, RuntimeError):
+    with naming(f'--kd-model-name {args.kd_model_name}', *UNREADABLE):
         if args.kd_distill_type == 'feature':
             return tasks.FeatureDistillationTask(
                 student_feature_dim=args.kd_student_feature_dim,

@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from . import __version__
 from .charts import curves_svg
 from .models import ARCHITECTURES
-from .options import create_parser
+from .options import check_types, create_parser, why
 from .runs import best_epoch, dataset_name, read_summary, run_settings
 
 __all__ = ['baseline', 'describe_run', 'eval_results', 'provenance', 'write_card']
@@ -189,10 +189,12 @@ def baseline(settings: Mapping[str, Any], folder: PathLike) -> Dict[str, Any]:
     try:
         defaults = vars(create_parser().parse_args([]))
         mine = {**defaults, **settings}
-        theirs = {**defaults, **yaml.safe_load(Path(folder, 'args.yaml').read_text())}
+        theirs = yaml.safe_load(Path(folder, 'args.yaml').read_text())
+        theirs = {**defaults, **check_types(str(folder), theirs)}
         epochs = read_summary(Path(folder, 'summary.csv'))
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as e:
-        raise ValueError(f'baseline {str(folder)!r} is no folder of a run, with args.yaml and summary.csv: {e}') from e
+    except Exception as e:  # YAML raises what it likes
+        raise ValueError(
+            f'baseline {str(folder)!r} is no folder of a run, with args.yaml and summary.csv: {why(e)}') from e
     for name, of in (
             ('model', lambda args: args['model']),
             ('data', dataset_name),

@@ -5,6 +5,7 @@ import sys
 from typing import Optional, Sequence
 
 from .options import (
+    UNREADABLE,
     Parser,
     add_branch_flags,
     add_card_flags,
@@ -12,6 +13,7 @@ from .options import (
     add_thrift_flags,
     check_numbers,
     naming,
+    one_line,
 )
 from .timm_flags import ParseKwargs
 
@@ -91,7 +93,8 @@ def _inspect(args: argparse.Namespace):
 
     check_numbers(args)
     check_model_name(args.model)
-    with naming(f'MODEL {args.model}', AssertionError, OSError, RuntimeError, TypeError):
+    given = f' with --model-kwargs {args.model_kwargs}' if args.model_kwargs else ''
+    with naming(f'MODEL {args.model}{given}', *UNREADABLE):
         found = inspect_model(
             args.model,
             stages=args.dks_stages,
@@ -157,6 +160,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         args = _create_parser().parse_args(argv)
         args.run(args)
     except (ValueError, RuntimeError, OSError) as e:
-        print(f'dks-timm: error: {" ".join(str(e).split())}', file=sys.stderr)
+        print(f'dks-timm: error: {one_line(e)}', file=sys.stderr)
         return 2 if isinstance(e, ValueError) else 3 if type(e).__name__ == 'PushError' else 1
     return 0

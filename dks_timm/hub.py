@@ -201,10 +201,8 @@ def export_checkpoint(
         raise ValueError(f'checkpoint {str(checkpoint)!r} cannot be read: {why(e)}') from e
     if not isinstance(state, dict) or not isinstance(state.get('args'), argparse.Namespace):
         raise ValueError(f'checkpoint {str(checkpoint)!r} does not say how its model was made; give one of a run')
-    subject, parser = f'checkpoint {str(checkpoint)!r}', create_parser()
-    flags = {action.dest: action for action in parser._actions}
-    args = {**vars(parser.parse_args([])), **vars(state['args'])}
-    args.update(check_types(subject, {name: args[name] for name in args.keys() & flags.keys()}, flags))
+    subject = f'checkpoint {str(checkpoint)!r}'
+    args = {**vars(create_parser().parse_args([])), **check_types(subject, vars(state['args']))}
     no_weights = {'pretrained': False, 'pretrained_path': None, 'initial_checkpoint': ''}
     net = create_model(argparse.Namespace(**{**args, **no_weights}))
     with naming(subject, *UNREADABLE):

@@ -231,21 +231,21 @@ def read_recipe(path: str, actions: dict) -> dict:
                 f'--config {path}: "{key}: {_shown(value)}" runs code from elsewhere; if you trust it, give it on the '
                 f'command line, as {flag(key)}'
             )
-    return check_types(f'--config {path}', recipe, actions)
+    return check_types(f'--config {path}', recipe)
 
 
-def check_types(source: str, values: dict, actions: dict) -> dict:
-    """Values from a file, with the types that the command line would give them.
+def check_types(source: str, values: dict) -> dict:
+    """Values from a file, those of flags with the types that the command line would give them.
 
     Args:
         source: What a message names the file by.
-        values: By the name of the flag.
-        actions: The parser's, by the same names.
+        values: By name.
 
     Raises:
         OptionError: for a value of another type.
     """
-    return {key: _typed(source, key, value, actions[key]) for key, value in values.items()}
+    actions = {action.dest: action for action in create_parser()._actions}
+    return {k: _typed(source, k, value, actions[k]) if k in actions else value for k, value in values.items()}
 
 
 def _typed(source, key, given, action):

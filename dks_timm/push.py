@@ -28,6 +28,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from . import __version__
+from .options import why
 
 __all__ = [
     'FILES', 'BackgroundPush', 'PushError', 'check_repository', 'check_request', 'finishing_line', 'push_folder',
@@ -142,12 +143,16 @@ def push_folder(
     if timeout is None:
         timeout = 300 + size / 5e5
     branch, tag = _parse_revision(revision)
+    try:
+        readme, message = _card_for(folder, repo_id, tag or branch), _commit_message(folder)
+    except Exception as e:
+        raise ValueError(f'folder {str(folder)!r} is not an exported model: {why(e)}') from e
     pushed = _ask(
         'push', timeout,
         repo_id=repo_id,
         folder=str(folder.absolute()),
-        readme=_card_for(folder, repo_id, tag or branch),
-        message=_commit_message(folder),
+        readme=readme,
+        message=message,
         private=private,
         revision=revision,
         overwrite=overwrite,

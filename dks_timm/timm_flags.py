@@ -10,7 +10,10 @@ class ParseKwargs(argparse.Action):
         bad = [v for v in values if v and not v.partition('=')[1]]
         if bad:
             raise argparse.ArgumentError(self, f'{bad[0]!r} is not of the form key=value')
-        utils.ParseKwargs.__call__(self, parser, namespace, values, option_string)
+        try:
+            utils.ParseKwargs.__call__(self, parser, namespace, values, option_string)
+        except (MemoryError, RecursionError):  # of Python's parser
+            raise argparse.ArgumentError(self, 'a value is nested too deeply') from None
 
 
 def add_timm_flags(parser: argparse.ArgumentParser) -> None:
