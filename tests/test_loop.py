@@ -16,8 +16,10 @@ from dks_timm import engine, options, readers
 from dks_timm.progress import Totals
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
+import traffic
 from loop import Operations
 
+ROOT = Path(__file__).parents[1]
 SYNTHETIC = [
     '--dataset', 'synthetic', '--val-split', '', '--num-classes', '10', '--img-size', '32', '--workers', '0', '-b', '4',
     '--model', 'test_resnet', '--device', 'cpu', '--opt', 'momentum', '--lr', '0.01', '--epochs', '1', '--no-aug',
@@ -143,3 +145,28 @@ def test_a_run_on_synthetic_data_evaluates_and_stays_finite(tmp_path):
     with open(tmp_path / 'run' / 'summary.csv', newline='') as f:
         row = next(csv.DictReader(f))
     assert 0 < float(row['eval_loss']) < 10 and 0 < float(row['train_loss']) < 30
+
+
+@pytest.fixture(scope='module')
+def costs():
+    return traffic.Costs(ROOT / 'recipes' / 'paper_resnet152.yaml')
+
+
+def test_the_page_on_cost_says_what_the_command_prints(costs):
+    page = (ROOT / 'docs' / 'cost.md').read_text()
+    flags = [], ['--network', '40']
+    slow, fast = (traffic.estimate(traffic.create_parser().parse_args(f), costs) for f in flags)
+    assert len(slow) == 13 and all(line in page.splitlines() for line in [*slow, *fast])
+
+
+def test_an_estimate_counts_arithmetic_gradients_and_what_does_not_fit_behind_backward(costs):
+    assert costs.parameters == [60192808, 60192808 + 33055720 + 58668008]
+    assert costs.gflops[1] / costs.gflops[0] == pytest.approx(1.65, abs=0.005)
+    steps = 90 * 1281167 / 64
+    rate = 640  # steps of 0.1 s
+    assert costs.hours(0, 1, rate, 1, 1) == pytest.approx([steps * 0.1 / 3600] * 2)
+    exchange = 2 * 7 / 8 * 4 * 60192808 / 2e9  # longer than the backward pass
+    assert costs.hours(0, 8, rate, 2, 1) == pytest.approx(
+        [steps / 8 * (0.1 + exchange - 0.2 / 3) / 3600, steps / 8 * (0.1 + exchange) / 3600])
+    assert costs.hours(0, 8, rate, 100, 1)[0] == pytest.approx(steps / 8 * 0.1 / 3600)
+    assert costs.all_reduce(1, 64, 100, 1) == pytest.approx(100 * costs.all_reduce(1, 64, 100, 100))
