@@ -193,7 +193,7 @@ def test_sync_bn_is_refused_on_the_cpu_which_has_none(two):
 def test_sync_bn_converts_the_branches_too():
     from dks_timm import build
     args, _, _ = options.parse_args(['--model', 'test_resnet', '--num-classes', '2', '--dks', '--sync-bn'])
-    args.distributed = True
+    args.distributed, args.rank = True, 0
     net = build.place_model(args, build.create_model(args), (3, 32, 32), 'cpu')
     for part in (net.backbone, *net.branches):
         kinds = [type(m).__name__ for m in part.modules()]
