@@ -665,6 +665,9 @@ def _check_huggingface(args, reader, split_flag):
     text = [label for label in labels if isinstance(label, str)] or getattr(feature, 'dtype', '') == 'string'
     if text:
         raise OptionError(f'--target-key {target_key}: holds text; give --class-map, a file of its values in order')
+    for label in labels:
+        if not isinstance(label, numbers.Integral) or label < 0:
+            raise OptionError(f'--target-key {target_key}: holds {label!r}; wanted: whole numbers from 0')
     reader.num_labels = max(labels, default=-1) + 1
 
 
