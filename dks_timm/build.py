@@ -1,6 +1,5 @@
 """From flags to model, task and learning rate, each as timm's trainer makes it."""
 import logging
-import math
 from copy import deepcopy
 
 import timm
@@ -16,7 +15,7 @@ from .exits import exit_flops
 from .inspection import training_cost
 from .loss import DKSLoss
 from .model import create_dks_model
-from .options import UNREADABLE, OptionError, closest, mixup_active, naming
+from .options import UNREADABLE, OptionError, closest, flag, mixup_active, naming
 from .task import DKSDistillationTask, DKSTask
 
 _logger = logging.getLogger(__name__)
@@ -61,9 +60,7 @@ def create_model(args):
     if args.pretrained_path:
         kwargs['pretrained_cfg_overlay'] = dict(file=args.pretrained_path, num_classes=-1)  # -1 adapts the classifier
     image_size = tuple(args.input_size[1:]) if args.input_size else args.img_size and (args.img_size, args.img_size)
-    subject = f'--model {args.model}'
-    if args.model_kwargs:
-        subject += f' with --model-kwargs {args.model_kwargs}'
+    subject = _subject(args)
     if args.initial_checkpoint:
         subject += f' with --initial-checkpoint {args.initial_checkpoint}, which should hold its weights'
     if args.pretrained_path:
@@ -106,6 +103,12 @@ def create_model(args):
     return model
 
 
+def _subject(args) -> str:
+    """What a complaint about the model begins with."""
+    given = {name: getattr(args, name) for name in ('model', 'model_kwargs', 'gp')}
+    return ' with '.join(f'{flag(name)} {value}' for name, value in given.items() if value not in (None, {}))
+
+
 def place_model(args, model, input_size, device):
     """Move the model to its device, dtype and layout, with the BatchNorm that the flags ask for."""
     if args.dks and args.rank == 0:
@@ -126,11 +129,10 @@ def place_model(args, model, input_size, device):
 
 def _check_input_size(args, model, input_size):
     """Refuse images that the model does not take, by one that it evaluates."""
-    pool = f' with --gp {args.gp!r}' if args.gp is not None else ''
     model.eval()
     for height, width in [input_size[1:], *((size, size) for size in args.train_img_sizes or ())]:
         size = (input_size[0], height, width)
-        with naming(f'--model {args.model}{pool}: input size {size}', Exception), torch.no_grad():
+        with naming(f'{_subject(args)}: input size {size}', Exception), torch.no_grad():
             model(torch.zeros(1, *size))
     model.train()
 
@@ -138,18 +140,17 @@ def _check_input_size(args, model, input_size):
 def _check_batch_norm(args, model, input_size):
     """Refuse single images where BatchNorm, in training, gets one number a channel, and nothing to take a mean of."""
     smallest = min([args.batch_size, *(args.train_batch_sizes or [])])
-    images = math.ceil(round(smallest * (args.dks_batch_fraction if args.dks else 1), 6))
-    if images > 1 or args.naflex_loader or args.distributed and args.sync_bn:
+    if smallest > 1 or args.naflex_loader or args.distributed and args.sync_bn:
         return
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            deepcopy(model)(torch.zeros(smallest * max(args.aug_splits, 1), *input_size))
+            deepcopy(model)(torch.zeros(max(args.aug_splits, 1), *input_size))
     except ValueError as e:
         if 'more than 1 value per channel' not in str(e):
             raise
-        given = f'--batch-size {smallest}' if smallest == 1 else f'--dks-batch-fraction {args.dks_batch_fraction}'
+        name = '--batch-size' if args.batch_size == 1 else '--train-batch-sizes'
         raise OptionError(
-            f'{given}: in --model {args.model}, BatchNorm cannot train on one image of '
+            f'{name} 1: in --model {args.model}, BatchNorm cannot train on one image of '
             f'{input_size[1]} x {input_size[2]} at a time; give more images or larger ones'
         ) from None
 

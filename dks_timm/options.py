@@ -282,7 +282,7 @@ def _shown(value) -> str:
     try:
         return short.repr(value)
     except ValueError:  # Python does not write down a whole number of thousands of digits
-        return f'a {type(value).__name__} of thousands of digits'
+        return 'a number of thousands of digits'
 
 
 def _typed_scalar(value, action):
