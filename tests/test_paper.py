@@ -311,3 +311,19 @@ def test_train_py_logs_and_writes_what_the_runner_reads(workplace, monkeypatch):
     assert [line['epoch'] for line in read] == [0, 1]
     assert all(0 <= line['eval_top1'] <= 100 and line['seconds'] >= 0 and line['lr'] > 0 for line in read)
     assert (workplace / 'output' / 'small-baseline-0' / 'last.pth.tar').exists()
+
+
+def test_published_tables_are_those_of_the_published_lines_and_the_readme_shows_them(tmp_path):
+    published = ROOT / 'results/cifar100'
+    for file in published.glob('*/*.jsonl'):
+        target = tmp_path / file.relative_to(published)
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(file.read_text())
+    assert execute('--summarise', '--results', str(tmp_path)) == 0
+    text = (tmp_path / 'README.md').read_text()
+    assert text == (published / 'README.md').read_text()
+    assert (tmp_path / 'mini.svg').read_text() == (published / 'mini.svg').read_text()
+    readme = (ROOT / 'README.md').read_text().partition('## On your own data')[0]
+    columns = [0, 1, 2, 5, 6, 7]
+    ours = [[row[i] for i in columns] for row in table_after('## ResNet-20', text.partition('###')[0])]
+    assert table_after('## Measured', readme) == ours and len(ours) == 6
