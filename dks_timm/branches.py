@@ -65,7 +65,7 @@ class Tail(Branch):
     ):
         super().__init__(**where)
         self.plan = plan
-        self.feed = Feed()
+        self.feed = Feed(plan.written)
         self.template = cut(template, plan, self.feed)
         self.retrace = retrace
         self.stub_shapes = {tuple(image_size): plan.stubs}

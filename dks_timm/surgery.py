@@ -219,6 +219,7 @@ class TailPlan:
         alive: Modules that the tail still calls, also where a module that it does not call owns them as well.
         unused: Parameters that no logit depends on.
         copies: Whether the tail works on its features in place, and so needs a copy of them.
+        written: Stubs whose output the tail works on in place, so that it needs memory.
     """
     rank: int
     source: str
@@ -228,25 +229,32 @@ class TailPlan:
     alive: FrozenSet[str]
     unused: Tuple[str, ...] = ()
     copies: bool = False
+    written: FrozenSet[str] = frozenset()
 
 
 class Feed:
-    """What flows into a tail: the stage's features, and the shapes that stand in for everything before them."""
+    """What flows into a tail: the stage's features, and the shapes that stand in for everything before them.
 
-    def __init__(self):
+    Args:
+        written: Modules whose stand-ins are worked on in place. Those of others take no memory, whatever their size.
+    """
+
+    def __init__(self, written: FrozenSet[str] = frozenset()):
+        self.written = written
         self.features = None
         self.image = None
         self.shapes: Dict[str, Any] = {}
 
     def stand_in(self, name: str) -> Any:
-        return self._empty(self.shapes[name])
+        return self._empty(self.shapes[name], name in self.written)
 
-    def _empty(self, tree):
+    def _empty(self, tree, written):
         if isinstance(tree, torch.Size):
             # Whatever a model folds into the batch (windows, patches), the first dimension stays a multiple of it.
-            return self.image.new_empty((tree[0] * self.image.shape[0] // TRACE_BATCH, *tree[1:]))
+            shape = (tree[0] * self.image.shape[0] // TRACE_BATCH, *tree[1:])
+            return self.image.new_empty(shape) if written else self.image.new_empty(()).expand(shape)
         if isinstance(tree, (tuple, list)):
-            return type(tree)([self._empty(t) for t in tree])
+            return type(tree)([self._empty(t, written) for t in tree])
         return tree
 
 
@@ -256,9 +264,11 @@ class _WatchedFeed(Feed):
     def __init__(self):
         super().__init__()
         self.watched: List[torch.Tensor] = []
+        self.given: Dict[str, Any] = {}
 
     def stand_in(self, name: str) -> Any:
-        return tree_map_only(torch.Tensor, self.watch, super().stand_in(name))
+        self.given[name] = tree_map_only(torch.Tensor, self.watch, super().stand_in(name))
+        return self.given[name]
 
     def watch(self, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point():
@@ -354,6 +364,7 @@ def _check(template: nn.Module, plan: TailPlan, trace: Trace, features: Any) -> 
         plan,
         unused=tuple(name for name in trace.trainable if name in kept and parameters[name].grad is None),
         copies=versions != [t._version for t in tensors(feed.features)],
+        written=frozenset(name for name, given in feed.given.items() if any(t._version for t in tensors(given))),
     )
 
 

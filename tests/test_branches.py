@@ -10,6 +10,8 @@ from timm.layers import SplitBatchNorm2d, convert_splitbn_model, convert_sync_ba
 from dks_timm import DKSModel, create_dks_model, prune
 from dks_timm.attach import BranchBuilder, BranchSpec
 from dks_timm.inspection import inspect_model
+from dks_timm.stages import Stage
+from dks_timm.surgery import Feed, Trace, cut, plan_tail
 
 
 def parameters(module):
@@ -132,3 +134,38 @@ def test_branches_take_part_in_sync_and_split_batch_norm():
     net = convert_splitbn_model(create_dks_model('resnet10t', num_classes=5))
     assert SplitBatchNorm2d in norms(net.branches)
     assert [tuple(z.shape) for z in net(torch.randn(4, 3, 64, 64))] == [(4, 5)] * 3
+
+
+def test_stand_ins_for_what_comes_before_a_stage_take_no_memory():
+    branch = create_dks_model('test_resnet', num_classes=5).branches[1]
+    feed = branch.feed
+    feed.image, feed.shapes = torch.zeros(4, 3, 64, 64), branch.shapes_at(64, 64)
+    stand_ins = [feed.stand_in(name) for name in feed.shapes]
+    assert stand_ins[0].shape[0] == 4 and stand_ins[0].numel() > 1000
+    assert {t.untyped_storage().nbytes() for t in stand_ins} == {4}
+
+
+class Shifting(torch.nn.Module):
+    """Writes into the output of its stem before its only stage begins."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 4, 3)
+        self.stage = torch.nn.Conv2d(4, 4, 3)
+        self.fc = torch.nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x += 1
+        return self.fc(self.stage(x).mean((2, 3)))
+
+
+def test_stand_ins_that_a_model_writes_into_have_memory():
+    images = torch.randn(2, 3, 16, 16)
+    trace = Trace(Shifting(), images)
+    plan = plan_tail(trace, Shifting, Stage(0, 'stage', 4, 1))
+    assert plan.written == {'stem'}
+    feed = Feed(plan.written)
+    tail = cut(Shifting(), plan, feed)
+    feed.image, feed.shapes, feed.features = images, plan.stubs, torch.randn(2, 4, 12, 12)
+    assert torch.equal(tail(images), tail.fc(feed.features.mean((2, 3))))
