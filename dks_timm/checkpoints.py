@@ -241,7 +241,9 @@ class Saver(Output, CheckpointSaver):
         epoch, metric = state['pending']
         self.load_state_dict({**state, 'pending': (None, None)})
         recoveries = sorted(map(str, Path(self.recovery_dir).glob(PATTERNS[-1])), key=os.path.getmtime)
-        self.prev_recovery_file, self.curr_recovery_file = ['', '', *recoveries][-2:]
+        *older, self.prev_recovery_file, self.curr_recovery_file = ['', '', *recoveries]
+        for file in filter(None, older):
+            os.remove(file)
         if state['run']['over']:
             self.source, self.run = path, state['run']
             self.save_checkpoint(epoch, metric)

@@ -7,7 +7,6 @@ import time
 from collections import OrderedDict
 from contextlib import nullcontext
 from datetime import datetime
-from math import isfinite
 
 import torch
 import torchvision.utils
@@ -22,6 +21,7 @@ from torch.utils.data import IterableDataset
 from . import build, checkpoints, faults, processes, resumable, sharding
 from .data import model_dtype
 from .exits import HeadCounts
+from .guard import Guard
 from .model import prune
 from .options import naming
 from .progress import Progress, Totals
@@ -114,18 +114,14 @@ class Trainer:
             self.loader_train = fetches
         resumable.prepare_evaluation(self.loader_eval)
         self.fetches = fetches
-        self.state = RunState(self, fetches)
         self.signals = faults.Signals(self.accelerator, args.grad_accum_steps)
-        module = self.task.get_trainable_module()
-        self.statistics = faults.Keeper(faults.statistics(module).values())
-        self.skipped = self.skipped_since = self.skipped_in_a_row = 0  # updates: in all, since the last row, running
+        self.guard = Guard(args, self.accelerator, self.task, self.optimizer, self.names)
+        self.state = RunState(self)
 
         if args.start_epoch is not None:
             run = None
         self.run = self.state.restore(run, path)
         self.start_epoch = args.start_epoch if args.start_epoch is not None else resume_epoch or 0
-        if self.run is not None:
-            self.skipped, self.skipped_since = self.run['skipped']
         if run is not None and not run['over']:
             self.start_epoch = run['epoch']
         if self.scheduler is None or self.start_epoch == 0:
@@ -202,13 +198,16 @@ class Trainer:
             with self.signals:
                 for epoch in range(self.start_epoch, self.num_epochs):
                     self._fit_epoch(epoch, on_best)
+            failure = self.saver and (self.saver.failure or self.summary.failure)
+            if failure:
+                raise faults.Fault(f'training is over, but was not saved to the end: {failure}', faults.UNSAVED)
+        except faults.Fault:
+            self.accelerator.end_training()
+            raise
         finally:
-            if self.skipped:
-                _logger.warning(f'{self.skipped} updates were skipped, as they were no numbers.')
+            if self.guard.skipped:
+                _logger.warning(f'{self.guard.skipped} updates were left out, as they gave no numbers.')
         self.accelerator.end_training()
-        failure = self.saver and (self.saver.failure or self.summary.failure)
-        if failure:
-            raise faults.Fault(f'training is over, but was not saved to the end: {failure}', faults.UNSAVED)
 
     def _fit_epoch(self, epoch, on_best):
         """Train, evaluate and save, or what of it a checkpoint has left to do."""
@@ -229,62 +228,57 @@ class Trainer:
 
         eval_metrics = {}
         if self.loader_eval is not None:
-            trained = self.fetches.state(len(self.fetches), now=True)
+            trained = self.state.mark(len(self.fetches))
             try:
                 eval_metrics = self.evaluate()
                 if ema:
                     _logger.info(self._line(f'Epoch {epoch} without EMA', eval_metrics))
                     eval_metrics = self.evaluate(ema=True)
             except _Stop:
-                self._stop(trained, epoch=epoch, metrics=train_metrics, done=self.updates_per_epoch)
+                self._stop_as_told(trained, epoch=epoch, metrics=train_metrics, done=self.updates_per_epoch)
         metric = (eval_metrics or train_metrics)[self.eval_metric]
         _logger.info(self._line(f'Epoch {epoch}', eval_metrics, train_loss=train_metrics['loss']))
         if self.saver is not None:
             self._write_summary(epoch, train_metrics, eval_metrics)
-        self.skipped_since = 0
-        best_epoch = self._save(self.fetches.state(len(self.fetches), now=True), epoch=epoch, metric=metric, over=True)
+        self.guard.skipped_since = 0
+        best_epoch = self._save(self.state.mark(len(self.fetches)), epoch=epoch, metric=metric, over=True)
         if on_best is not None and best_epoch == epoch:
             on_best()
         if self.scheduler is not None:
             self.scheduler.step(epoch + 1, metric)
 
-    def _save(self, loader, epoch, over=False, metric=None, metrics=None, done=0, updates=0, batch=0, totals=None):
-        """Save a checkpoint of an epoch, or a recovery checkpoint. All processes have to call it.
+    def _save(self, mark, totals=None, **place):
+        """Save a recovery checkpoint, or where the epoch is over its checkpoint. All processes have to call it.
 
         Args:
-            loader: State of the fetches.
-            epoch: Number of the epoch.
-            over: Whether it has been evaluated.
-            metric: What it is ranked by.
-            metrics: Of its training, where that is complete.
-            done: Updates in it.
-            updates: Updates since the beginning of the run.
-            batch: Batches in it.
-            totals: Of its training, where that is not complete.
+            mark: Where each process stands.
+            totals: Of the epoch's training, while it goes on.
+            **place: See :meth:`RunState.collect`.
 
         Returns:
-            The best epoch, None where that is not known.
+            The best epoch, or None.
         """
-        run = self.state.collect(
-            loader, totals, epoch=epoch, over=over, metric=metric, metrics=metrics, done=done, updates=updates,
-            batch=batch, skipped=[self.skipped, self.skipped_since])
+        run = self.state.collect(mark, totals, **place)
         if self.shards:
             self.shards.gather()
         if self.saver is None:
             return None
         self.args.train_seconds = self.earlier_seconds + time.monotonic() - self.began  # for the card of an export
         self.saver.run = run
-        if over:
-            return self.saver.save_checkpoint(epoch, metric=metric)[1]
-        return self.saver.save_recovery(epoch, batch_idx=max(0, done - 1))
+        if run['over']:
+            return self.saver.save_checkpoint(run['epoch'], metric=run['metric'])[1]
+        return self.saver.save_recovery(run['epoch'], batch_idx=max(0, run['done'] - 1))
 
-    def _stop(self, loader, epoch, done, **position):
-        """Save where the run is, and end it, as it was told."""
-        self._save(loader, epoch=epoch, done=done, **position)
-        place = f'stopped in epoch {epoch} after update {done} of {self.updates_per_epoch}'
+    def _stop(self, reason, code, mark, **place):
+        """Save, and end the run."""
+        self._save(mark, **place)
         if self.saver is not None and self.saver.failure:
-            raise faults.Fault(f'{place}, but not saved: {self.saver.failure}', faults.UNSAVED)
-        raise faults.Fault(f'{place}, and saved; the same command with --resume auto goes on', faults.STOPPED)
+            raise faults.Fault(f'{reason}; not saved: {self.saver.failure}', faults.UNSAVED)
+        raise faults.Fault(f'{reason}; saved, and the same command with --resume auto goes on from there', code)
+
+    def _stop_as_told(self, mark, epoch, done, **place):
+        reason = f'told to stop, in epoch {epoch} after update {done} of {self.updates_per_epoch}'
+        self._stop(reason, faults.STOPPED, mark, epoch=epoch, done=done, **place)
 
     def train_one_epoch(self, epoch: int, run=None) -> OrderedDict:
         """Train one epoch, or the rest of one.
@@ -307,8 +301,6 @@ class Trainer:
 
         module = task.get_trainable_module()
         module.train()
-        raw_optimizer = getattr(optimizer, 'optimizer', optimizer)
-        second_order = getattr(raw_optimizer, 'is_second_order', False)
         batches = len(loader)
         accum = args.grad_accum_steps
         last_accum = batches % accum
@@ -325,8 +317,8 @@ class Trainer:
         with Progress(accelerator, epoch, self.num_epochs, self.updates_per_epoch, args.log_interval, done) as progress:
             for batch_idx, (x, y) in enumerate(loader if begin < batches else (), begin):
                 if not group:
-                    before = self.fetches.state(batch_idx)
-                    self.statistics.keep()
+                    before = self.state.mark(batch_idx, now=False)
+                    self.guard.keep()
                 # timm's rule, to the letter: the last group, where shorter, is divided by its own length, and from its
                 # second batch on an update also falls due where that length divides the number of batches seen.
                 last_batch = batch_idx == batches - 1
@@ -347,25 +339,21 @@ class Trainer:
                     loss = out['loss'] / divisor if divisor > 1 else out['loss']
                     scaled_loss = self._scale_loss(loss, batch_size)
                     group.append((out, loss * divisor if divisor > 1 else loss, y, batch_size))
-                    finite = not deepspeed or self._losses_finite(group)
-                    if finite:
-                        accelerator.sync_gradients = need_update or not deepspeed
-                        self._backward(scaled_loss, second_order)
-                if not need_update and finite:
+                    finite = self.guard.backward(scaled_loss, need_update)
+                if finite and not need_update:
                     continue
 
-                finite = finite and (deepspeed or self._clip(group))
-                place = dict(epoch=epoch, done=progress.done, updates=num_updates, totals=totals)
+                finite = finite and self.guard.clip([loss for _, loss, *_ in group])
                 if finite:
                     for batch in group:
                         totals.update(*batch)
                     optimizer.step()
-                    self.skipped_in_a_row = 0
+                    optimizer.zero_grad()
+                    self.guard.skipped_in_a_row = 0
                 else:
-                    self.statistics.restore()
-                    self._not_finite(group, before, batch=batch_idx + 1 - len(group), **place)
+                    self._leave_out(group, before, batch_idx + 1 - len(group), progress.done, epoch=epoch,
+                                    updates=num_updates, totals=totals)
                 group.clear()
-                optimizer.zero_grad()
                 num_updates += 1
                 if finite:
                     task.update_ema(step=num_updates)
@@ -380,80 +368,30 @@ class Trainer:
                     self.scheduler.step_update(num_updates=num_updates)
                 place = dict(epoch=epoch, batch=batch_idx + 1, done=progress.done, updates=num_updates, totals=totals)
                 if self.signals.stop(num_updates):
-                    self._stop(self.fetches.state(batch_idx + 1, now=True), **place)
+                    self._stop_as_told(self.state.mark(batch_idx + 1), **place)
                 if args.recovery_interval and progress.done % args.recovery_interval == 0:
-                    self._save(self.fetches.state(batch_idx + 1, now=True), **place)
+                    self._save(self.state.mark(batch_idx + 1), **place)
 
         if not totals.count:
-            raise faults.Fault(f'every update of epoch {epoch} was skipped', faults.NONFINITE)
+            raise faults.Fault(f'every update of epoch {epoch} gave no numbers', faults.NONFINITE)
+        raw_optimizer = getattr(optimizer, 'optimizer', optimizer)
         if hasattr(raw_optimizer, 'sync_lookahead'):
             raw_optimizer.sync_lookahead()
         return totals.compute(reduce=True)
 
-    def _backward(self, loss, second_order):
-        if self.engine == sharding.DEEPSPEED:
-            self.accelerator.backward(loss)
-        elif self.scaler is not None:
-            self.accelerator.backward(loss, create_graph=second_order)
-        else:
-            # One where the loss is a number; else all gradients are none, in every process, which is then noticed.
-            self.accelerator.backward(loss, create_graph=second_order, gradient=loss.detach() * 0 + 1)
-
-    def _losses_finite(self, group) -> bool:
-        """Whether the losses are numbers in every process."""
-        losses = torch.stack([loss.detach().float() for _, loss, _, _ in group]).sum()
-        return isfinite(self.accelerator.reduce(losses))
-
-    def _clip(self, group) -> bool:
-        """Clip gradients; returns whether they are numbers, or with a scaler, which looks after them, the losses."""
-        args, task = self.args, self.task
-        if self.scaler is not None and not self._losses_finite(group):
-            return False
-        norm = None
-        if args.clip_grad is not None:
-            self.accelerator.unscale_gradients(self.optimizer)
-            parameters = task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
-            if args.clip_mode == 'norm':
-                norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad)
-            else:
-                utils.dispatch_clip_grad(parameters, value=args.clip_grad, mode=args.clip_mode)
-        if self.scaler is not None:
-            return True
-        return isfinite(faults.gradient_norm(task.get_trainable_module()) if norm is None else norm)
-
-    def _not_finite(self, group, before, epoch, batch, done, updates, totals):
-        """Say which update, heads and images gave no numbers; then go on without, or save what was before and stop."""
-        found = faults.suspects([out for out, *_ in group], self.names)
-        told = [(what, self.fetches.names(batch + i)) for i, what in found.items()]
-        reports = [told]
-        if self.args.distributed:
-            reports = [None] * self.args.world_size
-            torch.distributed.all_gather_object(reports, told)
-        lines = [
-            (what + (f' in process {rank}' if self.args.distributed else ''), names)
-            for rank, told in enumerate(reports) for what, names in told
-        ] or [(faults.bad_gradients(utils.unwrap_model(self.task.get_trainable_module())), [
-            name for i in range(len(group)) for name in self.fetches.names(batch + i)])]
-        what, names = lines[0]
-        text = f'epoch {epoch}, update {done + 1} of {self.updates_per_epoch}: {what}'
-        if names:
-            text += f', on {", ".join(names[:3])}'
-        if len(names) > 3:
-            text += f' and {len(names) - 3} more'
-        if self.saver is not None and any(names for _, names in lines):
-            path = os.path.join(self.output_dir, f'nonfinite-{epoch}-{done}.txt')
-            listing = ''.join(f'{line}\n' for what, names in lines for line in (f'{what}:', *names))
-            self.saver.attempt(path, checkpoints.write_text, path, listing)
-            text += f' (listed in {path})'
-        self.skipped_in_a_row += 1
-        if self.args.on_nonfinite == 'skip' and self.skipped_in_a_row < faults.MOST_SKIPPED:
-            self.skipped += 1
-            self.skipped_since += 1
-            _logger.warning(f'{text}; the update is skipped.')
-            return
-        self.optimizer.zero_grad()
-        self._save(before, epoch=epoch, batch=batch, done=done, updates=updates, totals=totals)
-        raise faults.Fault(f'{text}; the state before it is saved', faults.NONFINITE)
+    def _leave_out(self, group, before, batch, done, **place):
+        """Say which update gave no numbers; then leave it out, or save what was before it and stop."""
+        self.guard.undo()
+        text, lines = self.guard.report([out for out, *_ in group], batch, self.fetches)
+        text = f'epoch {place["epoch"]}, update {done + 1} of {self.updates_per_epoch}: {text}'
+        if self.saver is not None and lines:
+            path = os.path.join(self.output_dir, f'nonfinite-{place["epoch"]}-{done}.txt')
+            self.saver.attempt(path, checkpoints.write_text, path, '\n'.join([*lines, '']))
+            text += f' (all in {path})'
+        if self.args.on_nonfinite == 'stop' or not self.guard.skip():
+            self._stop(f'{text}; --on-nonfinite skip leaves such updates out', faults.NONFINITE, before, batch=batch,
+                       done=done, **place)
+        _logger.warning(f'{text}; left out.')
 
     @torch.inference_mode()
     def evaluate(self, ema: bool = False) -> OrderedDict:
@@ -561,7 +499,7 @@ class Trainer:
             for prefix, metrics in (('train', train_metrics), ('eval', eval_metrics)):
                 row.update((f'{prefix}_{name}', v) for name, v in metrics.items() if f'{prefix}_{name}' not in row)
         if self.args.on_nonfinite == 'skip':
-            row['skipped'] = self.skipped_since
+            row['skipped'] = self.guard.skipped_since
         self.summary.append(row)
         self.accelerator.log(row, step=epoch)
 

@@ -1,20 +1,16 @@
-"""What can end a run before its time: signals, and numbers that are none."""
+"""How a run ends before its time, and the signals that ask for it."""
 import os
 import signal
 import threading
 import time
-from math import inf, isfinite
-from typing import Dict, Iterable, Optional, Sequence
+from typing import Optional
 
 import torch
-import torch.nn as nn
 
 # Exit codes of train.py besides 0, 1 (failed), 2 (bad input) and 3 (push failed).
 UNSAVED = 4
 NONFINITE = 5
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command with --resume auto goes on
-
-MOST_SKIPPED = 100  # updates in a row; more are no accident of single images
 
 
 class Fault(Exception):
@@ -77,69 +73,3 @@ class Signals:
         told = torch.tensor(int(self.received is not None))
         torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, group=self.group)
         return bool(told)
-
-
-def gradient_norm(module: nn.Module) -> torch.Tensor:
-    """The norm of all gradients, which is no number where any of them is none."""
-    return torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
-
-
-def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether all numbers in all tensors are numbers."""
-    floating = [t.detach() for t in tensors if t.is_floating_point() and t.numel()]
-    return not floating or isfinite(torch.nn.utils.get_total_norm(floating, norm_type=inf))
-
-
-def statistics(module: nn.Module) -> Dict[str, torch.Tensor]:
-    """The running statistics of a module's BatchNorm layers, which a forward pass changes before its loss is known."""
-    names = ('running_mean', 'running_var', 'num_batches_tracked')
-    return {name: buffer for name, buffer in module.named_buffers() if name.rpartition('.')[2] in names}
-
-
-class Keeper:
-    """A copy of tensors as they were before an update.
-
-    Args:
-        tensors: That are changed in place.
-    """
-
-    def __init__(self, tensors: Iterable[torch.Tensor]):
-        self.tensors = list(tensors)
-        self.kept = [t.clone() for t in self.tensors]
-
-    @torch.no_grad()
-    def keep(self) -> None:
-        if self.tensors:
-            torch._foreach_copy_(self.kept, self.tensors)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        if self.tensors:
-            torch._foreach_copy_(self.tensors, self.kept)
-
-
-def suspects(outputs: Sequence[Dict[str, torch.Tensor]], names: Sequence[str]) -> Dict[int, str]:
-    """Which batches gave a loss that is no number, and what of it is none.
-
-    Args:
-        outputs: What the task returned for each batch.
-        names: Of the classifiers.
-    """
-    found = {}
-    for i, out in enumerate(outputs):
-        ce, synergy = out.get('ce', out['loss'][None]).tolist(), out.get('synergy')
-        parts = [f'the loss of {name} is {loss}' for name, loss in zip(names, ce, strict=False) if not isfinite(loss)]
-        if synergy is not None and not parts:
-            pairs = (~synergy.isfinite()).nonzero().tolist()
-            parts = [f'the synergy from {names[p]} to {names[q]} is {synergy[p, q]}' for p, q in pairs]
-        if not parts and not isfinite(out['loss']):
-            parts = [f'the loss is {out["loss"]}']
-        if parts:
-            found[i] = ', '.join(parts)
-    return found
-
-
-def bad_gradients(module: nn.Module) -> str:
-    """Which parameters have gradients that are no numbers."""
-    bad = [name for name, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    return f'the gradient of {", ".join(bad[:3])}{f" and {len(bad) - 3} more" if len(bad) > 3 else ""} is not finite'

@@ -7,7 +7,9 @@ import logging
 import numbers
 import os
 import re
+import struct
 import sys
+from collections import deque
 from contextlib import suppress
 from functools import partial
 
@@ -24,6 +26,8 @@ from timm.data.readers.targets import get_field, has_field
 from .options import OptionError, closest, flag, naming, printable, why
 
 _logger = logging.getLogger(__name__)
+
+_TWISTER = struct.Struct('<625I')  # a state of Python's random.Random
 
 # Folder names that timm takes for one another.
 SPLITS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
@@ -79,6 +83,7 @@ class BadImages:
         self.then = then
         self.in_a_row = 0
         self.named = set()
+        self.name = ''  # of the last good image, where a stream knows it
 
     def good(self):
         self.in_a_row = 0
@@ -202,6 +207,8 @@ class Stream(IterableImageDataset):
         super().__init__('', reader=reader)
         self.bad_images = BadImages(max_bad, 'passed over')
         self.num_classes = None  # set where it is known
+        self.names = deque(maxlen=1 << 14)  # of the last images, '' where they have none
+        self.shuffler_state = b''  # to start from
 
     def __iter__(self):
         reader = self.reader
@@ -212,10 +219,29 @@ class Stream(IterableImageDataset):
         for img, target in self._samples():
             self.bad_images.good()
             check_label(target, self.num_classes)
+            self.names.append(self.bad_images.name)
             yield img if self.transform is None else self.transform(img), target
             count += 1
         if reader.is_training and count < reader._num_samples_per_worker():
             raise DataError('--train-split: a worker found no image that can be read in its shards')
+
+    def take_names(self):
+        """The names of the images that came since the last call, where they have any."""
+        names = [name for name in self.names if name]
+        self.names.clear()
+        return names
+
+    def random_state(self) -> bytes:
+        """The state of the generator that samples of wds/ are shuffled by; others start from a seed in every epoch."""
+        shuffler = self._shuffler()
+        return _TWISTER.pack(*shuffler.getstate()[1]) if shuffler else self.shuffler_state
+
+    def set_random_state(self, state: bytes):
+        self.shuffler_state = state
+
+    def _shuffler(self):
+        stages = getattr(self.reader.ds, 'pipeline', ())
+        return next((stage.kw['rng'] for stage in stages if 'rng' in getattr(stage, 'kw', ())), None)
 
     def _samples(self):
         try:
@@ -239,6 +265,8 @@ class Stream(IterableImageDataset):
             decode, = stages[-2].args
             decode.keywords['image_mode'] = ''  # converted here
             stages[-2] = lambda samples: self._decode_wds(samples, decode)
+            if self.shuffler_state:
+                self._shuffler().setstate((3, _TWISTER.unpack(self.shuffler_state), None))
         elif hasattr(reader.ds, 'cast_column'):  # hfids/
             feature = (reader.ds.features or {}).get(reader.input_key)
             if getattr(feature, 'decode', False):
@@ -260,6 +288,7 @@ class Stream(IterableImageDataset):
             except UNREADABLE as e:
                 self.bad_images.bad(name, f'it has no {e}' if isinstance(e, KeyError) else e)
             else:
+                self.bad_images.name = name
                 yield {key: image, 'target': decoded['target']}
 
 
@@ -280,6 +309,7 @@ class _Decoded:
             except UNREADABLE as e:
                 self.bad_images.bad(name, e)
             else:
+                self.bad_images.name = name
                 yield {**sample, self.key: image}
 
 

@@ -28,7 +28,7 @@ _LAYOUT = struct.Struct('<625I?d2496sI?dI')
 
 def random_state(device: Optional[torch.device] = None) -> tuple:
     """The states of Python's, numpy's and torch's generators, and of torch's on a device."""
-    there = () if device is None or device.type == 'cpu' else (torch.get_device_module(device).get_rng_state(device),)
+    there = () if device is None or device.type == 'cpu' else (torch.get_device_module(device).get_rng_state(),)
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), *there
 
 
@@ -50,7 +50,7 @@ def set_random_state(packed: torch.Tensor, device: Optional[torch.device] = None
     here, there = (part.clone() for part in packed[_LAYOUT.size:].tensor_split([size]))  # torch reads them aligned
     torch.set_rng_state(here)
     if len(there) and device is not None and device.type != 'cpu':
-        torch.get_device_module(device).set_rng_state(there, device)
+        torch.get_device_module(device).set_rng_state(there)
 
 
 def _as_tensor(data: bytes) -> torch.Tensor:
@@ -123,9 +123,9 @@ class Fetches:
         self.fetched.clear()
         iterator = self._start(resumed)
         states = []
-        if resumed and resumed['begun']:
+        if resumed:
             self._pass_over(iterator, resumed)
-            states = [*resumed['ahead'], resumed['random']]
+            states = [*resumed['ahead'], resumed['random']] if resumed['begun'] else []
         for _ in range(len(self) - self.number) if self.multi_epochs else count():
             if states:
                 set_random_state(states.pop(0), self.device)
@@ -166,10 +166,12 @@ class Fetches:
             loader.generator.set_state(self.seeds)
         if mixing != self.workers_mix:
             self.collate_fn.mixup_enabled = self.workers_mix
-        if not self.multi_epochs:
-            iterator = iter(loader)
+        if self.multi_epochs:
+            if loader.iterator is None:
+                loader.iterator = DataLoader.__iter__(loader)
+            iterator = loader.iterator
         else:
-            loader.iterator = iterator = loader.iterator or DataLoader.__iter__(loader)
+            iterator = iter(loader)
         if mixing != self.workers_mix:
             self.collate_fn.mixup_enabled = mixing
         loader.generator = None

@@ -117,6 +117,7 @@ def check(engine: str, args) -> None:
     else:
         refuse(args.clip_grad is not None and args.clip_mode == 'value', '--clip-mode value', 'it clips norms only')
         refuse(args.amp and args.amp_dtype == 'float16', '--amp-dtype float16', 'use bfloat16')
+        refuse(args.on_nonfinite == 'skip', '--on-nonfinite skip', 'it updates within its backward pass; use stop')
 
 
 def accelerator_kwargs(engine: str, args, mixed_precision: Optional[str]) -> Dict[str, Any]:

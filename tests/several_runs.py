@@ -4,14 +4,16 @@
 
 RUNS.json holds a list of runs, each a dictionary: ``argv``, in which {rank} stands for that of the process, and where
 wanted ``engine`` ('FSDP2' or 'DeepSpeed', which Accelerate starts on accelerators only; here it is told that it has,
-since both run on gloo as well) and ``env``. OUT.pt, with the rank before its suffix, gets for each run the exit code,
-what was printed, and the tensors of the module that was trained.
+since both run on gloo as well), ``env``, and ``fault``, which one process meets at a batch: ``rank``, ``batch``
+(counted from the run's first) and ``kind`` ('SIGTERM', 'SIGKILL', 'nan' or 'raise'). OUT.pt, with the rank before its
+suffix, gets for each run the exit code, what was printed, and the tensors of the module that was trained.
 """
 import contextlib
 import io
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from unittest import mock
@@ -45,11 +47,26 @@ class ShardingAccelerator(Accelerator):
         PartialState._shared_state['distributed_type'] = distributed_type
 
 
-def run(argv, engine_name=None, env=()):
+def run(argv, engine_name=None, env=(), fault=None):
     """Run train.py; returns exit code, standard output and error, and what the module came to."""
     seen = {}
 
     class Trainer(engine.Trainer):
+        batches = 0
+
+        def _to_device(self, x, y):
+            x, y = super()._to_device(x, y)
+            self.batches += engine.utils.unwrap_model(self.task.get_trainable_module()).training
+            if fault and self.batches == fault['batch'] and self.args.rank == fault['rank']:
+                self.batches += 1
+                if fault['kind'] == 'raise':
+                    raise RuntimeError('this process has met a fault')
+                elif fault['kind'] == 'nan':
+                    x = x * torch.nan
+                else:
+                    os.kill(os.getpid(), getattr(signal, fault['kind']))
+            return x, y
+
         def fit(self, *args, **kwargs):
             super().fit(*args, **kwargs)
             module = engine.utils.unwrap_model(self.task.get_trainable_module())
@@ -86,7 +103,7 @@ if __name__ == '__main__':
     results = []
     for kwargs in json.loads(Path(sys.argv[2]).read_text()):
         argv = [a.replace('{rank}', str(rank)) for a in kwargs['argv']]
-        results.append(run(argv, kwargs.get('engine'), kwargs.get('env', {})))
+        results.append(run(argv, kwargs.get('engine'), kwargs.get('env', {}), kwargs.get('fault')))
+        torch.save(results, Path(sys.argv[1]).with_suffix(f'.{rank}.pt'))
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
-    torch.save(results, Path(sys.argv[1]).with_suffix(f'.{rank}.pt'))

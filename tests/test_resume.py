@@ -1,26 +1,26 @@
 """A run that is killed and continued ends like one that was not: the same bits in its weights, the same summary.csv."""
-import csv
 import os
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from test_readers import make
+from test_train import main
+from timm.optim import create_optimizer_v2
+from timm.task import ClassificationTask, resume_task_checkpoint
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
-from torch.utils._pytree import tree_flatten
 
 from dks_timm import engine
-from test_train import main
 
 
 class Killed(BaseException):
     """Ends a run without a chance to do anything more."""
 
 
-@pytest.fixture(scope='module')
-def noise(tmp_path_factory):
-    """Flags of a run of 3 epochs of 5 updates on 20 noise images, with augmentation."""
-    root = tmp_path_factory.mktemp('noise')
+def noise_flags(root):
+    """Flags of a run of 3 epochs of 5 batches of noise images, with augmentation; the images come into the folder."""
     rng = np.random.default_rng(0)
     for split in ('train', 'validation'):
         for label in range(2):
@@ -34,51 +34,139 @@ def noise(tmp_path_factory):
     ]
 
 
-@pytest.fixture
-def kill(monkeypatch):
-    """Let the run that comes next be killed after so many updates."""
-    def after(updates):
-        class Trainer(engine.Trainer):
-            def _save(self, *args, **kwargs):
-                result = super()._save(*args, **kwargs)
-                if kwargs.get('updates') == updates:
-                    raise Killed
-                return result
-        patch = pytest.MonkeyPatch()
-        patch.setattr(engine, 'Trainer', Trainer)
-        return patch
-    return after
+@pytest.fixture(scope='module')
+def noise(tmp_path_factory):
+    return noise_flags(tmp_path_factory.mktemp('noise'))
 
 
 def run(folder, *argv):
     main(*argv, '--output', folder.parent, '--experiment', folder.name)
 
 
+def run_killed(folder, *argv, when):
+    """Start a run, and kill it when a checkpoint of that description has been written."""
+    class Trainer(engine.Trainer):
+        def _save(self, *args, **place):
+            best = super()._save(*args, **place)
+            if when.items() <= place.items():
+                raise Killed
+            return best
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(engine, 'Trainer', Trainer)
+        run(folder, *argv)
+
+
+def plain(value):
+    """A value that can be compared: tensors as their type and their bits."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return value
+
+
 def end(folder):
-    """What a run comes to: everything in its last checkpoint but times, and summary.csv."""
-    checkpoint = load_checkpoint_metadata(folder / 'last.pth.tar')
-    del checkpoint['args']
-    leaves, structure = tree_flatten(checkpoint)
-    leaves = [(str(x.dtype), x.tolist()) if torch.is_tensor(x) else x for x in leaves]
-    return leaves, str(structure), (folder / 'summary.csv').read_bytes()
+    """What a run comes to: everything in its last checkpoint but times and paths, and summary.csv."""
+    found = {}
+    for name in ('last', 'model_best'):
+        checkpoint = load_checkpoint_metadata(folder / f'{name}.pth.tar')
+        del checkpoint['args']
+        found.update({f'{name} {key}': plain(value) for key, value in checkpoint.items()})
+    return found, (folder / 'summary.csv').read_bytes(), sorted(os.listdir(folder))
+
+
+def assert_same_end(whole, parts):
+    (weights, summary, files), (weights2, summary2, files2) = end(whole), end(parts)
+    assert summary == summary2
+    for key in {**weights, **weights2}:
+        assert weights[key] == weights2[key], key
+    assert [f for f in files2 if not f.startswith('recovery')] == [f for f in files if not f.startswith('recovery')]
 
 
 CASES = [
-    '',
-    '--workers 2 --reprob 0.5 --remode pixel',
+    ('', dict(done=3, epoch=1)),
+    ('--epochs 2', dict(over=True, epoch=0)),
+    ('--workers 1 --reprob 0.5 --remode pixel --recount 2', dict(done=1, epoch=0)),
+    ('--workers 2 --mixup 0.3 --cutmix 1 --mixup-mode elem --reprob 0.5', dict(done=5, epoch=1)),
+    ('--workers 3 --cutmix 1 --mixup-mode pair --aa rand-m9-mstd0.5', dict(done=2, epoch=0)),
+    ('--workers 2 --mixup 1 --mixup-off-epoch 1', dict(done=2, epoch=1)),
+    ('--mixup 1 --mixup-off-epoch 1 --no-prefetcher --reprob 0.5', dict(done=3, epoch=0)),
+    ('--workers 2 --no-prefetcher --cutmix 1 --mixup-mode batch', dict(done=3, epoch=2)),
+    ('--workers 2 --use-multi-epochs-loader --reprob 0.3', dict(done=4, epoch=1)),
+    ('--workers 4 --use-multi-epochs-loader --worker-seeding part', dict(over=True, epoch=1)),
+    ('--use-multi-epochs-loader --mixup 0.5', dict(done=2, epoch=1)),
+    ('--train-img-sizes 24 32 --train-size-schedule progressive --workers 2', dict(done=2, epoch=1)),
+    ('--aug-splits 2 --jsd-loss --aa augmix-m5-w4-d2 --workers 1', dict(done=3, epoch=1)),
+    ('--data-on-device --train-pad 2 --mixup 0.5 --mixup-mode elem --color-jitter 0', dict(done=3, epoch=1)),
+    ('--grad-accum-steps 3 --sched-on-updates --model-ema --model-ema-warmup', dict(done=1, epoch=1)),
+    ('--grad-accum-steps 2 --workers 2 --clip-grad 0.1', dict(done=3, epoch=0)),
+    ('--model test_vit --img-size 32 --opt adamw --drop 0.2 --drop-path 0.2 --layer-decay 0.7', dict(done=2, epoch=1)),
+    ('--sched plateau --patience-epochs 0 --lr-noise 0.1 --eval-metric loss', dict(over=True, epoch=1)),
+    ('--sched plateau --patience-epochs 0 --warmup-epochs 0', dict(done=2, epoch=2)),
+    ('--val-interval 2 --epochs 4 --opt lookahead_adamw', dict(done=5, epoch=2)),
+    ('--val-split= --sched none', dict(over=True, epoch=1)),
+    ('--dks --dks-every 2 --dks-start-epoch 1 --model-ema --model-ema-decay 0.9', dict(done=3, epoch=1)),
+    ('--model naflexvit_base_patch16_gap --model-kwargs embed_dim=48 depth=1 num_heads=2 --naflex-loader '
+     '--naflex-train-seq-lens 4 9 --naflex-max-seq-len 4 --mixup 0.3 --workers 2', dict(done=1, epoch=1)),
+    ('--checkpoint-hist 1', dict(over=True, epoch=1)),
 ]
 
 
-@pytest.mark.parametrize('flags', CASES)
-@pytest.mark.parametrize('updates', [3, 5, 7])
-def test_resume(noise, tmp_path, kill, flags, updates):
-    argv = [*noise, *flags.split(), '--recovery-interval', '1']
+@pytest.mark.parametrize('flags, when', CASES, ids=[flags or 'plain' for flags, _ in CASES])
+def test_a_killed_run_goes_on_bit_for_bit(noise, tmp_path, flags, when):
+    argv = [*noise, *flags.split()]
     run(tmp_path / 'whole', *argv)
-    patch = kill(updates)
-    with pytest.raises(Killed):
-        run(tmp_path / 'parts', *argv)
-    patch.undo()
-    run(tmp_path / 'parts', *argv, '--resume', 'auto')
-    whole, parts = end(tmp_path / 'whole'), end(tmp_path / 'parts')
-    assert whole[2] == parts[2]
-    assert whole == parts
+    interval = ['--recovery-interval', when['done']] if 'done' in when else []
+    run_killed(tmp_path / 'parts', *argv, *interval, when=when)
+    run(tmp_path / 'parts', *argv, *interval, '--resume', 'auto')
+    assert_same_end(tmp_path / 'whole', tmp_path / 'parts')
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('reader', ['wds', 'hfids'])
+@pytest.mark.parametrize('when', [dict(done=2, epoch=1), dict(over=True, epoch=1)], ids=['within', 'after'])
+def test_a_stream_goes_on_bit_for_bit(noise, tmp_path, reader, workers, when):
+    argv = [*noise, '--data-dir', '', *make(reader, tmp_path / 'data'), '--num-classes', '3', '--workers', workers]
+    interval = ['--recovery-interval', 2]
+    run(tmp_path / 'whole', *argv)
+    run_killed(tmp_path / 'parts', *argv, *interval, when=when)
+    run(tmp_path / 'parts', *argv, *interval, '--resume', 'auto')
+    assert_same_end(tmp_path / 'whole', tmp_path / 'parts')
+
+
+def test_a_run_that_was_killed_often_ends_like_one_that_was_not(noise, tmp_path):
+    argv = [*noise, '--workers', '2', '--reprob', '0.5', '--use-multi-epochs-loader']
+    run(tmp_path / 'whole', *argv)
+    for when in (dict(done=2, epoch=0), dict(done=4, epoch=0), dict(over=True, epoch=0), dict(done=2, epoch=2)):
+        run_killed(tmp_path / 'parts', *argv, '--recovery-interval', '2', '--resume', 'auto', when=when)
+    run(tmp_path / 'parts', *argv, '--recovery-interval', '2', '--resume', 'auto')
+    assert_same_end(tmp_path / 'whole', tmp_path / 'parts')
+
+
+@pytest.mark.parametrize('flags, said', [
+    ('-b 6', 'batch_size 4 there and 6 here'),
+    ('--grad-accum-steps 2', 'accumulation 1 there and 2 here'),
+    ('--workers 1', '0 workers'),
+])
+def test_a_run_that_cannot_go_on_exactly_says_so_and_goes_on(noise, tmp_path, capfd, flags, said):
+    run_killed(tmp_path / 'x', *noise, '--recovery-interval', '2', when=dict(done=2, epoch=1))
+    run(tmp_path / 'x', *noise, *flags.split(), '--resume', 'auto')
+    assert said in capfd.readouterr().err
+    assert (tmp_path / 'x/summary.csv').read_text().count('\n') == 1 + 3
+
+
+def test_a_checkpoint_of_timms_goes_on_as_timm_does_and_timm_reads_ours(noise, tmp_path, capfd):
+    run_killed(tmp_path / 'x', *noise, '--recovery-interval', '2', when=dict(done=2, epoch=1))
+    recovery = tmp_path / 'x/recovery-1-1.pth.tar'
+    checkpoint = load_checkpoint_metadata(recovery)
+    task = ClassificationTask(timm.create_model('test_resnet', num_classes=2), criterion=torch.nn.CrossEntropyLoss())
+    optimizer = create_optimizer_v2(task, opt='sgd', lr=1.)
+    assert resume_task_checkpoint(task, str(recovery), optimizer) == 2  # the epoch after, as timm has it
+    assert plain(task.trainable_module.state_dict()) == plain(checkpoint['state_dict'])
+    del checkpoint['saver']['run']
+    torch.save(checkpoint, tmp_path / 'timm.pth.tar')
+    run(tmp_path / 'y', *noise, '--resume', tmp_path / 'timm.pth.tar')
+    assert [line.split(',')[0] for line in (tmp_path / 'y/summary.csv').read_text().splitlines()] == ['epoch', '2']
