@@ -5,6 +5,7 @@ import platform
 import re
 import shlex
 import subprocess
+from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from . import __version__
 from .charts import curves_svg
 from .models import ARCHITECTURES
-from .options import check_types, create_parser, why
+from .options import check_types, create_parser, printable, why
 from .runs import best_epoch, dataset_name, read_summary, run_settings
 
 __all__ = ['baseline', 'describe_run', 'eval_results', 'provenance', 'write_card']
@@ -239,6 +240,7 @@ def write_card(
     template = next(p for p in (package / 'MODEL_CARD.md', package.parent / 'MODEL_CARD.md') if p.is_file())
     facts = {k: card.get(k) for k in FACTS if k not in ('model_name', 'summary')}
     facts['training'] = {k: _cell(v) for k, v in (card.get('training') or {}).items()}
+    facts['command'] = printable(facts['command'] or '')  # a line break would end the block that it stands in
     ModelCard.from_template(
         ModelCardData(library_name='timm', pipeline_tag='image-classification', **metadata),
         template_path=str(template),
@@ -248,9 +250,9 @@ def write_card(
         num_params=sum(p.numel() for p in model.parameters()),
         preprocessing=config['pretrained_cfg'],
         label_names=config.get('label_names'),
-        results=results,
-        source=f'hf-hub:{repo_id}' if repo_id else f'local-dir:{folder_name}',
-        title=model_name,
+        results=[replace(r, dataset_name=_cell(r.dataset_name)) for r in results or ()],
+        source=f'hf-hub:{repo_id}' if repo_id else f'local-dir:{printable(folder_name)}',
+        title=_cell(model_name),
         curves='curves.svg' if curves else None,
         has_branches=has_branches,
         **facts,
@@ -258,5 +260,5 @@ def write_card(
 
 
 def _cell(value: Any) -> str:
-    """A value as it can stand in a cell of a Markdown table."""
-    return re.sub(r'\s+', ' ', str(value)).replace('|', r'\|')
+    """A value as it can stand in a cell of a Markdown table, whatever it is."""
+    return printable(re.sub(r'\s+', ' ', str(value))).replace('|', r'\|').replace('<', '&lt;')

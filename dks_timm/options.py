@@ -10,6 +10,7 @@ import logging.handlers
 import math
 import os
 import pickle
+import re
 import reprlib
 import struct
 import sys
@@ -389,8 +390,8 @@ def check(args, given) -> None:
     check_numbers(args)
     for name, value in vars(args).items():
         for text in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(text, str) and '\0' in text:
-                raise OptionError(f'{flag(name)} {text}: holds a NUL character, which no name can')
+            if isinstance(text, str) and re.search('[\0\ud800-\udfff]', text):
+                raise OptionError(f'{flag(name)} {text}: holds a NUL, or bytes that are not UTF-8; rename it')
     for name in ('resume', 'initial_checkpoint', 'pretrained_path'):
         path = getattr(args, name)
         if path and path != 'auto' and not os.path.isfile(path):
