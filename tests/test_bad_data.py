@@ -1,0 +1,61 @@
+"""Bad files, folders, labels and command lines: each is trained through, with its name in a warning, or refused."""
+import signal
+import sys
+
+import bad_inputs
+import pytest
+from bad_inputs import CASES, ENDED, RAN, REFUSED
+from test_train import main
+
+from dks_timm import cli
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A case's own folder, where a run leaves no trace but in ``out``."""
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'cache'))
+    monkeypatch.chdir(tmp_path)
+    return bad_inputs.make_data(tmp_path)
+
+
+@pytest.fixture
+def at_most_a_minute():
+    def stop(*_):
+        raise TimeoutError
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def end(case, root):
+    """Run a case; its exit code."""
+    argv = case.command(root)
+    if argv[:1] == ['dks-timm']:
+        return cli.main(argv[1:])
+    try:
+        main(*argv)
+    except SystemExit as e:
+        if isinstance(e.code, str):  # as Python does
+            print(e.code, file=sys.stderr)
+            return ENDED
+        return e.code
+    return RAN
+
+
+@pytest.mark.parametrize('case', [pytest.param(case, id=case.name[:60]) for case in CASES])
+def test_a_bad_input_gets_what_it_should(root, capfd, case, at_most_a_minute):
+    case.make(root)
+    assert end(case, root) == case.code
+    lines = [line for line in capfd.readouterr().err.splitlines() if not line.startswith('  warnings.warn')]
+    said = lines if case.code == RAN else lines[-1:]
+    for word in case.expected(root):
+        assert any(word in line for line in said), said
+    if case.code == RAN:
+        assert bool(case.words) == any('Bad image' in line or '16 bits' in line for line in lines)
+        assert (root / 'out/x/last.pth.tar').exists()
+    if case.code == REFUSED:
+        assert len(lines) == 1, lines
+        assert not (root / 'out/x').exists()
+    assert not list(root.rglob('PWNED'))
