@@ -121,6 +121,8 @@ class Trainer:
         if args.start_epoch is not None:
             run = None
         self.run = self.state.restore(run, path)
+        begun = self.run is not None and (self.run['over'] or self.run['epoch'] + self.run['done'] > 0)
+        self.unsettled = args.distributed and not self.engine and begun
         self.start_epoch = args.start_epoch if args.start_epoch is not None else resume_epoch or 0
         if run is not None and not run['over']:
             self.start_epoch = run['epoch']
@@ -332,6 +334,8 @@ class Trainer:
 
                 if len(self.names) > 1:
                     task.begin_update(epoch, num_updates)
+                if self.unsettled:
+                    self._settle(x, y)
                 with nullcontext() if need_update or deepspeed else accelerator.no_sync(module):
                     with sharding.autocast(accelerator):
                         out = task(x, y)
@@ -378,6 +382,17 @@ class Trainer:
         if hasattr(raw_optimizer, 'sync_lookahead'):
             raw_optimizer.sync_lookahead()
         return totals.compute(reduce=True)
+
+    def _settle(self, x, y):
+        """Let DDP lay gradients out as after the first step of a run: sums over processes depend on the order."""
+        self.unsettled = False
+        random = resumable.pack(resumable.random_state(self.accelerator.device))
+        with sharding.autocast(self.accelerator):
+            loss = self.task(x, y)['loss']
+        self.accelerator.backward(loss)
+        self.optimizer.zero_grad()
+        self.guard.undo()
+        resumable.set_random_state(random, self.accelerator.device)
 
     def _leave_out(self, group, before, batch, done, **place):
         """Say which update gave no numbers; then leave it out, or save what was before it and stop."""

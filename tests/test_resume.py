@@ -163,7 +163,7 @@ def test_a_checkpoint_of_timms_goes_on_as_timm_does_and_timm_reads_ours(noise, t
     recovery = tmp_path / 'x/recovery-1-1.pth.tar'
     checkpoint = load_checkpoint_metadata(recovery)
     task = ClassificationTask(timm.create_model('test_resnet', num_classes=2), criterion=torch.nn.CrossEntropyLoss())
-    optimizer = create_optimizer_v2(task, opt='sgd', lr=1.)
+    optimizer = create_optimizer_v2(task.trainable_module, opt='sgd', lr=1., weight_decay=2e-5)
     assert resume_task_checkpoint(task, str(recovery), optimizer) == 2  # the epoch after, as timm has it
     assert plain(task.trainable_module.state_dict()) == plain(checkpoint['state_dict'])
     del checkpoint['saver']['run']
