@@ -4,6 +4,7 @@ Every process has to come to the same decision. Gradients are the same in all of
 is no number are made none, too, and one norm tells all. A gradient scaler leaves out updates by itself where half
 precision overflows; there it is the losses that count.
 """
+from collections import defaultdict
 from math import inf, isfinite
 from typing import Dict, Iterable, List, Sequence, Tuple
 
@@ -51,21 +52,25 @@ class Guard:
         self.deepspeed = started(accelerator) == DEEPSPEED  # it divides, clips and steps within backward()
         raw_optimizer = getattr(optimizer, 'optimizer', optimizer)
         self.second_order = getattr(raw_optimizer, 'is_second_order', False)
-        self.statistics = list(statistics(task.get_trainable_module()).values())
-        self.kept = [t.clone() for t in self.statistics]
+        module = task.get_trainable_module()
+        self.parameters = list(module.parameters())
+        by_dtype = defaultdict(list)  # so that a GPU copies them in a few kernels
+        for tensor in statistics(module).values():
+            by_dtype[tensor.dtype].append(tensor)
+        self.statistics = [(tensors, [t.clone() for t in tensors]) for tensors in by_dtype.values()]
         self.skipped = self.skipped_since = self.skipped_in_a_row = 0
 
     @torch.no_grad()
     def keep(self) -> None:
         """Remember what forward passes change."""
-        if self.kept:
-            torch._foreach_copy_(self.kept, self.statistics)
+        for tensors, kept in self.statistics:
+            torch._foreach_copy_(kept, tensors)
 
     @torch.no_grad()
     def undo(self) -> None:
         """Put back what forward passes have changed."""
-        if self.kept:
-            torch._foreach_copy_(self.statistics, self.kept)
+        for tensors, kept in self.statistics:
+            torch._foreach_copy_(tensors, kept)
 
     def skip(self) -> bool:
         """Leave an update out; returns whether these are not too many by now."""
@@ -122,8 +127,7 @@ class Guard:
         if scaled:
             return True
         if norm is None:
-            parameters = self.task.get_trainable_module().parameters()
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         return isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def _finite(self, loss) -> bool:
