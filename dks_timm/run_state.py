@@ -1,5 +1,6 @@
 """What a run needs, besides weights and optimizer, to go on in other processes as if it had not stopped."""
 import logging
+import weakref
 from typing import Any, Dict, Optional
 
 import torch
@@ -22,7 +23,7 @@ class RunState:
     """
 
     def __init__(self, trainer):
-        self.trainer = trainer
+        self.trainer = weakref.proxy(trainer)  # in a cycle, loaders would wait seconds for each worker to end
         # Where these differ, a position within an epoch means nothing.
         self.shape = dict(
             processes=trainer.accelerator.num_processes,

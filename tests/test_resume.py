@@ -126,7 +126,7 @@ def test_a_killed_run_goes_on_bit_for_bit(noise, tmp_path, flags, when):
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-@pytest.mark.parametrize('reader', ['wds', 'hfids'])
+@pytest.mark.parametrize('reader', ['wds', pytest.param('hfids', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('when', [dict(done=2, epoch=1), dict(over=True, epoch=1)], ids=['within', 'after'])
 def test_a_stream_goes_on_bit_for_bit(noise, tmp_path, reader, workers, when):
     argv = [*noise, '--data-dir', '', *make(reader, tmp_path / 'data'), '--num-classes', '3', '--workers', workers]
