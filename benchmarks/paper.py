@@ -432,59 +432,19 @@ def squared_error(values):
     return statistics.variance(values) / len(values)
 
 
-COLOURS = ('#4d4d4d', '#e69f00', '#0072b2', '#009e73', '#cc79a7', '#d55e00', '#56b4e9')
-
-
 def curves(results: Results) -> str:
     """SVG of accuracy against epoch: per method the mean of its runs, and a band of one standard deviation."""
-    series = {}
+    from dks_timm.charts import Line, chart, color, number, picture
+    lines = []
     for method, runs in results.runs.items():
         if runs and method not in CHEAPER:
             by_epoch = zip(*([line['eval_top1'] for line in run.lines()] for run in runs), strict=True)
-            series[method] = [mean_and_deviation(values) for values in by_epoch]
-    if not series:
-        return ''
-    width, height, left, right, top, bottom = 720, 400, 46, 14, 14, 36
-    epochs = max(len(points) for points in series.values())
-    # The start of training would take up most of the height.
-    later = [mean for points in series.values() for mean, _ in points[len(points) // 5:]]
-    low = 5 * math.floor(min(later) / 5)
-    high = 5 * math.ceil(max(m + s for points in series.values() for m, s in points) / 5)
-
-    def place(epoch, value):
-        x = left + (width - left - right) * epoch / epochs
-        y = height - bottom - (height - top - bottom) * (value - low) / (high - low)
-        return f'{x:.1f},{y:.1f}'
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-        'font-size="12" fill="#333">',
-        f'<rect width="{width}" height="{height}" fill="#fff"/>',
-        f'<clipPath id="plot"><path d="M{left},{top}H{width}V{height - bottom}H{left}z"/></clipPath>',
-    ]
-    for value in range(low, high + 1, 5):
-        (x0, y), (x1, _) = (place(epoch, value).split(',') for epoch in (0, epochs))
-        parts.append(f'<path d="M{x0},{y}H{x1}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{value}</text>')
-    for tick in range(5):
-        epoch = round(epochs * (tick + 1) / 5)
-        x = place(epoch, low).split(',')[0]
-        parts.append(f'<text x="{x}" y="{height - bottom + 16}" text-anchor="middle">{epoch}</text>')
-    parts.append(f'<text x="{width / 2}" y="{height - 4}" text-anchor="middle">epoch</text>')
-    parts.append(f'<text x="{left + 4}" y="{top + 14}">top-1 accuracy, %</text>')
-    clip = 'clip-path="url(#plot)"'
-    for position, (method, points) in enumerate(series.items()):
-        colour = COLOURS[list(METHODS).index(method)]
-        upper = [place(i + 1, m + s) for i, (m, s) in enumerate(points)]
-        lower = [place(i + 1, m - s) for i, (m, s) in enumerate(points)]
-        band = ' '.join([*upper, *reversed(lower)])
-        parts.append(f'<polygon points="{band}" fill="{colour}" opacity="0.15" {clip}/>')
-        line = ' '.join(place(i + 1, m) for i, (m, _) in enumerate(points))
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5" {clip}/>')
-        y = height - bottom - 14 - 18 * (len(series) - 1 - position)
-        parts.append(f'<path d="M{width - 210},{y - 4}h22" stroke="{colour}" stroke-width="3"/>')
-        parts.append(f'<text x="{width - 182}" y="{y}">{METHODS[method][0]}: {points[-1][0]:.2f}</text>')
-    return '\n'.join([*parts, '</svg>']) + '\n'
+            points = [(epoch, *mean_and_deviation(values)) for epoch, values in enumerate(by_epoch, 1)]
+            lines.append(Line(
+                METHODS[method][0], [(epoch, mean) for epoch, mean, _ in points], color(list(METHODS).index(method)),
+                value=number(points[-1][1]), band=[(epoch, m - s, m + s) for epoch, m, s in points]))
+    title = 'Top-1 accuracy of the backbone on the validation images, %'
+    return picture([chart(title, lines, size=(720, 400), y_most=100, focus=True)]) if lines else ''
 
 
 def summarise(args) -> None:

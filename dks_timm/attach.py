@@ -29,24 +29,29 @@ BRANCH_KINDS = ('auto', 'tail', 'conv')
 # The paper's branches as overrides of the template, by supervised stage. On ImageNet, after layer2: layer3 at about
 # half depth and two blocks of layer4; after layer3: layer4 at twice the width. On CIFAR, after the first stage: all of
 # the second and half of the third (ResNet-110: half of both), rounded up; after the second: the third at twice the
-# width. The networks that the paper does not have (ResNet-20, -44, -56, WRN-16-2, -40-4) follow ResNet-32, WRN-28-10.
+# width.
 PRESETS: Dict[str, Dict[int, Dict[str, Any]]] = {
     'resnet18': {2: dict(layers=(2, 2, 1, 2)), 3: dict(channels=(64, 128, 256, 1024))},
     'resnet34': {2: dict(layers=(3, 4, 3, 2)), 3: dict(channels=(64, 128, 256, 1024))},
     'resnet50': {2: dict(layers=(3, 4, 3, 2)), 3: dict(channels=(64, 128, 256, 1024))},
     'resnet101': {2: dict(layers=(3, 4, 12, 2)), 3: dict(channels=(64, 128, 256, 1024))},
     'resnet152': {2: dict(layers=(3, 8, 18, 2)), 3: dict(channels=(64, 128, 256, 1024))},
-    'resnet20_cifar': {1: dict(layers=(3, 3, 2)), 2: dict(channels=(16, 32, 128))},
     'resnet32_cifar': {1: dict(layers=(5, 5, 3)), 2: dict(channels=(16, 32, 128))},
-    'resnet44_cifar': {1: dict(layers=(7, 7, 4)), 2: dict(channels=(16, 32, 128))},
-    'resnet56_cifar': {1: dict(layers=(9, 9, 5)), 2: dict(channels=(16, 32, 128))},
     'resnet110_cifar': {1: dict(layers=(18, 9, 9)), 2: dict(channels=(16, 32, 128))},
-    'wrn_16_2_cifar': {1: dict(layers=(2, 2, 1)), 2: dict(channels=(32, 64, 256))},
     'wrn_28_10_cifar': {1: dict(layers=(4, 4, 2)), 2: dict(channels=(160, 320, 1280))},
-    'wrn_40_4_cifar': {1: dict(layers=(6, 6, 3)), 2: dict(channels=(64, 128, 512))},
     'densenet_40_12_cifar': {1: dict(layers=(12, 12, 6)), 2: dict(growth_rate=(12, 12, 36))},
 }
-PRESETS.update(resnet18_cifar=PRESETS['resnet18'], resnet50_cifar=PRESETS['resnet50'])
+
+# Networks that the paper does not have, by the rules of ResNet-32, WRN-28-10 and the ResNets on ImageNet.
+PRESETS_BY_ANALOGY: Dict[str, Dict[int, Dict[str, Any]]] = {
+    'resnet20_cifar': {1: dict(layers=(3, 3, 2)), 2: dict(channels=(16, 32, 128))},
+    'resnet44_cifar': {1: dict(layers=(7, 7, 4)), 2: dict(channels=(16, 32, 128))},
+    'resnet56_cifar': {1: dict(layers=(9, 9, 5)), 2: dict(channels=(16, 32, 128))},
+    'wrn_16_2_cifar': {1: dict(layers=(2, 2, 1)), 2: dict(channels=(32, 64, 256))},
+    'wrn_40_4_cifar': {1: dict(layers=(6, 6, 3)), 2: dict(channels=(64, 128, 512))},
+    'resnet18_cifar': PRESETS['resnet18'],
+    'resnet50_cifar': PRESETS['resnet50'],
+}
 
 # Arguments of timm.create_model that say where weights come from, not what the model looks like.
 _NOT_THE_LAYOUT = ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir')
@@ -208,7 +213,8 @@ class BranchBuilder:
 
     def _ladder(self, stage: Stage, kind: str, overrides: Optional[Dict[str, Any]]) -> List[BranchSpec]:
         """What the branch of a stage may be, the preferred form first, then ever cheaper ones."""
-        preset = PRESETS.get(self.template.architecture, {}).get(stage.index, {})
+        name = self.template.architecture
+        preset = {**PRESETS, **PRESETS_BY_ANALOGY}.get(name, {}).get(stage.index, {})
         if preset.keys() & self.template.kwargs.keys():
             preset = {}  # it is for the architecture's own layout, not for one that was asked for
         tails = []
@@ -216,7 +222,8 @@ class BranchBuilder:
             tails = [BranchSpec('tail', f'template with {_listed(overrides)}', overrides)]
         else:
             if preset:
-                tails = [BranchSpec('tail', f"the paper's layout, {_listed(preset)}", preset)]
+                layout = "the paper's layout" if name in PRESETS else "layout as in the paper's networks"
+                tails = [BranchSpec('tail', f'{layout}, {_listed(preset)}', preset)]
                 tails += [BranchSpec('tail', 'whole tail')]
             tails += [BranchSpec('tail', f'1 in {n} of repeated blocks', keep_every=n) for n in (2, 4, 8, 16)]
             tails += [BranchSpec('tail', '1 block of a kind', keep_every=0)]
@@ -226,7 +233,6 @@ class BranchBuilder:
         try:
             self._plan(stage, tails[0])
         except SurgeryError as e:
-            name = self.template.architecture
             if kind == 'tail':
                 given = f' with {_listed(overrides)}' if overrides else ''
                 raise ValueError(

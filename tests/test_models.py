@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from dks_timm import DKSLoss, create_dks_model, prune
-from dks_timm.attach import PRESETS
+from dks_timm.attach import PRESETS, PRESETS_BY_ANALOGY
 from dks_timm.inspection import inspect_model
 from dks_timm.models import ARCHITECTURES, DenseLayer, PadShortcut, PreActBlock
 
@@ -117,21 +117,25 @@ def test_densenets_branches_have_12_and_6_layers_and_12_of_three_times_the_growt
     assert growths == [[12] * 18, [36] * 12]
 
 
-def test_every_network_has_the_papers_layout_on_its_default_stages():
-    assert ARCHITECTURES <= PRESETS.keys()
-    for name in ('resnet18_cifar', 'resnet50_cifar'):
+def test_every_network_has_a_layout_for_its_default_stages_and_says_whether_it_is_the_papers():
+    assert ARCHITECTURES <= PRESETS.keys() | PRESETS_BY_ANALOGY.keys()
+    for name, stages, text in (
+            ('resnet32_cifar', (1, 2), "the paper's layout, "),
+            ('resnet20_cifar', (1, 2), "layout as in the paper's networks, "),
+            ('resnet18_cifar', (2, 3), "layout as in the paper's networks, "),
+    ):
         with torch.device('meta'):
             net = create_dks_model(name)
-        assert net.stages == (2, 3)
-        assert ["the paper's layout" in b.reason for b in net.branches] == [True, True]
+        assert net.stages == stages
+        assert [b.reason.startswith(text) for b in net.branches] == [True, True]
 
 
 def test_a_layout_of_ones_own_is_not_given_the_papers_branches_for_another():
     with torch.device('meta'):
         deeper = create_dks_model('resnet20_cifar', layers=(4, 4, 4))
         narrow = create_dks_model('resnet20_cifar', channels=(8, 16, 32))
-    assert ["the paper's layout" in b.reason for b in deeper.branches] == [False, True]
-    assert ["the paper's layout" in b.reason for b in narrow.branches] == [True, False]
+    assert ['layout' in b.reason for b in deeper.branches] == [False, True]
+    assert ['layout' in b.reason for b in narrow.branches] == [True, False]
     assert {b.kind for b in (*deeper.branches, *narrow.branches)} == {'tail'}
 
 
