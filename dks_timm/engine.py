@@ -15,16 +15,16 @@ from timm import utils
 from timm.models import load_checkpoint, safe_model_name
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import evaluation_sample_limit, load_task_ema_checkpoint
-from torch.nn.functional import softmax
 from torch.utils.data import IterableDataset
 
 from . import build, checkpoints, faults, processes, resumable, sharding
 from .data import model_dtype
-from .exits import HeadCounts
+from .evaluation import HeadMetrics
 from .guard import Guard
 from .model import prune
 from .options import naming
 from .progress import Progress, Totals
+from .records import Records, epoch_line
 from .run_state import RunState
 
 _logger = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ class Trainer:
         """
         args = self.args
         self.input_size = input_size
-        self.output_dir = self.saver = None
+        self.output_dir = self.saver = self.records = None
         if not self.accelerator.is_main_process:
             return
         root = args.output or './output/train'
@@ -172,19 +172,9 @@ class Trainer:
             task=self.shards or self.task,
         )
         logging.getLogger(utils.checkpoint_saver.__name__).setLevel(logging.WARNING)  # it lists all files every epoch
-        self.summary = checkpoints.Summary(os.path.join(self.output_dir, 'summary.csv'), self.start_epoch)
+        self.records = Records(args, self.accelerator, self.names, self.output_dir, name, self.start_epoch)
         if resume and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(self.output_dir):
             self.saver.resume(resume)
-        if self.accelerator.log_with:
-            self.accelerator.project_configuration.logging_dir = self.output_dir
-            wandb = dict(name=name, tags=args.wandb_tags)
-            if args.wandb_resume_id:
-                wandb.update(id=args.wandb_resume_id, resume='must')
-            self.accelerator.init_trackers(
-                args.wandb_project or 'dks-timm',
-                config={k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in vars(args).items()},
-                init_kwargs=dict(wandb=wandb),
-            )
 
     def fit(self, on_best=None):
         """Train from the start epoch to the last one.
@@ -200,7 +190,7 @@ class Trainer:
             with self.signals:
                 for epoch in range(self.start_epoch, self.num_epochs):
                     self._fit_epoch(epoch, on_best)
-            failure = self.saver and (self.saver.failure or self.summary.failure)
+            failure = self.saver and (self.saver.failure or self.records.summary.failure)
             if failure:
                 raise faults.Fault(f'training is over, but was not saved to the end: {failure}', faults.UNSAVED)
         except faults.Fault:
@@ -234,14 +224,15 @@ class Trainer:
             try:
                 eval_metrics = self.evaluate()
                 if ema:
-                    _logger.info(self._line(f'Epoch {epoch} without EMA', eval_metrics))
+                    _logger.info(epoch_line(f'Epoch {epoch} without EMA', self.names, eval_metrics))
                     eval_metrics = self.evaluate(ema=True)
             except _Stop:
                 self._stop_as_told(trained, epoch=epoch, metrics=train_metrics, done=self.updates_per_epoch)
         metric = (eval_metrics or train_metrics)[self.eval_metric]
-        _logger.info(self._line(f'Epoch {epoch}', eval_metrics, train_loss=train_metrics['loss']))
+        _logger.info(epoch_line(f'Epoch {epoch}', self.names, eval_metrics, train_loss=train_metrics['loss']))
         if self.saver is not None:
-            self._write_summary(epoch, train_metrics, eval_metrics)
+            skipped = self.guard.skipped_since if args.on_nonfinite == 'skip' else None
+            self.records.write(epoch, train_metrics, eval_metrics, self.optimizer.param_groups, skipped)
         self.guard.skipped_since = 0
         best_epoch = self._save(self.state.mark(len(self.fetches)), epoch=epoch, metric=metric, over=True)
         if on_best is not None and best_epoch == epoch:
@@ -413,9 +404,7 @@ class Trainer:
         """Evaluate the model or its average.
 
         Returns:
-            ``loss``, ``top1`` and ``top5`` of the backbone, exact for any number of processes; with --dks also
-            ``top1_<branch>``, ``top1_ensemble`` (mean of the probabilities), ``loss_<branch>``, and ``agree_<a>_<b>``,
-            the percentage of images to which two heads give one class. Sets ``exits`` in args, for the checkpoint.
+            See :meth:`HeadMetrics.compute`. Sets ``exits`` in args, for the checkpoint.
         """
         args, accelerator = self.args, self.accelerator
         if len(self.names) > 1:
@@ -426,10 +415,8 @@ class Trainer:
             model = self.task.get_eval_model(ema=True) if ema else self.eval_model
             model.eval()
             forward = model
-        names = (*self.names, 'ensemble') if len(self.names) > 1 else self.names
         limit = evaluation_sample_limit(self.loader_eval)
-        evaluators = [self.task.create_evaluator(max_samples=limit) for _ in names]
-        heads = HeadCounts(self.names, accelerator.device, limit) if len(names) > 1 else None
+        metrics = HeadMetrics(self.task, self.names, accelerator.device, limit, args.tta)
         # Of a stream, processes may have different numbers of batches.
         uneven = args.distributed and isinstance(self.loader_eval.dataset, IterableDataset)
         # The bar does not get the loader to iterate: it would start it a second time, which draws a random number.
@@ -440,26 +427,12 @@ class Trainer:
                 x, y = self._to_device(x, y)
                 with sharding.autocast(accelerator):
                     logits = forward(x)
-                logits = list(logits) if isinstance(logits, (tuple, list)) else [logits]
-                logits = [z.float() for z in logits[:len(self.names)]]
-                if args.tta > 1:
-                    logits = [z.unfold(0, args.tta, args.tta).mean(dim=2) for z in logits]
-                    y = y[::args.tta]
-                if heads:
-                    heads.update(logits, y)
-                    logits.append(sum(softmax(z, dim=-1) for z in logits).log())
-                for evaluator, z in zip(evaluators, logits, strict=True):
-                    evaluator.update(z, y)
+                metrics.update(logits, y)
                 bar.update()
-        results = [evaluator.compute(distributed=args.distributed) for evaluator in evaluators]
-        metrics = OrderedDict(results[0])
-        for name, result in zip(names[1:], results[1:], strict=True):
-            metrics[f'top1_{name}'] = result['top1']
-        if heads:
-            metrics.update((f'loss_{n}', r['loss']) for n, r in zip(names[1:-1], results[1:-1], strict=True))
-            agreement, args.exits = heads.compute(distributed=args.distributed)
-            metrics.update(agreement)
-        return metrics
+        found, exits = metrics.compute(distributed=args.distributed)
+        if exits is not None:
+            args.exits = exits
+        return found
 
     def _live(self):
         return self.accelerator.is_main_process and sys.stderr.isatty()
@@ -496,36 +469,10 @@ class Trainer:
         if self.args.distributed and self.args.dist_bn:
             utils.distribute_bn(module, self.args.world_size, self.args.dist_bn == 'reduce')
 
-    def _line(self, title, metrics, **more):
-        parts = [f'{name} {value:.4f}' for name, value in more.items()]
-        if metrics:
-            top1 = [f'{self.names[0]} {metrics["top1"]:.2f}'] + [
-                f'{name[5:]} {value:.2f}' for name, value in metrics.items() if name.startswith('top1_')]
-            parts += [f'eval loss {metrics["loss"]:.4f}', 'top-1 ' + ', '.join(top1)]
-        return f'{title}: ' + ', '.join(parts)
-
-    def _write_summary(self, epoch, train_metrics, eval_metrics):
-        """Append a row: timm's columns first, ours after them."""
-        row = OrderedDict(epoch=epoch, train_loss=train_metrics['loss'])
-        row.update((f'eval_{name}', eval_metrics[name]) for name in ('loss', 'top1', 'top5') if name in eval_metrics)
-        lrs = [group['lr'] for group in self.optimizer.param_groups]
-        row['lr'] = sum(lrs) / len(lrs)
-        if len(self.names) > 1:
-            for prefix, metrics in (('train', train_metrics), ('eval', eval_metrics)):
-                row.update((f'{prefix}_{name}', v) for name, v in metrics.items() if f'{prefix}_{name}' not in row)
-        if self.args.on_nonfinite == 'skip':
-            row['skipped'] = self.guard.skipped_since
-        self.summary.append(row)
-        self.accelerator.log(row, step=epoch)
-
-    def best_metrics(self):
-        """The evaluation metrics of the best epoch, {} where there was no evaluation."""
-        row = next((row for row in self.summary.rows if row['epoch'] == str(self.saver.best_epoch)), {})
-        return {name[5:]: float(value) for name, value in row.items() if name.startswith('eval_')}
-
     def result(self) -> str:
         """What came out: the accuracy of every classifier in the best epoch."""
-        return self._line(f'Best epoch {self.saver.best_epoch}', self.best_metrics()) + f', in {self.output_dir}'
+        best = self.saver.best_epoch
+        return epoch_line(f'Best epoch {best}', self.names, self.records.metrics_of(best)) + f', in {self.output_dir}'
 
     def load_best(self, model):
         """Load the best weights into the model's backbone, those of the average if that is what was evaluated.
