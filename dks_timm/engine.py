@@ -2,7 +2,6 @@
 import argparse
 import logging
 import os
-import sys
 import time
 from collections import OrderedDict
 from contextlib import nullcontext
@@ -10,7 +9,6 @@ from datetime import datetime
 
 import torch
 import torchvision.utils
-from accelerate.utils import tqdm
 from timm import utils
 from timm.models import load_checkpoint, safe_model_name
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -23,7 +21,7 @@ from .evaluation import HeadMetrics
 from .guard import Guard
 from .model import prune
 from .options import naming
-from .progress import Progress, Totals
+from .progress import Bar, Progress, Totals
 from .records import Records, epoch_line
 from .run_state import RunState
 
@@ -420,7 +418,8 @@ class Trainer:
         # Of a stream, processes may have different numbers of batches.
         uneven = args.distributed and isinstance(self.loader_eval.dataset, IterableDataset)
         # The bar does not get the loader to iterate: it would start it a second time, which draws a random number.
-        with tqdm(total=len(self.loader_eval), desc='Evaluation', leave=False, disable=not self._live()) as bar:
+        text = f'Evaluation{" of the average" if ema else ""}, {{remaining}} left'
+        with Bar(accelerator, text, len(self.loader_eval)) as bar:
             for i, (x, y) in enumerate(self.loader_eval):
                 if not uneven and self.signals.stop(i):
                     raise _Stop
@@ -433,9 +432,6 @@ class Trainer:
         if exits is not None:
             args.exits = exits
         return found
-
-    def _live(self):
-        return self.accelerator.is_main_process and sys.stderr.isatty()
 
     def _to_device(self, x, y):
         if not self.args.prefetcher:

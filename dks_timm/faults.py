@@ -7,6 +7,8 @@ from typing import Optional
 
 import torch
 
+from .options import erase_bar
+
 # Exit codes of train.py besides 0, 1 (failed), 2 (bad input) and 3 (push failed).
 UNSAVED = 4
 NONFINITE = 5
@@ -60,7 +62,7 @@ class Signals:
             self.received, self.since = number, time.monotonic()
             if self.accelerator.is_main_process:
                 name = signal.Signals(number).name
-                os.write(2, f'{name}: stopping after this step; once more ends at once.\n'.encode())
+                os.write(2, f'{erase_bar()}{name}: stopping after this step; once more ends at once.\n'.encode())
         elif time.monotonic() - self.since > self.ECHO:
             os._exit(128 + number)
 

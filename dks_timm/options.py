@@ -538,12 +538,20 @@ def naming(subject: str, *more_errors):
         raise OptionError(f'{subject}: {text}') from e
 
 
-class _Formatter(logging.Formatter):
-    """Information as it is, warnings and errors with their level."""
+def erase_bar() -> str:
+    """What erases a bar, if there is one, for the next thing that is written to stderr; nothing beside a terminal."""
+    return '\r\x1b[J' if sys.stderr.isatty() else ''
+
+
+class LogFormatter(logging.Formatter):
+    """Information as it is, warnings and errors with their level; on a terminal in place of a bar.
+
+    Also workers of loaders and other processes write there, and know nothing of the bar.
+    """
 
     def format(self, record):
         text = super().format(record)
-        return text if record.levelno == logging.INFO else f'{record.levelname}: {text}'
+        return erase_bar() + (text if record.levelno == logging.INFO else f'{record.levelname}: {text}')
 
 
 def _share(refusal: str) -> None:
@@ -581,7 +589,7 @@ def exit_on_bad_input():
     finally:
         logging.captureWarnings(False)
         console = logging.StreamHandler()
-        console.setFormatter(_Formatter())
+        console.setFormatter(LogFormatter())
         waiting.setTarget(console)
         waiting.flush()
         logging.basicConfig(level=level, handlers=[console], force=True)

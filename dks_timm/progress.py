@@ -4,14 +4,12 @@ import math
 import sys
 import time
 from collections import OrderedDict
-from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from itertools import permutations
 
 import torch
 from accelerate.utils import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 _logger = logging.getLogger(__name__)
 
@@ -90,31 +88,73 @@ def _off_diagonal(matrix):
     return matrix.flatten()[1:].view(size - 1, size + 1)[:, :-1].flatten()
 
 
+class Bar:
+    """A bar at the bottom of the main process's terminal, and a line below it; elsewhere nothing.
+
+    Lines of the log erase it (see :class:`dks_timm.options.LogFormatter`), and warnings become such lines; it is drawn
+    again below them. What does not fit into the terminal's width is cut off.
+
+    Args:
+        accelerator: Of the run.
+        text: What stands beside the bar, with fields of tqdm's ``bar_format``.
+        total: Steps in all.
+        done: Steps that were done before.
+    """
+
+    def __init__(self, accelerator, text: str, total: int, done: int = 0):
+        self.live = accelerator.is_main_process and sys.stderr.isatty()
+        how = dict(leave=False, dynamic_ncols=True, disable=not self.live)
+        self.bar = tqdm(total=total, initial=done, bar_format=f'{{percentage:3.0f}}%|{{bar:10}}| {text}', **how)
+        self.below = tqdm(bar_format='{desc}', **how)
+
+    def __enter__(self):
+        if self.live:
+            logging.captureWarnings(True)
+        return self
+
+    def __exit__(self, *exc):
+        self.below.close()
+        self.bar.close()
+        if self.live:
+            logging.captureWarnings(False)
+
+    def update(self):
+        """Count a step."""
+        if self.bar.update():  # it was drawn, perhaps for the first time since a line of the log
+            self.below.refresh()
+
+    def show(self, beside: str, below: str):
+        """Show a text beside the bar, its ``desc``, and one below it."""
+        self.bar.set_description_str(beside)
+        self.below.set_description_str(f'      {below}')
+
+
 class Progress:
-    """Progress of an epoch on the main process: a bar on a terminal, a line now and then elsewhere."""
+    """Progress of an epoch's training on the main process: a bar on a terminal, a line now and then elsewhere.
+
+    Attributes:
+        done: Updates of the epoch.
+        done_before: Those before the run was resumed.
+        seconds: Since then.
+    """
 
     def __init__(self, accelerator, epoch, num_epochs, updates, log_interval, done=0):
         self.shown = accelerator.is_main_process
         self.epoch, self.num_epochs, self.updates, self.log_interval = epoch, num_epochs, updates, log_interval
-        self.bar = tqdm(
-            total=updates,
-            initial=done,
-            desc=f'Epoch {epoch}',
-            bar_format='{desc}: {percentage:3.0f}%|{bar:10}|{postfix}',
-            leave=False,
-            disable=not (self.shown and sys.stderr.isatty()),
-        )
+        self.bar = Bar(accelerator, f'Epoch {epoch}{{desc}}', updates, done)
         self.done = self.done_before = done
         self.start = time.monotonic()
 
+    @property
+    def seconds(self):
+        return time.monotonic() - self.start
+
     def __enter__(self):
-        self.redirect = logging_redirect_tqdm() if not self.bar.disable else nullcontext()
-        self.redirect.__enter__()
+        self.bar.__enter__()
         return self
 
     def __exit__(self, *exc):
-        self.bar.close()
-        self.redirect.__exit__(*exc)
+        self.bar.__exit__(*exc)
 
     def step(self, last: bool) -> bool:
         """Count an update; returns whether it is time to show how things stand."""
@@ -123,18 +163,16 @@ class Progress:
         return self.shown and (last or (self.done - 1) % self.log_interval == 0)
 
     def show(self, means, param_groups, images):
-        seconds = time.monotonic() - self.start
-        pace = (self.done - self.done_before) / seconds
+        pace = (self.done - self.done_before) / self.seconds
         left = (self.updates - self.done + self.updates * (self.num_epochs - self.epoch - 1)) / pace
         top1 = ', '.join(
             f'{name[5:]} {value:.1f}' for name, value in means.items()
             if name.startswith('top1_') and not math.isnan(value))  # branches may not have run yet
         lr = sum(group['lr'] for group in param_groups) / len(param_groups)
-        text = (
-            f'loss {means["loss"]:.4f}, {images / self.done * pace:.0f} images/s, '
-            f'{timedelta(seconds=round(left))} left, train top-1 {top1}, lr {lr:.3g}'
-        )
-        if self.bar.disable:
-            _logger.info(f'Epoch {self.epoch} [{self.done}/{self.updates}]: {text}')
+        loss = f'loss {means["loss"]:.4f}'
+        speed = f'{images / self.done * pace:.0f} images/s, {timedelta(seconds=round(left))} left'
+        learned = f'train top-1 {top1}, lr {lr:.3g}'
+        if self.bar.live:
+            self.bar.show(f', {speed}', f'{loss}, {learned}')
         else:
-            self.bar.set_postfix_str(text)
+            _logger.info(f'Epoch {self.epoch} [{self.done}/{self.updates}]: {loss}, {speed}, {learned}')

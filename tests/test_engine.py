@@ -1,8 +1,7 @@
-"""The Accelerate loop's parts: where it runs, what it counts, what it shows, which checkpoint it resumes."""
+"""The Accelerate loop's parts: where it runs, what it counts, which checkpoint it resumes."""
 import logging
 import os
 import random
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from dks_timm import checkpoints, options, processes
-from dks_timm.progress import Progress, Totals
+from dks_timm.progress import Totals
 
 
 @pytest.fixture(autouse=True)
@@ -75,35 +74,6 @@ def test_totals_are_means_over_samples():
         'ce_backbone': (4 * 1 + 2 * 4) / 6, 'ce_stage2': (4 * 2 + 2 * 8) / 6, 'synergy': 4.,
         'synergy_backbone_stage2': 3., 'synergy_stage2_backbone': 5.,
     })
-
-
-MEANS = dict(loss=1.25, top1_backbone=50., top1_stage2=40.)
-
-
-def show_progress(updates):
-    with Progress(Accelerator(cpu=True), epoch=0, num_epochs=2, updates=updates, log_interval=3) as progress:
-        for i in range(updates):
-            if progress.step(last=i == updates - 1):
-                progress.show(MEANS, [dict(lr=0.1)], images=8 * progress.done)
-
-
-def test_progress_is_a_line_now_and_then_where_nobody_watches(caplog, capsys):
-    with caplog.at_level(logging.INFO):
-        show_progress(5)
-    assert [m.partition(':')[0] for m in caplog.messages] == ['Epoch 0 [1/5]', 'Epoch 0 [4/5]', 'Epoch 0 [5/5]']
-    for word in ('loss 1.2500', 'backbone 50.0', 'stage2 40.0', 'images/s', 'left', 'lr 0.1'):
-        assert word in caplog.messages[-1]
-    assert 'Epoch' not in capsys.readouterr().err
-
-
-def test_progress_is_a_bar_on_a_terminal(caplog, capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
-    with caplog.at_level(logging.INFO):
-        show_progress(5)
-    bar = capsys.readouterr().err
-    assert '100%' in bar and not caplog.records
-    for word in ('loss 1.2500', 'backbone 50.0', 'stage2 40.0', 'images/s', 'left'):
-        assert word in bar
 
 
 def save(path, age):
