@@ -75,6 +75,7 @@ def main(argv=None):
         on_best.close()
     if args.export_dir or args.push_to_hub:
         hub.publish(args, trainer, model, data_config)
+    print(hub.next_steps(args, trainer.output_dir))
 
 
 if __name__ == '__main__':

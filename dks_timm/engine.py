@@ -15,13 +15,13 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import evaluation_sample_limit, load_task_ema_checkpoint
 from torch.utils.data import IterableDataset
 
-from . import build, checkpoints, faults, processes, resumable, sharding
+from . import build, checkpoints, faults, outcome, processes, resumable, sharding
 from .data import model_dtype
 from .evaluation import HeadMetrics
 from .guard import Guard
 from .model import prune
 from .options import naming
-from .progress import Bar, Progress, Totals
+from .progress import Bar, Progress, Speed, Totals
 from .records import Records, epoch_line
 from .run_state import RunState
 
@@ -184,6 +184,7 @@ class Trainer:
             Fault: The run had to stop before its end, or could not be saved.
         """
         self.began = time.monotonic()
+        self.speed = Speed()
         try:
             with self.signals:
                 for epoch in range(self.start_epoch, self.num_epochs):
@@ -205,6 +206,7 @@ class Trainer:
         evaluated = not (epoch + 1) % args.val_interval or epoch + 1 == self.num_epochs
         ema = task.has_ema() and not args.model_ema_force_cpu
         run, self.run = self.run, None
+        self.speed.last = 0.
         train_metrics = run['metrics'] if run and not run['over'] else None
         if train_metrics is None:
             train_metrics = self.train_one_epoch(epoch, run if run and not run['over'] else None)
@@ -230,7 +232,8 @@ class Trainer:
         _logger.info(epoch_line(f'Epoch {epoch}', self.names, eval_metrics, train_loss=train_metrics['loss']))
         if self.saver is not None:
             skipped = self.guard.skipped_since if args.on_nonfinite == 'skip' else None
-            self.records.write(epoch, train_metrics, eval_metrics, self.optimizer.param_groups, skipped)
+            groups = self.optimizer.param_groups
+            self.records.write(epoch, train_metrics, eval_metrics, groups, skipped, self.speed.last)
         self.guard.skipped_since = 0
         best_epoch = self._save(self.state.mark(len(self.fetches)), epoch=epoch, metric=metric, over=True)
         if on_best is not None and best_epoch == epoch:
@@ -365,6 +368,7 @@ class Trainer:
                 if args.recovery_interval and progress.done % args.recovery_interval == 0:
                     self._save(self.state.mark(batch_idx + 1), **place)
 
+        self.speed.add(progress, totals.count * args.world_size)
         if not totals.count:
             raise faults.Fault(f'every update of epoch {epoch} gave no numbers', faults.NONFINITE)
         raw_optimizer = getattr(optimizer, 'optimizer', optimizer)
@@ -466,9 +470,11 @@ class Trainer:
             utils.distribute_bn(module, self.args.world_size, self.args.dist_bn == 'reduce')
 
     def result(self) -> str:
-        """What came out: the accuracy of every classifier in the best epoch."""
-        best = self.saver.best_epoch
-        return epoch_line(f'Best epoch {best}', self.names, self.records.metrics_of(best)) + f', in {self.output_dir}'
+        """What came out: every head in the best and the last epoch, and what that took."""
+        args = self.args
+        took = outcome.cost_line(args.train_seconds, self.speed.average, self.accelerator.device, args.world_size)
+        table = outcome.outcome_table(self.records.summary.rows, self.names, self.saver.best_epoch)
+        return f'{table}\n{took}\nEverything of the run is in {self.output_dir}'
 
     def load_best(self, model):
         """Load the best weights into the model's backbone, those of the average if that is what was evaluated.

@@ -30,7 +30,8 @@ from .options import UNREADABLE, check_types, create_parser, naming, why
 from .published import load_checkpoint_branches, plain_tensors, save_branches
 from .push import FILES, BackgroundPush, PushError, check_repository, finishing_line, push_folder
 
-__all__ = ['check_export_dir', 'check_publishing', 'export', 'export_checkpoint', 'publish', 'push_every_best']
+__all__ = ['check_export_dir', 'check_publishing', 'export', 'export_checkpoint', 'next_steps', 'publish',
+           'push_every_best']
 
 PathLike = Union[str, os.PathLike]
 
@@ -304,7 +305,7 @@ def publish(args: argparse.Namespace, trainer: Any, model: nn.Module, data_confi
             out_dir, model, data_config=data_config, keep_branches=args.keep_branches, overwrite=overwrite, **described)
     except Exception as e:
         _fail(f'--export-dir {out_dir}', e, f'The checkpoints are in {run_dir}. To export the best one:',
-              shlex.join(['dks-timm', 'export', best, out_dir, *_no_ema(args)]))
+              _export_line(args, run_dir, out_dir))
     alone = 'dks_timm' if model.pretrained_cfg['architecture'] in ARCHITECTURES else 'timm alone'
     print(f'Exported to {out_dir}: a fresh process with {alone} loads it, with bit-identical logits:')
     print(f"    model = timm.create_model('local-dir:{out_dir}', pretrained=True)")
@@ -316,6 +317,30 @@ def publish(args: argparse.Namespace, trainer: Any, model: nn.Module, data_confi
     except Exception as e:
         _fail(f'--push-to-hub {args.push_to_hub}', e, f'The model is in {out_dir}. To push it:',
               finishing_line(out_dir, *where))
+
+
+def next_steps(args: argparse.Namespace, run_dir: str) -> str:
+    """The commands that look at a run and publish it, but for what its flags have done already.
+
+    Args:
+        args: The command line of the run.
+        run_dir: Its folder.
+    """
+    out_dir = args.export_dir or os.path.join(run_dir, 'export')
+    steps = [(shlex.join(['dks-timm', 'report', run_dir]), 'a page with its curves')]
+    if not args.export_dir and not args.push_to_hub:
+        steps.append((_export_line(args, run_dir, out_dir), 'a folder that timm loads'))
+    if not args.push_to_hub:
+        steps.append((finishing_line(out_dir, 'OWNER/NAME', args.hub_private), 'to the Hugging Face Hub'))
+    width = max(len(command) for command, _ in steps)
+    return '\n'.join(['Next:', *(f'    {command.ljust(width)}  # {what}' for command, what in steps)])
+
+
+def _export_line(args: argparse.Namespace, run_dir: str, out_dir: str) -> str:
+    """The shell command that exports the best weights of a run."""
+    best = os.path.join(run_dir, 'model_best.pth.tar')
+    return shlex.join(
+        ['dks-timm', 'export', best, out_dir, *_no_ema(args), *['--keep-branches'] * args.keep_branches])
 
 
 def _no_ema(args: argparse.Namespace) -> List[str]:

@@ -129,13 +129,36 @@ class Bar:
         self.below.set_description_str(f'      {below}')
 
 
+class Speed:
+    """Images per second of training.
+
+    Attributes:
+        last: Of the last epoch, 0 where it was not trained here.
+    """
+    last = 0.
+
+    def __init__(self):
+        self.images = self.seconds = 0.
+
+    def add(self, progress: 'Progress', images: int):
+        """Count an epoch, of which so many images were trained on, those before the run was resumed included."""
+        here = images * (progress.done - progress.done_before) / max(1, progress.done)
+        self.images += here
+        self.seconds += progress.seconds
+        self.last = here / progress.seconds
+
+    @property
+    def average(self) -> float:
+        return self.images / self.seconds if self.seconds else 0.
+
+
 class Progress:
     """Progress of an epoch's training on the main process: a bar on a terminal, a line now and then elsewhere.
 
     Attributes:
         done: Updates of the epoch.
         done_before: Those before the run was resumed.
-        seconds: Since then.
+        seconds: Since then, up to the end of the epoch's training.
     """
 
     def __init__(self, accelerator, epoch, num_epochs, updates, log_interval, done=0):
@@ -144,16 +167,18 @@ class Progress:
         self.bar = Bar(accelerator, f'Epoch {epoch}{{desc}}', updates, done)
         self.done = self.done_before = done
         self.start = time.monotonic()
+        self.end = None
 
     @property
     def seconds(self):
-        return time.monotonic() - self.start
+        return (self.end or time.monotonic()) - self.start
 
     def __enter__(self):
         self.bar.__enter__()
         return self
 
     def __exit__(self, *exc):
+        self.end = time.monotonic()
         self.bar.__exit__(*exc)
 
     def step(self, last: bool) -> bool:

@@ -1,7 +1,7 @@
 """What a run tells of each epoch: a row of summary.csv, values for trackers, a line."""
 import os
 from collections import OrderedDict
-from typing import Any, Dict, Mapping, Optional, Sequence
+from typing import Any, Mapping, Optional, Sequence
 
 from .checkpoints import Summary
 
@@ -58,6 +58,7 @@ class Records:
             eval_metrics: Mapping[str, float],
             param_groups: Sequence[Mapping[str, Any]],
             skipped: Optional[int] = None,
+            images_per_second: float = 0.,
     ) -> None:
         """Record an epoch: timm's columns first, ours after them.
 
@@ -67,6 +68,7 @@ class Records:
             eval_metrics: From its evaluation; {} where there was none.
             param_groups: Of the optimizer.
             skipped: Updates that were left out, None where none is.
+            images_per_second: In training, 0 where that is not known. For trackers only.
         """
         row = OrderedDict(epoch=epoch, train_loss=train_metrics['loss'])
         row.update((f'eval_{name}', eval_metrics[name]) for name in ('loss', 'top1', 'top5') if name in eval_metrics)
@@ -78,9 +80,32 @@ class Records:
         if skipped is not None:
             row['skipped'] = skipped
         self.summary.append(row)
-        self.accelerator.log(row, step=epoch)
+        if self.accelerator.log_with:
+            self._track(row, param_groups, images_per_second)
 
-    def metrics_of(self, epoch: int) -> Dict[str, float]:
-        """The evaluation metrics of an epoch, {} where there was no evaluation."""
-        row = next((row for row in self.summary.rows if row['epoch'] == str(epoch)), {})
-        return {name[5:]: float(value) for name, value in row.items() if name.startswith('eval_')}
+    def _track(self, row, param_groups, images_per_second):
+        """Hand an epoch to the trackers: its row, what changes from one machine to another, and who taught whom."""
+        epoch = row['epoch']
+        more = {}
+        if images_per_second:
+            more['train_images_per_second'] = images_per_second
+        if any('lr_scale' in group for group in param_groups):  # --layer-decay
+            lrs = [group['lr'] for group in param_groups]
+            more.update(lr_lowest=min(lrs), lr_highest=max(lrs))
+        self.accelerator.log({**row, **more}, step=epoch)
+        if 'train_synergy' not in row:
+            return
+        columns = ['teacher', *self.names]
+        matrix = [
+            [teacher, *(row.get(f'train_synergy_{teacher}_{student}', 0.) for student in self.names)]
+            for teacher in self.names]
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, 'log_table'):
+                tracker.log_table('train_synergy_matrix', columns=columns, data=matrix, step=epoch)
+            elif tracker.name == 'tensorboard':  # shows text as Markdown
+                tracker.log({'train_synergy_matrix': _markdown(columns, matrix)}, step=epoch)
+
+
+def _markdown(columns, rows):
+    numbers = [[name, *(f'{value:.4f}' for value in values)] for name, *values in rows]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in [columns, ['---'] * len(columns), *numbers])

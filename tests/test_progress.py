@@ -27,6 +27,34 @@ def fresh_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def moments(text, columns):
+    """What a terminal shows of a text whenever the cursor goes back, and at the end: lists of lines."""
+    grid, row, column, found = [[]], 0, 0, []
+    for sign in re.findall(r'\x1b\[[A-Z]|[^\x1b]', text):
+        if sign in ('\r', '\x1b[A'):
+            found.append([''.join(line).rstrip() for line in grid])
+        if sign == '\r':
+            column = 0
+        elif sign == '\n':
+            row += 1
+        elif sign == '\x1b[A':
+            row -= 1
+        elif sign == '\x1b[J':
+            del grid[row + 1:], grid[row][column:]
+        else:
+            assert len(sign) == 1, sign
+            if column == columns:
+                row, column = row + 1, 0
+            while len(grid) <= row:
+                grid.append([])
+            grid[row] += [' '] * (column + 1 - len(grid[row]))
+            grid[row][column] = sign
+            column += 1
+        while len(grid) <= row:
+            grid.append([])
+    return [*found, [''.join(line).rstrip() for line in grid]]
+
+
 class Terminal:
     """A pseudo-terminal in the place of stderr.
 
@@ -54,36 +82,7 @@ class Terminal:
         self.stderr.close()
         self.reader.join()
         os.close(self.master)
-        text = self.received.decode()
-        grid, row, column = [[]], 0, 0
-        self.moments = []
-
-        def shown():
-            return [''.join(line).rstrip() for line in grid]
-
-        for sign in re.findall(r'\x1b\[[A-Z]|[^\x1b]', text):
-            if sign in ('\r', '\x1b[A'):
-                self.moments.append(shown())
-            if sign == '\r':
-                column = 0
-            elif sign == '\n':
-                row += 1
-            elif sign == '\x1b[A':
-                row -= 1
-            elif sign == '\x1b[J':
-                del grid[row + 1:], grid[row][column:]
-            else:
-                assert len(sign) == 1, sign
-                if column == self.columns:
-                    row, column = row + 1, 0
-                while len(grid) <= row:
-                    grid.append([])
-                grid[row] += [' '] * (column + 1 - len(grid[row]))
-                grid[row][column] = sign
-                column += 1
-            while len(grid) <= row:
-                grid.append([])
-        self.moments.append(shown())
+        self.moments = moments(self.received.decode(), self.columns)
         return self.moments[-1]
 
 
