@@ -327,13 +327,12 @@ def next_steps(args: argparse.Namespace, run_dir: str) -> str:
         run_dir: Its folder.
     """
     out_dir = args.export_dir or os.path.join(run_dir, 'export')
-    steps = [(shlex.join(['dks-timm', 'report', run_dir]), 'a page with its curves')]
+    steps = [shlex.join(['dks-timm', 'report', run_dir])]
     if not args.export_dir and not args.push_to_hub:
-        steps.append((_export_line(args, run_dir, out_dir), 'a folder that timm loads'))
+        steps.append(_export_line(args, run_dir, out_dir))
     if not args.push_to_hub:
-        steps.append((finishing_line(out_dir, 'OWNER/NAME', args.hub_private), 'to the Hugging Face Hub'))
-    width = max(len(command) for command, _ in steps)
-    return '\n'.join(['Next:', *(f'    {command.ljust(width)}  # {what}' for command, what in steps)])
+        steps.append(finishing_line(out_dir, 'OWNER/NAME', args.hub_private))
+    return '\n'.join(['Next:', *(f'    {command}' for command in steps)])
 
 
 def _export_line(args: argparse.Namespace, run_dir: str, out_dir: str) -> str:

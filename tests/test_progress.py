@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from test_train import image_folder, main
 
 from dks_timm.options import LogFormatter
 from dks_timm.progress import Bar, Progress
@@ -165,3 +166,24 @@ def test_other_processes_than_the_main_one_show_nothing(terminal):
     show_progress(5, main=False)
     screen.close()
     assert not screen.received
+
+
+def test_a_run_shows_training_and_evaluation_and_keeps_the_lines_of_its_workers_whole(terminal, tmp_path):
+    data = image_folder(tmp_path / 'data')
+    for broken in ('train/0/3.png', 'validation/1/5.png'):
+        (data / broken).write_bytes(b'no image')
+    screen = terminal(600)
+    main('--data-dir', data, '--num-classes', 2, '--img-size', 32, '--device', 'cpu', '--workers', 1, '-b', 4,
+         '--epochs', 2, '--model', 'test_resnet', '--dks', '--lr', 0.01, '--no-aug', '--output', tmp_path)
+    end = screen.close()
+    assert [line for line in end if '%|' in line or 'images/s' in line] == []
+    bad = [line for line in end if 'Bad image' in line]
+    assert [re.sub(r'(image )\S*/(\w+/\d/\d)', r'\1\2', line).partition('.png: ')[0] for line in bad] == [
+        'WARNING: Bad image train/0/3', 'WARNING: Bad image validation/1/5']
+    assert all(line.endswith('.') for line in bad)
+    assert [line.partition(':')[0] for line in end if line.startswith('Epoch')] == ['Epoch 0', 'Epoch 1']
+    seen = [line for moment in screen.moments for line in moment if '%|' in line]
+    for words in ('Epoch 0, ', 'Epoch 1, ', 'images/s', 'Evaluation, '):
+        assert any(words in line for line in seen)
+    below = [line for moment in screen.moments for line in moment if line.startswith('      loss ')]
+    assert all(name in below[-1] for name in ('backbone', 'stage2', 'stage3'))

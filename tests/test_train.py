@@ -2,6 +2,7 @@
 import csv
 import logging
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -114,12 +115,28 @@ def test_a_dks_run_learns_and_records_every_classifier(dks_run):
     epoch_lines = [line for line in stderr if line.startswith('Epoch 1: ')]
     assert len(epoch_lines) == 1 and all(w in epoch_lines[0] for w in ('backbone', 'stage2', 'stage3', 'ensemble'))
     assert sum('images/s' in line and 'left' in line for line in stderr) == 2 * 4  # updates 1, 21, 41, and 45, the last
-    assert all(w in stdout[-3] for w in ('Best epoch', 'backbone', 'stage2', 'stage3', 'ensemble'))
+
+
+def test_a_run_ends_with_its_best_and_its_last_epoch_and_what_to_do_next(dks_run):
+    root, stdout, _ = dks_run
+    best, last = max(rows(root / 'run'), key=lambda row: float(row['eval_top1'])), rows(root / 'run')[-1]
+    table = {line.split()[0]: line.split()[1:] for line in stdout if line.strip()}
+    assert stdout[0].split() == ['Best', 'epoch', best['epoch'], 'Last', 'epoch', last['epoch']]
+    for head, name in (('backbone', ''), ('stage2', '_stage2'), ('stage3', '_stage3')):
+        assert table[head] == [
+            f'{float(row[f"eval_{column}{name}"]):.{digits}f}'
+            for row in (best, last) for column, digits in (('top1', 2), ('loss', 4))]
+    assert table['ensemble'] == [f'{float(row["eval_top1_ensemble"]):.2f}' for row in (best, last)]
+    assert any(re.fullmatch(r'0:\d\d:\d\d in all, \d+ images/s in training, at most [\d,]+ MiB of memory', line)
+               for line in stdout)
+    commands = [line.split() for line in stdout[stdout.index('Next:') + 1:]]
+    assert commands == [
+        ['dks-timm', 'report', str(root / 'run')], ['dks-timm', 'push', str(root / 'model'), 'OWNER/NAME']]
 
 
 def test_the_exported_model_is_the_best_average_and_loads_with_timm_alone(dks_run):
     root, stdout, _ = dks_run
-    load = stdout[-1].strip()
+    load, = [line.strip() for line in stdout if 'timm.create_model' in line]
     assert load == f"model = timm.create_model('local-dir:{root / 'model'}', pretrained=True)"
     model = eval(load.partition('=')[2]).eval()
     best = max(rows(root / 'run'), key=lambda row: float(row['eval_top1']))
@@ -159,7 +176,7 @@ def test_the_run_is_named_as_timm_names_it(noise, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('dks', [[], ['--dks']])
-def test_resume_continues_the_run(noise, tmp_path, dks):
+def test_resume_continues_the_run(noise, tmp_path, capfd, dks):
     argv = [*noise, *dks, '--model-ema', '--opt', 'adamw', '--output', tmp_path]
     main(*argv, '--experiment', 'whole')
     whole = rows(tmp_path / 'whole')
@@ -167,6 +184,8 @@ def test_resume_continues_the_run(noise, tmp_path, dks):
         (tmp_path / 'whole' / path).unlink()
     main(*argv, '--experiment', 'whole', '--resume', 'auto')
     resumed = rows(tmp_path / 'whole')
+    best = max(resumed, key=lambda row: float(row['eval_top1']))['epoch']  # it may have been before the stop
+    assert re.search(f'^ +Best epoch {best} +Last epoch 2$', capfd.readouterr().out.rpartition('Next:')[0][-900:], re.M)
     assert [row['epoch'] for row in resumed] == ['0', '1', '2']
     assert resumed[0] == whole[0] and [row['lr'] for row in resumed] == [row['lr'] for row in whole]
     # Without augmentation, the order of the batches alone is drawn anew.
