@@ -337,6 +337,9 @@ def test_branches_come_back_whatever_they_are(name, kwargs, tmp_path, unverified
         loaded = create_dks_model(f'local-dir:{tmp_path / "net"}', pretrained=True).eval()
         x = torch.randn(2, 1, 64, 64)
         assert all(torch.equal(a, b) for a, b in zip(net.eval().exits(x), loaded.exits(x), strict=True))
+        for threshold, head in ((0., 1), (1.1, 0)):
+            logits, heads = loaded.early_exit(x, threshold)
+            assert heads.tolist() == [head] * 2 and torch.equal(logits, net.exits(x)[head])
     else:
         assert_comes_back(tmp_path / 'net', net)
     assert load_file(tmp_path / 'net/model.safetensors').keys() == net.backbone.state_dict().keys()
