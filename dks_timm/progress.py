@@ -142,10 +142,11 @@ class Speed:
 
     def add(self, progress: 'Progress', images: int):
         """Count an epoch, of which so many images were trained on, those before the run was resumed included."""
-        here = images * (progress.done - progress.done_before) / max(1, progress.done)
-        self.images += here
-        self.seconds += progress.seconds
-        self.last = here / progress.seconds
+        if progress.done > progress.done_before:
+            here = images * (progress.done - progress.done_before) / progress.done
+            self.images += here
+            self.seconds += progress.seconds
+            self.last = here / progress.seconds
 
     @property
     def average(self) -> float:

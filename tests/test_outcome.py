@@ -46,6 +46,11 @@ def test_what_a_run_took_is_said_in_a_line():
     assert cost_line(1., 0., torch.device('cpu'), processes=2).endswith('in the first process')
 
 
+def test_on_a_gpu_memory_is_that_of_its_tensors(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda device: 3 * 2 ** 30)
+    assert cost_line(1., 0., torch.device('cuda')) == '0:00:01 in all, at most 3,072 MiB of GPU memory'
+
+
 @pytest.mark.parametrize('flags, commands', [
     ([], ['report a/run', "export a/run/model_best.pth.tar a/run/export", 'push a/run/export OWNER/NAME']),
     (['--keep-branches', '--model-ema', '--model-ema-force-cpu', '--no-hub-private'], [

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from test_train import image_folder, main
 
 from dks_timm.options import LogFormatter
-from dks_timm.progress import Bar, Progress
+from dks_timm.progress import Bar, Progress, Speed
 
 MEANS = dict(loss=1.25, top1_backbone=50., top1_stage2=40.)
 
@@ -159,6 +159,17 @@ def test_a_bar_without_text_below_it_says_how_long_it_takes(terminal):
         bar.update()
     assert not any(screen.close())
     assert any(re.match(r' +0%\|.*Evaluation, .* left', line) for moment in screen.moments for line in moment)
+
+
+def test_speed_is_that_of_the_images_since_the_run_was_resumed():
+    speed = Speed()
+    assert speed.average == speed.last == 0
+    speed.add(SimpleNamespace(done=6, done_before=2, seconds=4.), images=60)
+    assert speed.average == speed.last == 10
+    speed.add(SimpleNamespace(done=6, done_before=0, seconds=1.), images=60)
+    assert speed.average == 20 and speed.last == 60
+    speed.add(SimpleNamespace(done=6, done_before=6, seconds=1.), images=60)  # nothing was left to train
+    assert speed.average == 20
 
 
 def test_other_processes_than_the_main_one_show_nothing(terminal):
