@@ -126,7 +126,7 @@ class Bar:
     def show(self, beside: str, below: str):
         """Show a text beside the bar, its ``desc``, and one below it."""
         self.bar.set_description_str(beside)
-        self.below.set_description_str(f'      {below}')
+        self.below.set_description_str(f'  {below}')
 
 
 class Speed:

@@ -129,7 +129,7 @@ def test_progress_is_a_bar_on_a_terminal_and_leaves_nothing(terminal):
     assert not any(screen.close())
     bar, below = next(moment for moment in reversed(screen.moments) if 'loss' in ''.join(moment))
     assert re.fullmatch(r'100%\|█{10}\| Epoch 0, \d+ images/s, \d:\d\d:\d\d left', bar)
-    assert below.split(', ') == ['      loss 1.2500', 'train top-1 backbone 50.0', 'stage2 40.0', 'lr 0.1']
+    assert below.split(', ') == ['  loss 1.2500', 'train top-1 backbone 50.0', 'stage2 40.0', 'lr 0.1']
 
 
 @pytest.mark.parametrize('columns', [20, 40, 41, 100])
@@ -196,5 +196,5 @@ def test_a_run_shows_training_and_evaluation_and_keeps_the_lines_of_its_workers_
     seen = [line for moment in screen.moments for line in moment if '%|' in line]
     for words in ('Epoch 0, ', 'Epoch 1, ', 'images/s', 'Evaluation, '):
         assert any(words in line for line in seen)
-    below = [line for moment in screen.moments for line in moment if line.startswith('      loss ')]
+    below = [line for moment in screen.moments for line in moment if line.startswith('  loss ')]
     assert all(name in below[-1] for name in ('backbone', 'stage2', 'stage3'))
