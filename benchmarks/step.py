@@ -120,21 +120,25 @@ class Step:
         """Most memory that tensors hold during a step: weights, optimizer state, batch, and what the step allocates."""
         held = [*self.model.state_dict().values(), self.images]
         held += [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
-        gc.collect()
-        if self.device.type == 'cpu':
-            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-                self()
-            with tempfile.NamedTemporaryFile(suffix='.json') as file:
-                found.export_chrome_trace(file.name)
-                events = json.loads(Path(file.name).read_text())['traceEvents']
-            grown = max(e['args']['Total Allocated'] for e in events if e['name'] == '[memory]')
-        else:
-            device = torch.get_device_module(self.device)
-            before = device.memory_allocated()
-            device.reset_peak_memory_stats()
-            self()
-            grown = device.max_memory_allocated() - before
-        return (grown + sum(t.nbytes for t in held)) / 2 ** 20
+        grown = peak_growth(self, self.device.type)
+        return grown + sum(t.nbytes for t in held) / 2 ** 20
+
+
+def peak_growth(call, device):
+    """MiB by which the memory that tensors hold grows at most during a call. On a CPU, from the profiler's record."""
+    gc.collect()
+    if device == 'cpu':
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            call()
+        with tempfile.NamedTemporaryFile(suffix='.json') as file:
+            found.export_chrome_trace(file.name)
+            events = json.loads(Path(file.name).read_text())['traceEvents']
+        return max(e['args']['Total Allocated'] for e in events if e['name'] == '[memory]') / 2 ** 20
+    device = torch.get_device_module(device)
+    before = device.memory_allocated()
+    device.reset_peak_memory_stats()
+    call()
+    return (device.max_memory_allocated() - before) / 2 ** 20
 
 
 def take_turns(steps, rounds, repeats, synchronize):
