@@ -6,7 +6,6 @@ for the logits z_m (B, C) of M classifiers, with Q_m = softmax(z_m / T) and ever
 Sun, Yao, Zhou, Zhao: Deeply-supervised Knowledge Synergy, CVPR 2019, https://arxiv.org/abs/1906.00675
 """
 import math
-from functools import reduce
 from typing import Callable, Dict, Optional, Sequence, Tuple, Union
 
 import torch
@@ -23,6 +22,8 @@ from timm.loss import (
     ZlprLoss,
 )
 
+from .objective import Matrix, Vector, apply_objective, compute_dtype, weighted_sum
+
 DIRECTIONS = ('both', 'top-down', 'bottom-up', 'none')
 
 _MULTI_LABEL = (
@@ -36,8 +37,6 @@ _MULTI_LABEL = (
 )
 
 Weight = Union[float, Sequence[float], Sequence[Sequence[float]], torch.Tensor]
-Vector = Tuple[float, ...]
-Matrix = Tuple[Vector, ...]
 
 
 def synergy_loss(
@@ -61,7 +60,7 @@ def synergy_loss(
     _check_logits(logits)
     _check_options(direction, temperature)
     matrix = _resolve_matrix('weight', _parse_weight('weight', weight, ndim=2), direction, len(logits))
-    return _apply_objective(logits, None, (0.,) * len(logits), matrix, float(temperature))[0]
+    return apply_objective(logits, None, (0.,) * len(logits), matrix, float(temperature))[0]
 
 
 class DKSLoss(nn.Module):
@@ -144,7 +143,7 @@ class DKSLoss(nn.Module):
         if self.smoothing is not None:
             target = _check_target(target, logits, self.smoothing)
             first, *others = ce_weight
-            loss, ce, synergy = _apply_objective(
+            loss, ce, synergy = apply_objective(
                 [z[:count] for z in logits] if share < 1 else logits, target[:count], (share * first, *others),
                 synergy_weight, self.temperature, self.smoothing)
             if share < 1:
@@ -152,12 +151,12 @@ class DKSLoss(nn.Module):
                 loss = loss + first * rest
                 ce = torch.cat([share * ce[:1] + rest.detach(), ce[1:]])
         else:
-            dtype = _compute_dtype(logits)
+            dtype = compute_dtype(logits)
             logits = [z.to(dtype) for z in logits]  # once, so that both gradients meet before they are rounded
-            loss, _, synergy = _apply_objective(
+            loss, _, synergy = apply_objective(
                 [z[:count] for z in logits], None, (0.,) * len(logits), synergy_weight, self.temperature)
             ce = torch.stack([self._label_loss(z, target[:len(z)]) for z in logits])
-            loss = loss + _weighted_sum(ce, ce_weight)
+            loss = loss + weighted_sum(ce, ce_weight)
         return {'loss': loss, 'ce': ce.detach(), 'synergy': synergy}
 
     def forward_backbone(self, logits: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
@@ -178,7 +177,7 @@ class DKSLoss(nn.Module):
 
     def _label_loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The criterion of one classifier; a dense target has been smoothed already."""
-        logits = logits.to(_compute_dtype([logits]))
+        logits = logits.to(compute_dtype([logits]))
         with torch.autocast(logits.device.type, enabled=False):
             if self.smoothing is not None:
                 return F.cross_entropy(logits, target, label_smoothing=self.smoothing if target.ndim == 1 else 0.)
@@ -204,151 +203,6 @@ class DKSLoss(nn.Module):
             f'ce_weight={self.ce_weight}, synergy_weight={self.synergy_weight}, '
             f'direction={self.direction!r}, temperature={self.temperature}'
         )
-
-
-class _Objective(torch.autograd.Function):
-    """Softmax cross-entropy and synergy of M classifiers: value, report and closed-form gradient.
-
-    One softmax per classifier (two where T != 1) carries everything. The pairs share them: a student's gradient is one
-    linear combination of probabilities, and the report a table of M x M dot products. Weights are plain floats, so
-    nothing is ever copied to or read from the logits' device.
-    """
-
-    @staticmethod
-    def forward(
-            ctx,
-            ce_weight: Vector,
-            synergy_weight: Matrix,
-            temperature: float,
-            smoothing: float,
-            target: Optional[torch.Tensor],
-            *logits: torch.Tensor,
-    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        dtype = _compute_dtype(logits)
-        z = [x.to(dtype) for x in logits]
-        probs = [x.softmax(1) for x in z]
-        top, log_norm = _log_norm(z, probs)
-        if target is None:
-            ce = top.new_zeros(len(z))
-        elif target.ndim == 1:
-            picked = torch.stack([x.gather(1, target[:, None])[:, 0] for x in z])
-            if smoothing:
-                picked = torch.lerp(picked, torch.stack([x.mean(1) for x in z]), smoothing)
-            ce = (top - picked + log_norm).mean(1)
-        else:
-            picked = torch.stack([(target * (x - t[:, None])).sum(1) for x, t in zip(z, top, strict=True)])
-            ce = (target.sum(1) * log_norm - picked).mean(1)
-
-        soft_probs = probs
-        if temperature != 1:
-            soft_probs = [(x / temperature).softmax(1) for x in z]
-            top, log_norm = _log_norm(z, soft_probs)
-        # A divergence needs sum_c Q_p * (log Q_p - log Q_q). With log-probabilities measured from the backbone's,
-        # classifiers that agree give small numbers, whose differences keep their digits in float32.
-        shift = (top - top[0]) + temperature * (log_norm - log_norm[0])
-        cross = [top.new_zeros(len(z))]
-        for x, s in zip(z[1:], shift[1:], strict=True):
-            delta = (x - z[0]).sub_(s[:, None])
-            # Not torch.dot, whose float32 error grows with B * C.
-            cross.append(torch.stack([(q * delta).sum() for q in soft_probs]))
-        cross = torch.stack(cross, 1) * (temperature / z[0].shape[0])
-        synergy = (cross.diagonal()[:, None] - cross).clamp(min=0)
-
-        weight = _pair_weight(synergy_weight)
-        loss = _weighted_sum(ce, ce_weight)
-        if weight is None:
-            loss = loss + _weighted_sum(synergy.flatten(), sum(synergy_weight, ()))
-        elif weight:
-            loss = loss + weight * synergy.sum()
-        ctx.options = ce_weight, synergy_weight, temperature, smoothing
-        ctx.save_for_backward(target, *logits, *probs, *(soft_probs if temperature != 1 else ()))
-        ctx.mark_non_differentiable(ce, synergy)
-        return loss, ce, synergy
-
-    @staticmethod
-    def backward(ctx, grad_loss: torch.Tensor, *_) -> Tuple[Optional[torch.Tensor], ...]:
-        ce_weight, synergy_weight, temperature, smoothing = ctx.options
-        num_classifiers = len(ce_weight)
-        target, *saved = ctx.saved_tensors
-        logits, probs = saved[:num_classifiers], saved[num_classifiers:2 * num_classifiers]
-        soft_probs = saved[-num_classifiers:]  # the same as probs where T == 1
-        if torch.is_grad_enabled():  # create_graph=True: the gradient must itself be a function of the logits
-            dtype = _compute_dtype(logits)
-            probs = [z.to(dtype).softmax(1) for z in logits]
-            soft_probs = [(z.to(dtype) / temperature).softmax(1) for z in logits]
-        batch_size, num_classes = logits[0].shape
-        scale = grad_loss / batch_size
-
-        # Where all pairs have one weight, a student's teachers are the sum of all classifiers less itself.
-        weight = _pair_weight(synergy_weight)
-        if torch.is_grad_enabled():
-            weight = None
-        if weight is not None:
-            shared = torch.add(soft_probs[0], soft_probs[1])
-            for q in soft_probs[2:]:
-                shared += q
-            shared *= scale * (-temperature * weight)
-
-        grads = [None] * num_classifiers
-        for m in range(num_classifiers):
-            if not ctx.needs_input_grad[5 + m]:
-                continue
-            if weight is not None:
-                grad, pull = shared, num_classifiers * weight
-            else:
-                grad, pull = scale.new_zeros(()), sum(row[m] for row in synergy_weight)
-                for q, row in zip(soft_probs, synergy_weight, strict=True):
-                    if row[m]:
-                        grad = torch.addcmul(grad, q.detach(), scale * (-temperature * row[m]))
-            if target is None:
-                mass = 0.
-            else:
-                mass = ce_weight[m] * (1. if target.ndim == 1 else target.sum(1, keepdim=True))
-            if temperature == 1:
-                grad = torch.addcmul(grad, probs[m], scale * (pull + mass))
-            else:
-                grad = torch.addcmul(grad, soft_probs[m], scale * (temperature * pull)).addcmul_(probs[m], scale * mass)
-            if target is not None and target.ndim == 1:
-                grad.scatter_add_(1, target[:, None], (scale * (ce_weight[m] * (smoothing - 1))).expand(batch_size, 1))
-                if smoothing:
-                    grad.sub_(scale * (ce_weight[m] * smoothing / num_classes))
-            elif target is not None:
-                grad.addcmul_(target, scale * -ce_weight[m])
-            grads[m] = grad.to(logits[m].dtype)
-        return None, None, None, None, None, *grads
-
-
-def _apply_objective(
-        logits: Sequence[torch.Tensor],
-        target: Optional[torch.Tensor],
-        ce_weight: Vector,
-        synergy_weight: Matrix,
-        temperature: float,
-        smoothing: float = 0.,
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    with torch.autocast(logits[0].device.type, enabled=False):
-        return _Objective.apply(ce_weight, synergy_weight, temperature, smoothing, target, *logits)
-
-
-def _log_norm(z: Sequence[torch.Tensor], probs: Sequence[torch.Tensor]) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Maximum of the logits, and log-normalizer of the logits less that maximum, both (M, B)."""
-    return torch.stack([x.amax(1) for x in z]), -torch.stack([p.amax(1) for p in probs]).log()
-
-
-def _weighted_sum(values: torch.Tensor, weights: Vector) -> torch.Tensor:
-    if len(set(weights)) == 1 and weights[0]:
-        return weights[0] * values.sum()
-    return sum((w * value for value, w in zip(values, weights, strict=True) if w), values.new_zeros(()))
-
-
-def _pair_weight(matrix: Matrix) -> Optional[float]:
-    """The weight of every pair, None where the pairs have different ones."""
-    weights = {w for p, row in enumerate(matrix) for q, w in enumerate(row) if p != q}
-    return weights.pop() if len(weights) == 1 else None
-
-
-def _compute_dtype(logits: Sequence[torch.Tensor]) -> torch.dtype:
-    return reduce(torch.promote_types, (z.dtype for z in logits), torch.float32)
 
 
 def _softmax_smoothing(criterion: Optional[Callable]) -> Optional[float]:
@@ -387,7 +241,7 @@ def _check_target(target: torch.Tensor, logits: Sequence[torch.Tensor], smoothin
     if target.shape == shape[:1] and not target.is_floating_point():
         return target.long()
     if target.shape == shape:
-        target = target.to(_compute_dtype(logits))
+        target = target.to(compute_dtype(logits))
         return torch.lerp(target, target.mean(1, keepdim=True), smoothing) if smoothing else target
     raise ValueError(
         f'target must be class indices of shape {tuple(shape[:1])} or dense of shape {tuple(shape)}, '

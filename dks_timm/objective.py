@@ -1,0 +1,263 @@
+"""Value, report and gradient of the DKS objective with softmax cross-entropy, for all classifiers at once.
+
+One softmax per classifier (two where T != 1) carries everything. The pairs share them: a student's gradient is one
+linear combination of probabilities, and the report a table of M x M dot products. Weights are plain floats, so nothing
+is ever copied to or read from the logits' device.
+"""
+from functools import reduce
+from typing import List, Optional, Sequence, Tuple, Union
+
+import torch
+
+Vector = Tuple[float, ...]
+Matrix = Tuple[Vector, ...]
+Probs = Union[torch.Tensor, List[torch.Tensor]]  # of every classifier, (M, B, C) or M times (B, C)
+
+
+def apply_objective(
+        logits: Sequence[torch.Tensor],
+        target: Optional[torch.Tensor],
+        ce_weight: Vector,
+        synergy_weight: Matrix,
+        temperature: float,
+        smoothing: float = 0.,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The objective of `loss.DKSLoss` with softmax cross-entropy.
+
+    Args:
+        logits: One (B, C) tensor per classifier.
+        target: Class indices (B,) as int64, a dense target (B, C) in the dtype of the computation with its smoothing
+            applied, or None for synergy alone.
+        ce_weight: Of every classifier.
+        synergy_weight: Of every teacher (row) and student (column), with a zero diagonal.
+        temperature: Of the synergy.
+        smoothing: Of class indices.
+
+    Returns:
+        The loss, and without gradient the cross-entropies (M,) and divergences (M, M).
+    """
+    with torch.autocast(logits[0].device.type, enabled=False):
+        return Objective.apply(ce_weight, synergy_weight, temperature, smoothing, target, *logits)
+
+
+class Objective(torch.autograd.Function):
+    """Closed form of value and gradient.
+
+    Where tensors are run as they come, the gradient is written over the probabilities of the forward; a second backward
+    makes these anew. Compiled code leaves such things to the compiler.
+    """
+
+    @staticmethod
+    def forward(
+            ctx,
+            ce_weight: Vector,
+            synergy_weight: Matrix,
+            temperature: float,
+            smoothing: float,
+            target: Optional[torch.Tensor],
+            *logits: torch.Tensor,
+    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        dtype = compute_dtype(logits)
+        probs = _softmaxes(logits, dtype)
+        top = torch.stack([x.amax(1) for x in logits]).to(dtype)
+        log_norm = _log_norm(probs)
+        if target is None:
+            ce = top.new_zeros(len(logits))
+        elif target.ndim == 1:
+            picked = torch.cat([x.gather(1, target[:, None]) for x in logits], 1).T.to(dtype)
+            if smoothing:
+                picked = torch.lerp(picked, torch.stack([x.mean(1, dtype=dtype) for x in logits]), smoothing)
+            ce = (top - picked + log_norm).mean(1)
+        else:
+            picked = torch.stack([(target * (x - t[:, None])).sum(1) for x, t in zip(logits, top, strict=True)])
+            ce = (target.sum(1) * log_norm - picked).mean(1)
+
+        soft_probs = probs
+        if temperature != 1:
+            soft_probs = _softmaxes(logits, dtype, temperature)
+            log_norm = _log_norm(soft_probs)
+        # A divergence needs sum_c Q_p * (log Q_p - log Q_q). With log-probabilities measured from the backbone's,
+        # classifiers that agree give small numbers, whose differences keep their digits in float32.
+        shift = (top - top[0]) + temperature * (log_norm - log_norm[0])
+        first = logits[0].to(dtype)
+        cross = [top.new_zeros(len(logits))]
+        for x, s in zip(logits[1:], shift[1:], strict=True):
+            cross.append(_dot_products(soft_probs, (x - first).sub_(s[:, None])))
+        synergy = divergences(torch.stack(cross, 1) * temperature)
+
+        ctx.options = ce_weight, synergy_weight, temperature, smoothing
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(target, *logits, *probs, *(soft_probs if temperature != 1 else ()))
+        else:
+            ctx.save_for_backward(target, *logits)
+            ctx.kept = probs, soft_probs  # no saved tensors, as they will be written to
+        ctx.mark_non_differentiable(ce, synergy)
+        return weighted_loss(ce, synergy, ce_weight, synergy_weight), ce, synergy
+
+    @staticmethod
+    def backward(ctx, grad_loss: torch.Tensor, *_) -> Tuple[Optional[torch.Tensor], ...]:
+        num_classifiers = len(ctx.options[0])
+        target, *saved = ctx.saved_tensors
+        logits = saved[:num_classifiers]
+        if torch.compiler.is_compiling():
+            probs, soft_probs, writable = saved[num_classifiers:2 * num_classifiers], saved[-num_classifiers:], False
+        elif ctx.kept is None or torch.is_grad_enabled():
+            return None, None, None, None, None, *gradients(
+                logits, target, *ctx.options, grad_loss, ctx.needs_input_grad[5:])
+        else:
+            (probs, soft_probs), ctx.kept, writable = ctx.kept, None, True
+        return None, None, None, None, None, *_combine(
+            probs, soft_probs, logits, target, *ctx.options, grad_loss, ctx.needs_input_grad[5:], writable)
+
+
+def gradients(
+        logits: Sequence[torch.Tensor],
+        target: Optional[torch.Tensor],
+        ce_weight: Vector,
+        synergy_weight: Matrix,
+        temperature: float,
+        smoothing: float,
+        grad_loss: torch.Tensor,
+        needed: Sequence[bool],
+) -> List[Optional[torch.Tensor]]:
+    """Gradients of the objective from nothing but its arguments, themselves functions of the logits (create_graph).
+
+    Args:
+        grad_loss: Gradient of the loss, a scalar.
+        needed: Whether the gradient of each classifier is wanted.
+    """
+    dtype = compute_dtype(logits)
+    probs = soft_probs = _softmaxes(logits, dtype, listed=True)
+    if temperature != 1:
+        soft_probs = _softmaxes(logits, dtype, temperature, listed=True)
+    return _combine(probs, soft_probs, logits, target, ce_weight, synergy_weight, temperature, smoothing, grad_loss,
+                    needed, writable=False)
+
+
+def _combine(
+        probs: Probs,
+        soft_probs: Probs,
+        logits: Sequence[torch.Tensor],
+        target: Optional[torch.Tensor],
+        ce_weight: Vector,
+        synergy_weight: Matrix,
+        temperature: float,
+        smoothing: float,
+        grad_loss: torch.Tensor,
+        needed: Sequence[bool],
+        writable: bool,
+) -> List[Optional[torch.Tensor]]:
+    """Gradients as combinations of probabilities, written over these where they are writable and have been used."""
+    num_classifiers, (batch_size, num_classes) = len(logits), logits[0].shape
+    scale = grad_loss / batch_size
+
+    # Where all pairs have one weight, a student's teachers are the sum of all classifiers less itself. Not for second
+    # derivatives: its own part of the sum is no fixed teacher.
+    weight = None if torch.is_grad_enabled() else pair_weight(synergy_weight)
+    shared = scale.new_zeros(())
+    if weight:
+        shared = torch.add(soft_probs[0], soft_probs[1])
+        for q in soft_probs[2:]:
+            shared += q
+        shared *= scale * (-temperature * weight)
+
+    grads = [None] * num_classifiers
+    for m in range(num_classifiers):
+        if not needed[m]:
+            continue
+        grad, pull = shared, 0.
+        if weight is None:
+            pull = sum(row[m] for row in synergy_weight)
+            for q, row in zip(soft_probs, synergy_weight, strict=True):
+                if row[m]:
+                    grad = torch.addcmul(grad, q.detach(), scale * (-temperature * row[m]))
+        else:
+            pull = num_classifiers * weight
+        mass = 0.
+        if target is not None:
+            mass = ce_weight[m] * (1. if target.ndim == 1 else target.sum(1, keepdim=True))
+        out = soft_probs[m] if writable and weight is not None else None
+        if temperature == 1:
+            grad = torch.addcmul(grad, probs[m], scale * (pull + mass), out=out)
+        else:
+            grad = torch.addcmul(grad, soft_probs[m], scale * (temperature * pull), out=out)
+            grad.addcmul_(probs[m], scale * mass)
+        if target is not None and target.ndim == 1:
+            grad.scatter_add_(1, target[:, None], (scale * (ce_weight[m] * (smoothing - 1))).expand(batch_size, 1))
+            if smoothing:
+                grad.sub_(scale * (ce_weight[m] * smoothing / num_classes))
+        elif target is not None:
+            grad.addcmul_(target, scale * -ce_weight[m])
+        grads[m] = grad.to(logits[m].dtype)
+    return grads
+
+
+def weighted_loss(
+        ce: torch.Tensor, synergy: torch.Tensor, ce_weight: Vector, synergy_weight: Matrix) -> torch.Tensor:
+    """The loss of cross-entropies (M,) and divergences (M, M)."""
+    loss = weighted_sum(ce, ce_weight)
+    weight = pair_weight(synergy_weight)
+    if weight is None:
+        return loss + weighted_sum(synergy.flatten(), sum(synergy_weight, ()))
+    return loss + weight * synergy.sum() if weight else loss
+
+
+def divergences(cross: torch.Tensor) -> torch.Tensor:
+    """Divergences from sum_c Q_p * log Q_q of every teacher p and student q, up to a number per teacher."""
+    return (cross.diagonal()[:, None] - cross).clamp(min=0)
+
+
+def weighted_sum(values: torch.Tensor, weights: Vector) -> torch.Tensor:
+    if len(set(weights)) == 1 and weights[0]:
+        return weights[0] * values.sum()
+    return sum((w * value for value, w in zip(values, weights, strict=True) if w), values.new_zeros(()))
+
+
+def pair_weight(matrix: Matrix) -> Optional[float]:
+    """The weight of every pair, None where the pairs have different ones."""
+    weights = {w for p, row in enumerate(matrix) for q, w in enumerate(row) if p != q}
+    return weights.pop() if len(weights) == 1 else None
+
+
+def compute_dtype(logits: Sequence[torch.Tensor]) -> torch.dtype:
+    return reduce(torch.promote_types, (z.dtype for z in logits), torch.float32)
+
+
+def _softmaxes(
+        logits: Sequence[torch.Tensor], dtype: torch.dtype, temperature: float = 1., listed: bool = False) -> Probs:
+    """Probabilities of every classifier, in one tensor where that is of use: (M, B, C)."""
+    def softmax(x, out=None):
+        if temperature != 1:
+            x = x.to(dtype) / temperature
+        return torch.softmax(x, 1, dtype=dtype, out=out)
+
+    if listed or torch.compiler.is_compiling():
+        return [softmax(x) for x in logits]
+    probs = logits[0].new_empty((len(logits), *logits[0].shape), dtype=dtype)
+    for x, out in zip(logits, probs, strict=True):
+        softmax(x, out)
+    return probs
+
+
+def _log_norm(probs: Probs) -> torch.Tensor:
+    """Log-normalizer of logits less their maximum, (M, B)."""
+    top = probs.amax(2) if isinstance(probs, torch.Tensor) else torch.stack([p.amax(1) for p in probs])
+    return -top.log()
+
+
+def _dot_products(probs: Probs, values: torch.Tensor) -> torch.Tensor:
+    """Mean over rows of the dot product of each classifier's probabilities with values (B, C): (M,)."""
+    if isinstance(probs, torch.Tensor) and _multiplies_exactly(probs):
+        return torch.bmm(values[:, None], probs.permute(1, 2, 0)).mean(0)[0]  # many times faster than its transpose
+    # Not torch.dot, whose float32 error grows with B * C.
+    return torch.stack([(q * values).sum() for q in probs]) / len(values)
+
+
+def _multiplies_exactly(x: torch.Tensor) -> bool:
+    """Whether matrix products keep the digits of x: not as TF32 or bfloat16, which users may allow for all of them."""
+    if x.is_cuda or x.dtype == torch.float64:
+        return not x.is_cuda
+    try:
+        return torch.get_float32_matmul_precision() == 'highest'
+    except RuntimeError:  # set in several ways
+        return False
