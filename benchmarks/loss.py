@@ -94,7 +94,7 @@ def measure(setting, args):
     target = torch.randint(shape[1], shape[:1], device=args.device)
     forms = create_forms(args.compile)
     losses = {name: form(logits, target).item() for name, form in forms.items()}
-    if not all(abs(loss / losses['kl_div'] - 1) < 1e-3 for loss in losses.values()):
+    if not all(abs(loss / losses['kl_div'] - 1) < 0.01 for loss in losses.values()):  # the epsilon takes up to 0.1 %
         raise SystemExit(f'The forms do not agree: {losses}')
 
     gradients = sum(z.nbytes for z in logits) / 2 ** 20
@@ -125,7 +125,7 @@ def settings(args):
     for dtype, (classifiers, classes, batch_size) in product(args.dtype, every):
         needed = 4 * batch_size * classes * classifiers * (3 * classifiers + 5)  # bytes, of the published form
         if needed > args.memory * 2 ** 30:
-            print(f'{classifiers} x {batch_size} x {classes} would take {needed / 2 ** 30:.1f} GiB: left out, see --memory')
+            print(f'{classifiers} x {batch_size} x {classes} takes {needed / 2 ** 30:.1f} GiB: left out, see --memory')
             continue
         yield dict(
             machine=describe_machine(args.device, args.threads), dtype=dtype, classifiers=str(classifiers),

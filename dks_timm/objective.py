@@ -4,7 +4,10 @@ One softmax per classifier (two where T != 1) carries everything. The pairs shar
 linear combination of probabilities, and the report a table of M x M dot products. Weights are plain floats, so nothing
 is ever copied to or read from the logits' device.
 """
-from functools import reduce
+import os
+import warnings
+from functools import cache, reduce
+from types import ModuleType
 from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -36,8 +39,27 @@ def apply_objective(
     Returns:
         The loss, and without gradient the cross-entropies (M,) and divergences (M, M).
     """
+    fused = None if torch.compiler.is_compiling() else _load_fused(logits[0].device)
+    function = fused.FusedObjective if fused and fused.usable(logits) else Objective
     with torch.autocast(logits[0].device.type, enabled=False):
-        return Objective.apply(ce_weight, synergy_weight, temperature, smoothing, target, *logits)
+        return function.apply(ce_weight, synergy_weight, temperature, smoothing, target, *logits)
+
+
+@cache
+def _load_fused(device: torch.device) -> Optional[ModuleType]:
+    """The fused kernels, where triton is there, can compile for the device, and is for it. Compiled code needs none."""
+    if device.type != 'cuda' and os.environ.get('TRITON_INTERPRET') != '1':
+        return None
+    try:
+        from . import objective_triton
+        z = torch.zeros(1, 2, device=device)
+        objective_triton.FusedObjective.apply((1., 1.), ((0., 1.), (1., 0.)), 1., 0., None, z, z)
+    except ImportError:
+        return None
+    except Exception as error:  # a card that triton does not know, or no C compiler, and what else the compilers say
+        warnings.warn(f'The loss goes without its fused kernels, which failed: {error}', stacklevel=2)
+        return None
+    return objective_triton
 
 
 class Objective(torch.autograd.Function):
