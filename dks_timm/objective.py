@@ -15,6 +15,7 @@ import torch
 Vector = Tuple[float, ...]
 Matrix = Tuple[Vector, ...]
 Probs = Union[torch.Tensor, List[torch.Tensor]]  # of every classifier, (M, B, C) or M times (B, C)
+BLOCK = 2 ** 18  # elements of a classifier's logits, see _row_blocks
 
 
 def apply_objective(
@@ -80,32 +81,20 @@ class Objective(torch.autograd.Function):
             *logits: torch.Tensor,
     ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         dtype = compute_dtype(logits)
-        probs = _softmaxes(logits, dtype)
-        top = torch.stack([x.amax(1) for x in logits]).to(dtype)
-        log_norm = _log_norm(probs)
-        if target is None:
-            ce = top.new_zeros(len(logits))
-        elif target.ndim == 1:
-            picked = torch.cat([x.gather(1, target[:, None]) for x in logits], 1).T.to(dtype)
-            if smoothing:
-                picked = torch.lerp(picked, torch.stack([x.mean(1, dtype=dtype) for x in logits]), smoothing)
-            ce = (top - picked + log_norm).mean(1)
-        else:
-            picked = torch.stack([(target * (x - t[:, None])).sum(1) for x, t in zip(logits, top, strict=True)])
-            ce = (target.sum(1) * log_norm - picked).mean(1)
-
-        soft_probs = probs
-        if temperature != 1:
-            soft_probs = _softmaxes(logits, dtype, temperature)
-            log_norm = _log_norm(soft_probs)
-        # A divergence needs sum_c Q_p * (log Q_p - log Q_q). With log-probabilities measured from the backbone's,
-        # classifiers that agree give small numbers, whose differences keep their digits in float32.
-        shift = (top - top[0]) + temperature * (log_norm - log_norm[0])
-        first = logits[0].to(dtype)
-        cross = [top.new_zeros(len(logits))]
-        for x, s in zip(logits[1:], shift[1:], strict=True):
-            cross.append(_dot_products(soft_probs, (x - first).sub_(s[:, None])))
-        synergy = divergences(torch.stack(cross, 1) * temperature)
+        probs = soft_probs = None
+        if not torch.compiler.is_compiling():
+            shape = len(logits), *logits[0].shape
+            probs = logits[0].new_empty(shape, dtype=dtype)
+            soft_probs = probs if temperature == 1 else torch.empty_like(probs)
+        ce = cross = 0.
+        for rows in _row_blocks(logits[0]):
+            ce_sum, cross_sum, *found = _evaluate(
+                [z[rows] for z in logits], None if target is None else target[rows], temperature, smoothing, dtype,
+                *((p if p is None else p[:, rows]) for p in (probs, soft_probs)))
+            ce, cross = ce + ce_sum, cross + cross_sum
+        if probs is None:
+            probs, soft_probs = found
+        ce, synergy = ce / len(logits[0]), divergences(cross * (temperature / len(logits[0])))
 
         ctx.options = ce_weight, synergy_weight, temperature, smoothing
         if torch.compiler.is_compiling():
@@ -128,8 +117,15 @@ class Objective(torch.autograd.Function):
                 logits, target, *ctx.options, grad_loss, ctx.needs_input_grad[5:])
         else:
             (probs, soft_probs), ctx.kept, writable = ctx.kept, None, True
-        return None, None, None, None, None, *_combine(
-            probs, soft_probs, logits, target, *ctx.options, grad_loss, ctx.needs_input_grad[5:], writable)
+        scale = grad_loss / len(logits[0])
+        options = *ctx.options, scale, ctx.needs_input_grad[5:]
+        if writable and pair_weight(ctx.options[1]) is not None:
+            for rows in _row_blocks(logits[0]):
+                _combine(probs[:, rows], soft_probs[:, rows], None if target is None else target[rows], *options, True)
+            grads = [g if needed else None for g, needed in zip(soft_probs, ctx.needs_input_grad[5:], strict=True)]
+        else:
+            grads = _combine(probs, soft_probs, target, *options)
+        return None, None, None, None, None, *_as_logits(grads, logits)
 
 
 def gradients(
@@ -149,29 +145,81 @@ def gradients(
         needed: Whether the gradient of each classifier is wanted.
     """
     dtype = compute_dtype(logits)
-    probs = soft_probs = _softmaxes(logits, dtype, listed=True)
+    probs = soft_probs = _softmaxes(logits, dtype)
     if temperature != 1:
-        soft_probs = _softmaxes(logits, dtype, temperature, listed=True)
-    return _combine(probs, soft_probs, logits, target, ce_weight, synergy_weight, temperature, smoothing, grad_loss,
-                    needed, writable=False)
+        soft_probs = _softmaxes(logits, dtype, temperature)
+    grads = _combine(probs, soft_probs, target, ce_weight, synergy_weight, temperature, smoothing,
+                     grad_loss / len(logits[0]), needed)
+    return _as_logits(grads, logits)
+
+
+def _as_logits(
+        grads: Sequence[Optional[torch.Tensor]], logits: Sequence[torch.Tensor]) -> List[Optional[torch.Tensor]]:
+    return [grad if grad is None else grad.to(z.dtype) for grad, z in zip(grads, logits, strict=True)]
+
+
+def _evaluate(
+        logits: Sequence[torch.Tensor],
+        target: Optional[torch.Tensor],
+        temperature: float,
+        smoothing: float,
+        dtype: torch.dtype,
+        probs: Optional[torch.Tensor],
+        soft_probs: Optional[torch.Tensor],
+) -> Tuple[torch.Tensor, torch.Tensor, Probs, Probs]:
+    """Of some rows, the sums of cross-entropies (M,) and of Q_p * log Q_q (M, M), and the softmaxes.
+
+    Args:
+        probs: Where to write the softmaxes, (M, B, C), if not None.
+        soft_probs: The same for those at the temperature.
+    """
+    probs = _softmaxes(logits, dtype, out=probs)
+    top = torch.stack([x.amax(1) for x in logits]).to(dtype)
+    log_norm = _log_norm(probs)
+    if target is None:
+        ce = top.new_zeros(len(logits))
+    elif target.ndim == 1:
+        picked = torch.cat([x.gather(1, target[:, None]) for x in logits], 1).T.to(dtype)
+        if smoothing:
+            picked = torch.lerp(picked, torch.stack([x.mean(1, dtype=dtype) for x in logits]), smoothing)
+        ce = (top - picked + log_norm).sum(1)
+    else:
+        picked = torch.stack([(target * (x - t[:, None])).sum(1) for x, t in zip(logits, top, strict=True)])
+        ce = (target.sum(1) * log_norm - picked).sum(1)
+
+    if temperature == 1:
+        soft_probs = probs
+    else:
+        soft_probs = _softmaxes(logits, dtype, temperature, soft_probs)
+        log_norm = _log_norm(soft_probs)
+    # A divergence needs sum_c Q_p * (log Q_p - log Q_q). With log-probabilities measured from the backbone's,
+    # classifiers that agree give small numbers, whose differences keep their digits in float32.
+    shift = (top - top[0]) + temperature * (log_norm - log_norm[0])
+    first = logits[0].to(dtype)
+    cross = [top.new_zeros(len(logits))]
+    for x, s in zip(logits[1:], shift[1:], strict=True):
+        cross.append(_dot_products(soft_probs, (x - first).sub_(s[:, None])))
+    return ce, torch.stack(cross, 1), probs, soft_probs
 
 
 def _combine(
         probs: Probs,
         soft_probs: Probs,
-        logits: Sequence[torch.Tensor],
         target: Optional[torch.Tensor],
         ce_weight: Vector,
         synergy_weight: Matrix,
         temperature: float,
         smoothing: float,
-        grad_loss: torch.Tensor,
+        scale: torch.Tensor,
         needed: Sequence[bool],
-        writable: bool,
+        in_place: bool = False,
 ) -> List[Optional[torch.Tensor]]:
-    """Gradients as combinations of probabilities, written over these where they are writable and have been used."""
-    num_classifiers, (batch_size, num_classes) = len(logits), logits[0].shape
-    scale = grad_loss / batch_size
+    """Gradients as combinations of probabilities, in place of those at the temperature where all pairs weigh the same.
+
+    Args:
+        scale: Gradient of the loss by the batch size.
+    """
+    num_classifiers, (batch_size, num_classes) = len(probs), probs[0].shape
 
     # Where all pairs have one weight, a student's teachers are the sum of all classifiers less itself. Not for second
     # derivatives: its own part of the sum is no fixed teacher.
@@ -198,7 +246,7 @@ def _combine(
         mass = 0.
         if target is not None:
             mass = ce_weight[m] * (1. if target.ndim == 1 else target.sum(1, keepdim=True))
-        out = soft_probs[m] if writable and weight is not None else None
+        out = soft_probs[m] if in_place else None
         if temperature == 1:
             grad = torch.addcmul(grad, probs[m], scale * (pull + mass), out=out)
         else:
@@ -210,7 +258,7 @@ def _combine(
                 grad.sub_(scale * (ce_weight[m] * smoothing / num_classes))
         elif target is not None:
             grad.addcmul_(target, scale * -ce_weight[m])
-        grads[m] = grad.to(logits[m].dtype)
+        grads[m] = grad
     return grads
 
 
@@ -245,20 +293,28 @@ def compute_dtype(logits: Sequence[torch.Tensor]) -> torch.dtype:
     return reduce(torch.promote_types, (z.dtype for z in logits), torch.float32)
 
 
+def _row_blocks(logits: torch.Tensor) -> List[slice]:
+    """Rows to go through together: on a CPU, few enough for its caches to hold them between two operations."""
+    if logits.device.type != 'cpu' or torch.compiler.is_compiling():
+        return [slice(None)]
+    batch_size, num_classes = logits.shape
+    step = max(BLOCK // max(num_classes, 1), 1)
+    return [slice(start, start + step) for start in range(0, max(batch_size, 1), step)]
+
+
 def _softmaxes(
-        logits: Sequence[torch.Tensor], dtype: torch.dtype, temperature: float = 1., listed: bool = False) -> Probs:
-    """Probabilities of every classifier, in one tensor where that is of use: (M, B, C)."""
-    def softmax(x, out=None):
+        logits: Sequence[torch.Tensor],
+        dtype: torch.dtype,
+        temperature: float = 1.,
+        out: Optional[torch.Tensor] = None,
+) -> Probs:
+    """Probabilities of every classifier, in one tensor (M, B, C) where that is given."""
+    probs = []
+    for m, x in enumerate(logits):
         if temperature != 1:
             x = x.to(dtype) / temperature
-        return torch.softmax(x, 1, dtype=dtype, out=out)
-
-    if listed or torch.compiler.is_compiling():
-        return [softmax(x) for x in logits]
-    probs = logits[0].new_empty((len(logits), *logits[0].shape), dtype=dtype)
-    for x, out in zip(logits, probs, strict=True):
-        softmax(x, out)
-    return probs
+        probs.append(torch.softmax(x, 1, dtype=dtype, out=None if out is None else out[m]))
+    return probs if out is None else out
 
 
 def _log_norm(probs: Probs) -> torch.Tensor:
@@ -268,11 +324,11 @@ def _log_norm(probs: Probs) -> torch.Tensor:
 
 
 def _dot_products(probs: Probs, values: torch.Tensor) -> torch.Tensor:
-    """Mean over rows of the dot product of each classifier's probabilities with values (B, C): (M,)."""
+    """Dot products of every classifier's probabilities with values (B, C): (M,)."""
     if isinstance(probs, torch.Tensor) and _multiplies_exactly(probs):
-        return torch.bmm(values[:, None], probs.permute(1, 2, 0)).mean(0)[0]  # many times faster than its transpose
+        return torch.bmm(values[:, None], probs.permute(1, 2, 0)).sum(0)[0]  # many times faster than its transpose
     # Not torch.dot, whose float32 error grows with B * C.
-    return torch.stack([(q * values).sum() for q in probs]) / len(values)
+    return torch.stack([(q * values).sum() for q in probs])
 
 
 def _multiplies_exactly(x: torch.Tensor) -> bool:
