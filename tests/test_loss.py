@@ -11,6 +11,7 @@ from timm.loss import (
     create_classification_loss,
 )
 
+from dks_timm import create_dks_model, objective
 from dks_timm.loss import DIRECTIONS, DKSLoss, synergy_loss
 
 BATCH, CLASSES = 6, 11
@@ -454,6 +455,74 @@ def test_synergy_loss_compiles_without_a_graph_break(weight):
     logits = make_logits(4, torch.float32)
     compiled = torch.compile(synergy_loss, backend='aot_eager', fullgraph=True)
     torch.testing.assert_close(compiled(logits, weight, 'bottom-up'), synergy_loss(logits, weight, 'bottom-up'))
+
+
+@pytest.mark.parametrize('partial', [False, True])
+def test_a_whole_step_compiles_without_a_graph_break(partial, backend='aot_eager'):
+    torch.compiler.reset()
+    net = create_dks_model('test_resnet', num_classes=CLASSES, batch_fraction=0.5 if partial else 1.0).train()
+    net.apply(lambda m: m.eval() if isinstance(m, torch.nn.BatchNorm2d) else m)  # else the first run changes the second
+    loss_fn = DKSLoss(temperature=2.0)
+    images, target = torch.randn(BATCH, 3, 64, 64), make_target()
+
+    def step(images, target):
+        return loss_fn(net(images), target)
+
+    results = []
+    for function in (step, torch.compile(step, backend=backend, fullgraph=True)):
+        out = function(images, target)
+        results.append([*out.values(), *torch.autograd.grad(out['loss'], net.parameters())])
+    for value, expected in zip(*results, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_whole_step_compiles_with_inductor():
+    test_a_whole_step_compiles_without_a_graph_break(False, 'inductor')
+
+
+# Training
+
+
+def test_training_is_that_of_the_published_form():
+    """As the authors' code has it: each pair by itself, teacher and student smoothed by an epsilon."""
+    def published(logits, target):
+        smoothed = [(z.softmax(1) + 1e-8) / (1 + 1e-8 * CLASSES) for z in logits]
+        loss = sum(F.cross_entropy(z, target) for z in logits)
+        for p, q in itertools.permutations(smoothed, 2):
+            loss = loss + (p.detach() * (p.detach() / q).log()).sum(1).mean()
+        return loss
+
+    torch.manual_seed(0)
+    images, target = torch.randn(64, 20), make_target(shape=(64, CLASSES))
+    nets = [torch.nn.ModuleList([torch.nn.Sequential(
+        torch.nn.Linear(20, 32), torch.nn.Tanh(), torch.nn.Linear(32, CLASSES)) for _ in range(3)]) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    losses = [[], []]
+    for net, loss_fn, found in zip(nets, (published, lambda *x: DKSLoss()(*x)['loss']), losses, strict=True):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        for _ in range(50):
+            loss = loss_fn([branch(images) for branch in net], target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.detach())
+    published_losses, ours = map(torch.stack, losses)
+    assert ours[-1] < 0.7 * ours[0]
+    torch.testing.assert_close(ours, published_losses, rtol=1e-5, atol=0)
+    for parameter, other in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=1e-4, atol=1e-5)
+
+
+# Many rows
+
+
+@pytest.mark.parametrize('options', [dict(), dict(temperature=2.0), dict(direction='top-down')], ids=str)
+@pytest.mark.parametrize('target', ['index', 'dense'])
+def test_blocks_of_rows_change_nothing(target, options, monkeypatch):
+    monkeypatch.setattr(objective, 'BLOCK', 2 * CLASSES + 1)  # two rows
+    shape = 7, CLASSES
+    assert_equals_reference(DKSLoss(**options), make_logits(shape=shape), make_target(target, shape=shape), **options)
 
 
 # Bad input
