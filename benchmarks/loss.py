@@ -12,7 +12,7 @@ The forms of one and the same loss, unit weights, class indices:
     ours        DKSLoss; on a GPU its fused kernel
     plain       on a GPU: DKSLoss without that kernel
     compiled    DKSLoss under torch.compile
-    copy        on a GPU: no loss, only its traffic, all logits read once and as much written
+    copy        on a GPU: no loss, only its traffic: all logits read once, and as much written
 
 Every setting has a process of its own, in which the forms take turns. Rows that the .csv has already are kept, so a run
 that was stopped goes on; --again measures them anew.
@@ -24,12 +24,13 @@ import time
 from collections import defaultdict
 from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from step import ROOT, describe_machine, in_own_process, peak_growth, read
 
-from dks_timm import DKSLoss
+from dks_timm import DKSLoss, objective
 
 CLASSIFIERS, CLASSES, BATCH_SIZES = (2, 3, 4, 5, 6), (10, 1000, 21841), (64, 256, 1024)
 HEADLINE = (3, 1000, 256)
@@ -70,9 +71,21 @@ def ours():
     return lambda logits, target: loss_fn(logits, target)['loss']
 
 
-def create_forms(compiled):
+def plain():
+    loss = ours()
+
+    def without_kernels(*args):
+        with mock.patch.object(objective, '_load_fused', lambda device: None):
+            return loss(*args)
+
+    return without_kernels
+
+
+def create_forms(args):
     forms = dict(published=published, kl_div=kl_div, ours=ours())
-    if compiled:
+    if args.device != 'cpu':
+        forms['plain'] = plain()
+    if args.compile:
         forms['compiled'] = torch.compile(ours(), fullgraph=True, dynamic=False)
     return forms
 
@@ -84,6 +97,25 @@ def time_on_cpu(call):
     return time.thread_time() - start
 
 
+def time_on_gpu(call, repeats=10):
+    """Seconds between two events around some calls, by call."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
+
+
+def as_graph(call):
+    """The same work as one CUDA graph, so that the GPU is timed and not Python."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def measure(setting, args):
     """Rows of the .csv for one setting."""
     torch.set_num_threads(args.threads)
@@ -92,7 +124,7 @@ def measure(setting, args):
         (2 * torch.randn(shape)).to(args.device, DTYPES[setting['dtype']]).requires_grad_()
         for _ in range(int(setting['classifiers']))]
     target = torch.randint(shape[1], shape[:1], device=args.device)
-    forms = create_forms(args.compile)
+    forms = create_forms(args)
     losses = {name: form(logits, target).item() for name, form in forms.items()}
     if not all(abs(loss / losses['kl_div'] - 1) < 0.01 for loss in losses.values()):  # the epsilon takes up to 0.1 %
         raise SystemExit(f'The forms do not agree: {losses}')
@@ -103,6 +135,14 @@ def measure(setting, args):
     for call in calls.values():
         for _ in range(3):
             call()
+    memory = {name: f'{peak_growth(call, args.device) - gradients:.3f}' for name, call in calls.items()}
+    timed = time_on_cpu
+    if args.device != 'cpu':
+        timed = time_on_gpu
+        sources = [z.detach() for z in logits]
+        copies = [torch.empty_like(z) for z in sources]
+        calls['copy'] = lambda: [copy.copy_(z) for copy, z in zip(copies, sources, strict=True)]
+        calls = {name: as_graph(call) for name, call in calls.items()}
     times = defaultdict(list)
     headline = (len(logits), *reversed(shape)) == HEADLINE
     end = time.perf_counter() + args.seconds
@@ -110,11 +150,10 @@ def measure(setting, args):
         if turn >= 5 and not headline and time.perf_counter() > end:
             break
         for name, call in calls.items():
-            times[name].append(time_on_cpu(call))
+            times[name].append(timed(call))
     return [
-        dict(**setting, form=name, seconds=f'{min(times[name]):.3e}',
-             extra_mib=f'{peak_growth(call, args.device) - gradients:.3f}')
-        for name, call in calls.items()]
+        dict(**setting, form=name, seconds=f'{min(times[name]):.3e}', extra_mib=memory.get(name, ''))
+        for name in calls]
 
 
 def settings(args):
@@ -134,38 +173,36 @@ def settings(args):
 
 def report(rows, on_cpu):
     """Markdown: a table for every machine and precision."""
+    clock = 'CPU time of one thread' if on_cpu else 'time on the GPU of a CUDA graph, by events around ten replays'
     lines = [
         f'# The loss on a {"CPU" if on_cpu else "GPU"}', '',
         'Forward and backward of DKS with unit weights and class indices, by `python benchmarks/loss.py`, which also '
-        'defines the forms. M classifiers, C classes, a batch of B. Time is CPU time of one thread, the best of 40 '
-        'rounds (fewer where they take long, never for M = 3, C = 1,000, B = 256), the forms taking turns. "published /" '
-        'and "kl_div /" are how many times faster than these forms the next one is. Memory is what a form needs beside '
-        'the logits and their gradients: the most that tensors allocated meanwhile hold at once, less the gradients'
-        + ", by the profiler's record; scratch memory inside kernels is not in it" * on_cpu
-        + '. Its last column is that of ours over that of kl_div.',
+        f'defines the forms. M classifiers, C classes, a batch of B. Time is {clock}, the best of 40 rounds (fewer '
+        'where they take long, never for M = 3, C = 1,000, B = 256), the forms taking turns. Memory is what a form '
+        'needs beside the logits and their gradients: the most that tensors allocated meanwhile hold at once, less the '
+        'gradients' + ", by the profiler's record; scratch memory inside kernels is not in it" * on_cpu
+        + '. "over ours" is that form divided by ours.',
     ]
     tables = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         heading, case = (tuple(row[key] for key in keys) for keys in (SETTING[:2], SETTING[2:]))
         tables[heading][case][row['form']] = row
     for (machine, dtype), cases in tables.items():
-        fast = [name for name in ('ours', 'compiled') if any(name in forms for forms in cases.values())]
-        lines += [
-            '', f'## {dtype}', '', machine + '.', '',
-            '| M | C | B | published | kl_div | ' + ' | '.join(
-                f'{name} | published / {name} | kl_div / {name}' for name in fast)
-            + ' | memory, published | kl_div | ' + ' | '.join(fast) + ' | ours / kl_div |',
-            '|' + '---:|' * (5 + 3 * len(fast) + 2 + len(fast) + 1)]
-        for case, forms in sorted(cases.items(), key=lambda item: [int(x) for x in item[0]]):
-            times = {name: float(row['seconds']) for name, row in forms.items()}
-            memory = {name: float(row['extra_mib']) for name, row in forms.items()}
-            cells = [f'{int(x):,}' for x in case]
-            cells += [f'{times[name] * 1e3:.3g} ms' for name in ('published', 'kl_div')]
-            for name in fast:
-                cells += [f'{times[name] * 1e3:.3g} ms'] + [
-                    f'{times[other] / times[name]:.2f}' for other in ('published', 'kl_div')] if name in times else [''] * 3
-            cells += [f'{memory[name]:.3g} MiB' if name in memory else '' for name in ('published', 'kl_div', *fast)]
-            lines.append('| ' + ' | '.join([*cells, f'{memory["ours"] / memory["kl_div"]:.2f}']) + ' |')
+        others = [name for name in ('published', 'kl_div', 'plain', 'compiled', 'copy') if any(
+            name in forms for forms in cases.values())]
+        for title, key, unit, factor in (('Time', 'seconds', 'ms', 1e3), ('Memory', 'extra_mib', 'MiB', 1.)):
+            shown = [name for name in others if any(forms.get(name, {}).get(key) for forms in cases.values())]
+            lines += [
+                '', f'## {title}, {dtype}', '', machine + '.', '',
+                f'| M | C | B | ours, {unit} | ' + ' | '.join(f'{name}, {unit} | over ours' for name in shown) + ' |',
+                '|' + '---:|' * (4 + 2 * len(shown))]
+            for case, forms in sorted(cases.items(), key=lambda item: [int(x) for x in item[0]]):
+                found = {name: float(row[key]) for name, row in forms.items() if row[key]}
+                cells = [*(f'{int(x):,}' for x in case), f'{factor * found["ours"]:.3g}']
+                for name in shown:
+                    value = found.get(name)
+                    cells += ['', ''] if value is None else [f'{factor * value:.3g}', f'{value / found["ours"]:.2f}']
+                lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines) + '\n'
 
 
@@ -215,7 +252,7 @@ def main(argv=None):
         if args.again or not any(setting.items() <= row.items() for row in read(table)):
             new = in_own_process(measure, setting, args)
             write(table, [row for row in read(table) if not setting.items() <= row.items()] + new, on_cpu)
-            print(report(new, on_cpu).splitlines()[-1], flush=True)
+            print(report(new, on_cpu), flush=True)
 
 
 if __name__ == '__main__':
