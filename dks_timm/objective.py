@@ -86,12 +86,12 @@ class Objective(torch.autograd.Function):
             shape = len(logits), *logits[0].shape
             probs = logits[0].new_empty(shape, dtype=dtype)
             soft_probs = probs if temperature == 1 else torch.empty_like(probs)
-        ce = cross = 0.
+        sums = []
         for rows in _row_blocks(logits[0]):
-            ce_sum, cross_sum, *found = _evaluate(
-                [z[rows] for z in logits], None if target is None else target[rows], temperature, smoothing, dtype,
-                *((p if p is None else p[:, rows]) for p in (probs, soft_probs)))
-            ce, cross = ce + ce_sum, cross + cross_sum
+            ce, cross, *found = _evaluate(
+                *_take(rows, logits, target, probs, soft_probs), temperature, smoothing, dtype)
+            sums.append((ce, cross))
+        ce, cross = sums[0] if len(sums) == 1 else (sum(parts[1:], parts[0]) for parts in zip(*sums, strict=True))
         if probs is None:
             probs, soft_probs = found
         ce, synergy = ce / len(logits[0]), divergences(cross * (temperature / len(logits[0])))
@@ -121,10 +121,11 @@ class Objective(torch.autograd.Function):
         options = *ctx.options, scale, ctx.needs_input_grad[5:]
         if writable and pair_weight(ctx.options[1]) is not None:
             for rows in _row_blocks(logits[0]):
-                _combine(probs[:, rows], soft_probs[:, rows], None if target is None else target[rows], *options, True)
+                _, *given = _take(rows, (), target, probs, soft_probs)
+                _combine(*given, *options, in_place=True)
             grads = [g if needed else None for g, needed in zip(soft_probs, ctx.needs_input_grad[5:], strict=True)]
         else:
-            grads = _combine(probs, soft_probs, target, *options)
+            grads = _combine(target, probs, soft_probs, *options)
         return None, None, None, None, None, *_as_logits(grads, logits)
 
 
@@ -148,7 +149,7 @@ def gradients(
     probs = soft_probs = _softmaxes(logits, dtype)
     if temperature != 1:
         soft_probs = _softmaxes(logits, dtype, temperature)
-    grads = _combine(probs, soft_probs, target, ce_weight, synergy_weight, temperature, smoothing,
+    grads = _combine(target, probs, soft_probs, ce_weight, synergy_weight, temperature, smoothing,
                      grad_loss / len(logits[0]), needed)
     return _as_logits(grads, logits)
 
@@ -161,11 +162,11 @@ def _as_logits(
 def _evaluate(
         logits: Sequence[torch.Tensor],
         target: Optional[torch.Tensor],
+        probs: Optional[torch.Tensor],
+        soft_probs: Optional[torch.Tensor],
         temperature: float,
         smoothing: float,
         dtype: torch.dtype,
-        probs: Optional[torch.Tensor],
-        soft_probs: Optional[torch.Tensor],
 ) -> Tuple[torch.Tensor, torch.Tensor, Probs, Probs]:
     """Of some rows, the sums of cross-entropies (M,) and of Q_p * log Q_q (M, M), and the softmaxes.
 
@@ -203,9 +204,9 @@ def _evaluate(
 
 
 def _combine(
+        target: Optional[torch.Tensor],
         probs: Probs,
         soft_probs: Probs,
-        target: Optional[torch.Tensor],
         ce_weight: Vector,
         synergy_weight: Matrix,
         temperature: float,
@@ -231,7 +232,15 @@ def _combine(
             shared += q
         shared *= scale * (-temperature * weight)
 
+    scaled = {}
+
+    def by(factor):
+        if factor not in scaled:
+            scaled[factor] = scale * factor
+        return scaled[factor]
+
     grads = [None] * num_classifiers
+    index = target[:, None] if target is not None and target.ndim == 1 else None
     for m in range(num_classifiers):
         if not needed[m]:
             continue
@@ -240,24 +249,25 @@ def _combine(
             pull = sum(row[m] for row in synergy_weight)
             for q, row in zip(soft_probs, synergy_weight, strict=True):
                 if row[m]:
-                    grad = torch.addcmul(grad, q.detach(), scale * (-temperature * row[m]))
+                    grad = torch.addcmul(grad, q.detach(), by(-temperature * row[m]))
         else:
             pull = num_classifiers * weight
-        mass = 0.
-        if target is not None:
-            mass = ce_weight[m] * (1. if target.ndim == 1 else target.sum(1, keepdim=True))
+        mass = ce_weight[m] if target is not None else 0.
+        by_mass = by
+        if target is not None and index is None:
+            mass, by_mass = mass * target.sum(1, keepdim=True), scale.mul
         out = soft_probs[m] if in_place else None
         if temperature == 1:
-            grad = torch.addcmul(grad, probs[m], scale * (pull + mass), out=out)
+            grad = torch.addcmul(grad, probs[m], by_mass(pull + mass), out=out)
         else:
-            grad = torch.addcmul(grad, soft_probs[m], scale * (temperature * pull), out=out)
-            grad.addcmul_(probs[m], scale * mass)
-        if target is not None and target.ndim == 1:
-            grad.scatter_add_(1, target[:, None], (scale * (ce_weight[m] * (smoothing - 1))).expand(batch_size, 1))
+            grad = torch.addcmul(grad, soft_probs[m], by(temperature * pull), out=out)
+            grad.addcmul_(probs[m], by_mass(mass))
+        if index is not None:
+            grad.scatter_add_(1, index, by(ce_weight[m] * (smoothing - 1)).expand(batch_size, 1))
             if smoothing:
-                grad.sub_(scale * (ce_weight[m] * smoothing / num_classes))
+                grad.sub_(by(ce_weight[m] * smoothing / num_classes))
         elif target is not None:
-            grad.addcmul_(target, scale * -ce_weight[m])
+            grad.addcmul_(target, by(-ce_weight[m]))
         grads[m] = grad
     return grads
 
@@ -269,7 +279,7 @@ def weighted_loss(
     weight = pair_weight(synergy_weight)
     if weight is None:
         return loss + weighted_sum(synergy.flatten(), sum(synergy_weight, ()))
-    return loss + weight * synergy.sum() if weight else loss
+    return torch.add(loss, synergy.sum(), alpha=weight) if weight else loss
 
 
 def divergences(cross: torch.Tensor) -> torch.Tensor:
@@ -279,7 +289,7 @@ def divergences(cross: torch.Tensor) -> torch.Tensor:
 
 def weighted_sum(values: torch.Tensor, weights: Vector) -> torch.Tensor:
     if len(set(weights)) == 1 and weights[0]:
-        return weights[0] * values.sum()
+        return values.sum() if weights[0] == 1 else weights[0] * values.sum()
     return sum((w * value for value, w in zip(values, weights, strict=True) if w), values.new_zeros(()))
 
 
@@ -293,13 +303,27 @@ def compute_dtype(logits: Sequence[torch.Tensor]) -> torch.dtype:
     return reduce(torch.promote_types, (z.dtype for z in logits), torch.float32)
 
 
-def _row_blocks(logits: torch.Tensor) -> List[slice]:
-    """Rows to go through together: on a CPU, few enough for its caches to hold them between two operations."""
-    if logits.device.type != 'cpu' or torch.compiler.is_compiling():
-        return [slice(None)]
+def _row_blocks(logits: torch.Tensor) -> List[Optional[slice]]:
+    """Rows to go through together, None for all: on a CPU, few enough for its caches to hold between two operations."""
+    if torch.compiler.is_compiling() or logits.device.type != 'cpu' or logits.numel() <= BLOCK:
+        return [None]
     batch_size, num_classes = logits.shape
-    step = max(BLOCK // max(num_classes, 1), 1)
-    return [slice(start, start + step) for start in range(0, max(batch_size, 1), step)]
+    step = max(BLOCK // num_classes, 1)
+    return [slice(start, start + step) for start in range(0, batch_size, step)]
+
+
+def _take(
+        rows: Optional[slice],
+        logits: Sequence[torch.Tensor],
+        target: Optional[torch.Tensor],
+        probs: Optional[torch.Tensor],
+        soft_probs: Optional[torch.Tensor],
+) -> Tuple[Sequence[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor]]:
+    """Some rows of each."""
+    if rows is None:
+        return logits, target, probs, soft_probs
+    target = None if target is None else target[rows]
+    return [z[rows] for z in logits], target, probs[:, rows], soft_probs[:, rows]
 
 
 def _softmaxes(
