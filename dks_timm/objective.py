@@ -49,7 +49,7 @@ def apply_objective(
 @cache
 def _load_fused(device: torch.device) -> Optional[ModuleType]:
     """The fused kernels, where triton is there, can compile for the device, and is for it. Compiled code needs none."""
-    if device.type != 'cuda' and os.environ.get('TRITON_INTERPRET') != '1':
+    if device.type != 'cuda' and os.environ.get('TRITON_INTERPRET') != '1':  # triton's switch to run on a CPU, slowly
         return None
     try:
         from . import objective_triton
