@@ -48,19 +48,32 @@ def apply_objective(
 
 @cache
 def _load_fused(device: torch.device) -> Optional[ModuleType]:
-    """The fused kernels, where triton is there, can compile for the device, and is for it. Compiled code needs none."""
+    """The fused kernels, where triton can compile them for the device. Compiled code needs none."""
     if device.type != 'cuda' and os.environ.get('TRITON_INTERPRET') != '1':  # triton's switch to run on a CPU, slowly
         return None
     try:
         from . import objective_triton
-        z = torch.zeros(1, 2, device=device)
-        objective_triton.FusedObjective.apply((1., 1.), ((0., 1.), (1., 0.)), 1., 0., None, z, z)
+        _assert_alike(objective_triton.FusedObjective, device)
     except ImportError:
         return None
-    except Exception as error:  # a card that triton does not know, or no C compiler, and what else the compilers say
+    except Exception as error:  # a GPU that triton does not know, no C compiler, other numbers than the plain version's
         warnings.warn(f'The loss goes without its fused kernels, which failed: {error}', stacklevel=2)
         return None
     return objective_triton
+
+
+def _assert_alike(function: type, device: torch.device) -> None:
+    """Compare a function's values and gradients with those of the plain version."""
+    weights = (1., 1., 1.), ((0., 1., 1.), (1., 0., 1.), (1., 1., 0.))
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    with torch.inference_mode(False), torch.enable_grad():
+        logits = [torch.randn(2, 1100, generator=generator).to(device).requires_grad_() for _ in range(3)]
+        target = torch.tensor([1, 1050], device=device)
+        for candidate in (function, Objective):
+            out = candidate.apply(*weights, 1., 0., target, *logits)
+            results.append((*out, *torch.autograd.grad(out[0], logits)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 class Objective(torch.autograd.Function):
