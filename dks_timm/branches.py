@@ -14,15 +14,18 @@ __all__ = ['Branch', 'ConvBranch', 'Layout', 'Tail']
 
 
 class Branch(nn.Module):
-    """An auxiliary classifier: ``branch(image, features)`` returns logits (B, num_classes).
+    """An auxiliary classifier. A new kind is a subclass with ``kind``, ``forward`` and ``get_classifier``.
 
-    ``image`` is the batch (B, C, H, W), ``features`` whatever the module at the end of the stage put out.
+    Args:
+        stage: Supervised stage, an index into the backbone's ``feature_info``.
+        source: Name of the module of the backbone that puts out the features, as in ``named_modules``.
+        reason: Why the branch is what it is, for people.
 
     Attributes:
-        kind: 'tail' or 'conv'.
-        stage: Supervised stage, an index into the backbone's ``feature_info``.
-        source: Module of the backbone that puts out the features.
-        reason: Why the branch is what it is, for people.
+        kind: Name of the kind, of the class; 'tail' and 'conv' are those of this package.
+        stage: See Args.
+        source: See Args.
+        reason: See Args.
     """
     kind: str
 
@@ -32,7 +35,21 @@ class Branch(nn.Module):
         self.source = source
         self.reason = reason
 
+    def forward(self, image: torch.Tensor, features: Any) -> torch.Tensor:
+        """Logits of a batch.
+
+        Args:
+            image: Images (B, C, H, W), those that the backbone was given.
+            features: What the source module put out, as it is: (B, C, H, W) in most networks, (B, H, W, C) or tokens
+                (B, N, C) in others.
+
+        Returns:
+            Logits (B, num_classes).
+        """
+        raise NotImplementedError('a branch turns features into logits')
+
     def get_classifier(self) -> nn.Module:
+        """The module that puts out the logits. Gradient clipping and ``head_init_scale`` treat it as a classifier."""
         raise NotImplementedError('a branch names its classifier')
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

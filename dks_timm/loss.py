@@ -55,7 +55,11 @@ def synergy_loss(
         temperature: Softens every softmax, the divergences are scaled by its square.
 
     Returns:
-        A scalar, in float32 at least. Its gradient reaches the students only.
+        A scalar in nats, a mean over the batch, in float32 at least. Its gradient reaches the students only.
+
+    Raises:
+        ValueError: Logits of one classifier or of different shapes, a weight that is negative, not finite, or for
+            another number of classifiers, an unknown direction, or a temperature that is not positive.
     """
     _check_logits(logits)
     _check_options(direction, temperature)
@@ -80,6 +84,10 @@ class DKSLoss(nn.Module):
 
     Attributes:
         synergy_on: Whether classifiers teach each other; without it, plain deep supervision is left.
+
+    Raises:
+        ValueError: A criterion for multi-label targets, a weight that is negative or not finite, an unknown direction,
+            or a temperature that is not positive.
     """
 
     def __init__(
@@ -122,7 +130,8 @@ class DKSLoss(nn.Module):
         return vector, _resolve_matrix('synergy_weight', self.synergy_weight, self.direction, num_classifiers)
 
     def forward(self, logits: Sequence[torch.Tensor], target: torch.Tensor) -> Dict[str, torch.Tensor]:
-        """
+        """Loss of a batch, and what it is made of.
+
         Args:
             logits: One (B, C) tensor per classifier: the backbone's, then the branches' from shallow to deep. Those of
                 branches may all be (n, C), for the first n samples: their criterion and the synergy are means over n.
@@ -132,6 +141,10 @@ class DKSLoss(nn.Module):
             'loss', the weighted sum and the only entry with a gradient; 'ce' (M,), the criterion of every classifier;
             'synergy' (M, M), the divergence of every teacher (row) and student (column), temperature squared included.
             The last two are unweighted batch means, and cover what a weight or the direction leaves out.
+
+        Raises:
+            ValueError: Logits of one classifier or of different shapes, a target that fits neither form, weights for
+                another number of classifiers, or a criterion that returns something other than a scalar.
         """
         count = _check_logits(logits, partial=True)
         share = count / len(logits[0])

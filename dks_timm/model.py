@@ -53,20 +53,20 @@ class DKSModel(nn.Module):
     its features come from forward hooks.
 
     Args:
-        backbone: See Attributes.
-        branches: See Attributes.
-        batch_fraction: See Attributes.
+        backbone: timm model with a classifier. It stays the object that it was, with hooks on the supervised modules.
+        branches: One branch per supervised stage, shallowest first.
+        batch_fraction: Part of a training batch that the branches run on, its first images: above 0, at most 1.
 
     Attributes:
         backbone: The timm model.
-        branches: One branch per supervised stage, shallowest first; ``branches[i].kind`` is 'tail' or 'conv'.
+        branches: ``nn.ModuleList`` of the branches; ``branches[i].kind`` is 'tail' or 'conv'.
         stages: Supervised stages, ascending indices into the backbone's ``feature_info``.
-        batch_fraction: Part of a training batch that the branches run on, its first images: above 0, at most 1.
+        batch_fraction: See Args.
         branches_on: Whether the branches run in training mode.
         layout: Arguments of :meth:`from_timm` that make the same branches again, {} if it did not make them.
 
     Raises:
-        ValueError: A fraction that is none.
+        ValueError: ``batch_fraction`` is not above 0 and at most 1.
     """
 
     def __init__(self, backbone: nn.Module, branches: Sequence[Branch], batch_fraction: float = 1.0):
@@ -108,9 +108,11 @@ class DKSModel(nn.Module):
             model_kwargs: Arguments the model was made with. timm 1.0.31 and later note them on the model.
             branch_kwargs: Arguments of the tails' templates that differ from the backbone's;
                 ``{'2.layers': (3, 4, 3, 2)}`` is for stage 2 alone.
-            budget: Most that one training forward may cost, as a multiple of the backbone's forward FLOPs.
-            image_size: Size (H, W) of the images, for the budget; None takes the model's own. Other sizes still work.
-            batch_fraction: Part of a training batch that the branches run on.
+            budget: Most that one training forward (backbone and branches) may cost, as a multiple of the backbone's
+                forward FLOPs at the same image size; None sets no bound.
+            image_size: Size (H, W) of the images in pixels, for the budget; None takes the model's own. Other sizes
+                still work.
+            batch_fraction: Part of a training batch that the branches run on, above 0, at most 1.
 
         Raises:
             ValueError: Stages that do not exist, a model without a classifier, tails that the architecture or the
@@ -150,7 +152,15 @@ class DKSModel(nn.Module):
         return self.exits(x) if self.training else self.backbone(x)
 
     def exits(self, x: torch.Tensor) -> List[torch.Tensor]:
-        """Logits of all classifiers, in either mode; ordered as in :meth:`forward`."""
+        """Logits of all classifiers, in either mode.
+
+        Args:
+            x: Images (B, C, H, W).
+
+        Returns:
+            List of M logits (B, num_classes), ordered as in :meth:`forward`. In evaluation mode ``batch_fraction`` and
+            ``branches_on`` do not count.
+        """
         if not self._tapped:
             self._tap()
         taps = self._taps
@@ -188,6 +198,9 @@ class DKSModel(nn.Module):
         Returns:
             Logits (B, num_classes), and for each image the classifier they are of (B,): 0 for the backbone, 1 for the
             first branch.
+
+        Raises:
+            ValueError: The model is in training mode.
         """
         if self.training:
             raise ValueError('early_exit needs the model in evaluation mode; call eval() first.')
@@ -305,7 +318,14 @@ class DKSModel(nn.Module):
         return names
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """Layer of each parameter for layer-wise learning-rate decay; branches belong to the layer of the head."""
+        """Layer of each parameter for layer-wise learning-rate decay; branches belong to the layer of the head.
+
+        Args:
+            coarse: One layer per stage rather than per block, as in timm.
+
+        Returns:
+            A function from the name of a parameter to the index of its layer, 0 for the stem.
+        """
         backbone = self.backbone
         if hasattr(backbone, 'group_matcher'):
             layers = group_parameters(backbone, backbone.group_matcher(coarse=coarse), reverse=True)
@@ -364,6 +384,9 @@ def create_dks_model(
         batch_fraction: See :meth:`DKSModel.from_timm`.
         **timm_kwargs: Further arguments of ``timm.create_model``, for the backbone and the templates of its branches.
 
+    Returns:
+        The network, in training mode.
+
     Raises:
         ValueError: See :meth:`DKSModel.from_timm`.
     """
@@ -392,8 +415,11 @@ def prune(model: nn.Module) -> nn.Module:
     """The plain timm model in a :class:`DKSModel`, its parameters untouched.
 
     Args:
-        model: DKSModel, also wrapped by DistributedDataParallel, ``torch.compile`` or timm's EMA. A plain model comes
-            back as it is.
+        model: DKSModel, also wrapped by DistributedDataParallel, ``torch.compile`` or timm's EMA.
+
+    Returns:
+        The backbone, the same object, without the hooks of the DKSModel; a plain model comes back as it is. Its logits
+        equal those of the DKSModel in evaluation mode bit for bit (CPU, float32).
     """
     model = unwrap_model(model)
     if not isinstance(model, DKSModel):

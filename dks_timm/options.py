@@ -150,7 +150,7 @@ def create_parser() -> Parser:
                        help='most images in a row that may be unreadable; in training and evaluation each is named in '
                             'a warning, and the next one takes its place (in a stream, it is passed over uncounted)')
 
-    group = parser.add_argument_group('Numbers that are none')
+    group = parser.add_argument_group('Non-finite losses and gradients')
     group.add_argument('--on-nonfinite', type=str, default='stop', choices=('stop', 'skip'),
                        help='where a loss or gradient is inf or nan: save what was before and stop, or skip the update')
 

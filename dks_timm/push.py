@@ -173,23 +173,24 @@ def push_to_hub(
         timeout: Optional[float] = None,
         **export_kwargs: Any,
 ) -> str:
-    """Export a network's backbone, see :func:`dks_timm.export`, and push it to the Hub, see :func:`push_folder`.
+    """Export a network's backbone and push it to the Hugging Face Hub, all files in one commit.
 
     Args:
-        repo_id: Repository, owner/name.
+        repo_id: Repository, owner/name; created if need be.
         net_or_model: A DKSModel, or a timm model.
         private: Whether a new repository is private.
-        revision: Branch, or ``tag:NAME``.
-        overwrite: Replace another model that is there.
-        timeout: Most seconds that the push may take.
+        revision: Branch to commit to, made from main if need be, or ``tag:NAME`` for a tag of main.
+        overwrite: Replace another model that is there: another architecture, other classes, or not one of timm's.
+        timeout: Most seconds that the push may take; None allows 300, and one more for each half megabyte.
         **export_kwargs: Further arguments of :func:`dks_timm.export`.
 
     Returns:
         URL of the commit.
 
     Raises:
-        ValueError: See :func:`dks_timm.export` and :func:`push_folder`.
-        PushError: If the Hub cannot be reached, or did not take it in time.
+        ValueError: See :func:`dks_timm.export`; also a name that no repository can have, a token that is missing or
+            may not write, or another model in the repository without ``overwrite``.
+        PushError: The Hub cannot be reached, or did not take it in time; a RuntimeError.
     """
     from .hub import export
 

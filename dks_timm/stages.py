@@ -18,8 +18,8 @@ class Stage:
     Attributes:
         index: Position in ``feature_info``.
         module: timm's name for the place the features come from; not always the path of a module.
-        channels: Channels of the features.
-        reduction: Stride of the features relative to the input.
+        channels: Number of channels of the features.
+        reduction: Stride of the features relative to the input, in pixels.
     """
     index: int
     module: str

@@ -19,9 +19,9 @@ class DKSTask(ClassificationTask):
     Args:
         net: The model to train.
         loss_fn: Loss of the list of logits, DKSLoss() when None.
-        device: Device for task tensors/buffers
-        dtype: Dtype for task tensors/buffers
-        verbose: Enable info logging
+        device: Device of the task's own buffers; the model stays where it is.
+        dtype: Dtype of the task's own buffers.
+        verbose: Log what the task sets up.
         every: Run the branches in one of so many updates; the others train the backbone by its labels alone.
         start_epoch: First epoch with synergy; before it, every classifier learns from the labels alone.
 
@@ -61,15 +61,14 @@ class DKSTask(ClassificationTask):
         """Forward pass through backbone and branches, and the DKS loss.
 
         Args:
-            input: Images (B, C, H, W)
-            target: Class indices (B,), or dense targets (B, num_classes)
+            input: Images (B, C, H, W).
+            target: Class indices (B,), or dense targets (B, num_classes).
 
         Returns:
-            Dictionary containing:
-                - 'loss': Training loss
-                - 'output': Logits of the backbone (B, num_classes)
-                - 'logits': List of all logits, the backbone's first and, where the branches have not run, alone
-                - 'ce', 'synergy': Reports of DKSLoss; no synergy where the branches have not run
+            A dictionary: 'loss', a scalar, the only entry to call ``backward`` on; 'output', the backbone's logits
+            (B, num_classes); 'logits', the list of all logits, the backbone's first and, where the branches have not
+            run, alone; 'ce' (M,) and 'synergy' (M, M), the reports of :class:`dks_timm.DKSLoss`, without 'synergy'
+            where the branches have not run.
         """
         logits = self.trainable_module(input)
         return {**self._loss(logits, target), 'output': logits[0], 'logits': logits}
@@ -96,7 +95,7 @@ class DKSTask(ClassificationTask):
         return [p for p in net.parameters() if id(p) not in heads]
 
     def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
-        """State of the branches, with the stages they sit on."""
+        """State of the branches, with the stages they sit on: 'stages', a list, and 'branches', a state dict."""
         net = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
         return {'stages': list(net.stages), 'branches': net.branches.state_dict()}
 
@@ -118,6 +117,12 @@ class DKSTask(ClassificationTask):
             strict: bool = True,
     ) -> None:
         """Load backbone and branches.
+
+        Args:
+            state_dict: Of the plain backbone, the ``state_dict`` of a checkpoint.
+            task_state: Of the branches, from :meth:`get_task_state`, the ``task_state`` of a checkpoint.
+            ema: Load into the average of the weights.
+            strict: Ask for all entries, in the shapes of the model's.
 
         Raises:
             ValueError: The checkpoint has no branches, or is of another backbone or other branches. Nothing is loaded.
