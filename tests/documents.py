@@ -5,7 +5,8 @@ HTML comment directly above a block keeps it from being run, and says why::
 
     <!-- test: needs a GPU -->
 
-``<!-- test: slow -->`` leaves it to ``pytest -m slow``. Blocks of other languages (text, bibtex, diff, ...) do not run.
+``<!-- test: slow -->`` leaves it to ``pytest -m slow``. Blocks of other languages (text, bibtex, diff, ...) do not run;
+a text block directly below commands is what they print.
 """
 import re
 import shlex
@@ -28,6 +29,7 @@ class Block:
     language: str
     text: str
     mark: str
+    follows: bool  # directly, another block: where it is text, it is what the commands above print
 
     def __str__(self) -> str:
         return f'{self.page.relative_to(ROOT)}:{self.line}'
@@ -50,11 +52,12 @@ def read(page: Path) -> List:
 
 
 def blocks(page: Path) -> List[Block]:
-    found, mark = [], ''
+    found, mark, previous = [], '', None
     for token in read(page):
         if token.type == 'fence':
-            found.append(Block(page, token.map[0] + 1, token.info.strip(), token.content, mark))
-        mark = ''
+            follows = previous is not None and previous.type == 'fence'
+            found.append(Block(page, token.map[0] + 1, token.info.strip(), token.content, mark, follows))
+        mark, previous = '', token
         if token.type == 'html_block' and (comment := MARK.fullmatch(token.content.strip())):
             mark = comment[1]
     return found
