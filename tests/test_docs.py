@@ -13,6 +13,7 @@ import sklearn.datasets
 import timm
 import torch.distributed.run
 from accelerate.commands.launch import launch_command_parser
+from accelerate.state import AcceleratorState
 from documents import PAGES, ROOT, anchors, blocks, inline_code, links
 from hub_server import HubServer
 from safetensors.torch import save
@@ -93,6 +94,7 @@ def workplace(exported, timms_weights, tmp_path, monkeypatch):
         for repo, files in timms_weights.items():
             server.create(repo, files)
         yield tmp_path
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def filled_in(text):
