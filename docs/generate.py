@@ -5,6 +5,7 @@
 """
 import argparse
 import ast
+import importlib
 import inspect
 import os
 import re
@@ -18,9 +19,6 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.pop('TIMM_DATASET_MAX_RETRIES', None)  # it sets a default
 
-import dks_timm  # noqa: E402
-import dks_timm.branches  # noqa: E402
-import dks_timm.stages  # noqa: E402
 from dks_timm import cli, options  # noqa: E402
 
 # Section -> its objects, each with its name for users and the methods to show.
@@ -56,7 +54,7 @@ NOTE = '<!-- Written by docs/generate.py; change the docstrings or the parser, n
 
 def resolve(path: str):
     module, _, name = path.rpartition('.')
-    return getattr(sys.modules[module], name)
+    return getattr(importlib.import_module(module), name)
 
 
 def plain(text: str) -> str:

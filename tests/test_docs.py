@@ -1,7 +1,11 @@
 """The documentation: every command and block of code is run, links lead somewhere, generated pages are up to date."""
+import csv
+import os
 import re
 import runpy
 import shlex
+import shutil
+import subprocess
 import sys
 import types
 from itertools import chain
@@ -49,8 +53,9 @@ SMALLER = [
 # Flags that are checked and then left out, as they are for the model or the machine that the command is written for.
 LEFT_OUT = ('--torchcompile', '--dks-budget', '--dks-stages', '--dks-branch-kwargs', '--drop-path', '--layer-decay')
 # What a page takes for granted as it begins: folders of a model that was exported with its branches.
-GIVEN = {'docs/report.md': ['out/resnet50']}
+GIVEN = {page: ['out/resnet50'] for page in ('docs/publishing.md', 'docs/report.md')}
 MARKS = r'slow|needs (a GPU|the Hub|the network|ImageNet|several machines|a file of yours)|takes (minutes|hours|days)'
+RESULTS = ROOT / 'results/cifar100/README.md'
 SHELL, PYTHON, NOT_RUN = ('', 'bash'), 'python', ('text', 'bibtex', 'yaml', 'diff')
 
 
@@ -201,6 +206,9 @@ RUNNABLE = [page for page in PAGES if any(block.language not in NOT_RUN for bloc
 
 @pytest.mark.parametrize('page', named(RUNNABLE))
 def test_every_command_and_block_of_code_of_a_page_runs(page, workplace, exported, monkeypatch, capsys):
+    for name in ('transformers', 'lightning'):
+        if f'import {name}' in page.read_text() or f'from {name} ' in page.read_text():
+            pytest.importorskip(name, reason='pip install -e ".[test]"')
     prepare(page, exported)
     run_page(page, False, monkeypatch, capsys)
 
@@ -210,6 +218,31 @@ def test_every_command_and_block_of_code_of_a_page_runs(page, workplace, exporte
 def test_slow_blocks_run_too(page, workplace, exported, monkeypatch, capsys):
     prepare(page, exported)
     run_page(page, True, monkeypatch, capsys)
+
+
+@pytest.mark.slow
+def test_a_newcomer_gets_from_a_clone_to_a_model_on_the_hub_by_the_readme_alone(tmp_path):
+    """The README's commands for the quickstart, in a shell and as they are, but for the name of the repository."""
+    clone = tmp_path / 'clone'
+    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns('.git', 'output', 'out', '__pycache__', '.*_cache'))
+    page = [block for block in blocks(ROOT / 'README.md') if not block.mark]
+    lines = [line for block in page if block.language == 'bash' for line in block.text.splitlines()]
+    lines = [line for line in lines if 'quickstart' in line]
+    assert [line.split()[:2] for line in lines] == [
+        ['accelerate', 'launch'], ['dks-timm', 'report'], ['dks-timm', 'push']]
+    load, = (block.text for block in page if block.language == PYTHON and 'hf-hub:' in block.text)
+    with HubServer() as server:
+        path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
+        env = {**os.environ, 'PATH': path, **server.env(tmp_path / 'home')}
+        env.pop('HF_HUB_OFFLINE', None)
+        script = filled_in('\n'.join([*lines, f'python -c "import timm\n{load}"']))
+        out = subprocess.run(['bash', '-ec', script], cwd=clone, env=env, capture_output=True, text=True)
+        assert out.returncode == 0, out.stderr
+        assert server.repos['alice/net'].private
+        assert {'README.md', 'config.json', 'model.safetensors'} <= set(server.files('alice/net'))
+    with open(clone / 'output/quickstart/summary.csv', newline='') as f:
+        assert float(list(csv.DictReader(f))[-1]['eval_top1']) > 90
+    assert (clone / 'output/quickstart/report/index.html').is_file()
 
 
 @pytest.mark.parametrize('page', named(PAGES))
@@ -257,6 +290,12 @@ def test_links_and_pictures_lead_somewhere(page):
             assert url.fragment in anchors(target), f'{page.relative_to(ROOT)}: no {link}'
 
 
+@pytest.mark.parametrize('page', named([ROOT / 'README.md', ROOT / 'docs/method.md']))
+def test_accuracies_are_those_of_the_results(page):
+    quoted = set(re.findall(r'[+\d.]+ ± [\d.]+', page.read_text()))
+    assert len(quoted) >= 9 and quoted <= set(re.findall(r'[+\d.]+ ± [\d.]+', RESULTS.read_text()))
+
+
 def test_the_index_lists_every_page():
     listed = [link for link in links(ROOT / 'docs/README.md') if link.endswith('.md') and '/' not in link]
     assert sorted(listed) == sorted(p.name for p in (ROOT / 'docs').glob('*.md') if p.name != 'README.md')
@@ -266,6 +305,11 @@ def test_generated_pages_are_what_the_generator_writes():
     pytest.importorskip('docstring_parser', reason='pip install -e ".[test]"')
     for name, page in runpy.run_path(str(ROOT / 'docs/generate.py'))['PAGES'].items():
         assert (ROOT / 'docs' / name).read_text() == page(), f'docs/{name} is old: python docs/generate.py'
+
+
+def test_what_the_examples_and_the_generator_import_is_in_the_test_extra():
+    extra = re.search(r'^test = \[.*?^\]', (ROOT / 'pyproject.toml').read_text(), re.MULTILINE | re.DOTALL)[0]
+    assert all(f"'{name}" in extra for name in ('docstring-parser', 'lightning', 'transformers'))
 
 
 def test_the_api_page_has_every_public_name():
