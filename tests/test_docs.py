@@ -38,6 +38,7 @@ PLACEHOLDERS = {
     'N': '10',
     'owner/name': 'alice/net',
 }
+ELLIPSIS = ['--data-dir', 'images', '--num-classes', '10']
 # Models are replaced by small ones of their kind; those of a folder or the Hub are small here.
 SMALL_MODELS = {
     r'resnet\d+|resnet\d+_cifar|wrn_\w+|densenet_\w+': 'test_resnet',
@@ -110,6 +111,11 @@ def filled_in(text):
     return text
 
 
+def all_filled_in(words):
+    """Words of a command; an ellipsis stands for the flags that name the data."""
+    return [f for word in words for f in (ELLIPSIS if word == '...' else [filled_in(word)])]
+
+
 def small_model(name):
     return next((small for pattern, small in SMALL_MODELS.items() if re.fullmatch(pattern, name)), name)
 
@@ -128,7 +134,7 @@ def script_of(words):
 
 def check_command(words):
     """Whether programs, files, flags and values of a command are there."""
-    words = [filled_in(word) for word in words]
+    words = all_filled_in(words)
     script, arguments = script_of(words)
     if '--help' in words:
         return
@@ -150,7 +156,7 @@ def check_command(words):
 
 def run_command(words):
     check_command(words)
-    words = [filled_in(word) for word in words]
+    words = all_filled_in(words)
     script, arguments = script_of(words)
     if script == 'train.py':
         args, _, _ = options.parse_args(arguments)
