@@ -11,7 +11,7 @@ a text block directly below commands is what they print.
 import re
 import shlex
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import List, Set
 
@@ -82,5 +82,5 @@ def anchors(page: Path) -> Set[str]:
         if token.type == 'heading_open':
             text = ''.join(c.content for c in inner.children if c.type in ('text', 'code_inline'))
             name = re.sub(r'[^\w\- ]', '', text.lower()).replace(' ', '-')
-            found.add(next(a for a in (name, *(f'{name}-{n}' for n in count(1))) if a not in found))
+            found.add(next(a for a in chain([name], (f'{name}-{n}' for n in count(1))) if a not in found))
     return found
