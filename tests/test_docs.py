@@ -49,7 +49,7 @@ SMALL_MODELS = {
 # What a training command gets on top: as little work as leaves every step of a run in it.
 SMALLER = [
     '--epochs', '1', '--warmup-epochs', '0', '--batch-size', '8', '--workers', '0', '--device', 'cpu',
-    '--log-interval', '100', '--grad-accum-steps', '1', '--no-hub-private',
+    '--log-interval', '100', '--grad-accum-steps', '1', '--aug-repeats', '0', '--no-hub-private',
 ]
 # Flags that are checked and then left out, as they are for the model or the machine that the command is written for.
 LEFT_OUT = ('--torchcompile', '--dks-budget', '--dks-stages', '--dks-branch-kwargs', '--drop-path', '--layer-decay')
