@@ -113,6 +113,7 @@ class Trainer:
         resumable.prepare_evaluation(self.loader_eval)
         self.fetches = fetches
         self.signals = faults.Signals(self.accelerator, args.grad_accum_steps)
+        self.peers = faults.Peers(self.accelerator)
         self.guard = Guard(args, self.accelerator, self.task, self.optimizer, self.names)
         self.state = RunState(self)
 
@@ -186,7 +187,7 @@ class Trainer:
         self.began = time.monotonic()
         self.speed = Speed()
         try:
-            with self.signals:
+            with self.signals, self.peers:
                 for epoch in range(self.start_epoch, self.num_epochs):
                     self._fit_epoch(epoch, on_best)
             failure = self.saver and (self.saver.failure or self.records.summary.failure)

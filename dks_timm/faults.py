@@ -3,6 +3,7 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
 from typing import Optional
 
 import torch
@@ -75,3 +76,37 @@ class Signals:
         told = torch.tensor(int(self.received is not None))
         torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, group=self.group)
         return bool(told)
+
+
+class Peers:
+    """Ends this process where another one dies, whatever it is waiting for: some collectives wait for the dead.
+
+    Each process listens to the next one, which takes its leave at the end. A connection that closes before is that of a
+    process that died. That ends the one that listened, and so on round all of them.
+
+    Args:
+        accelerator: Of the processes.
+    """
+
+    def __init__(self, accelerator):
+        self.count, self.rank = accelerator.num_processes, accelerator.process_index
+        if self.count > 1:
+            self.group = torch.distributed.new_group(backend='gloo', timeout=timedelta(days=3650))
+
+    def __enter__(self):
+        if self.count > 1:
+            self.thread = threading.Thread(target=self._listen, args=((self.rank + 1) % self.count,), daemon=True)
+            self.thread.start()
+        return self
+
+    def __exit__(self, kind, *exc):
+        if self.count > 1 and (kind is None or issubclass(kind, Fault)):  # all of them come to the same end
+            torch.distributed.send(torch.zeros(1), (self.rank - 1) % self.count, group=self.group)
+            self.thread.join()
+
+    def _listen(self, peer: int):
+        try:
+            torch.distributed.recv(torch.zeros(1), peer, group=self.group)
+        except RuntimeError:
+            os.write(2, f'Process {peer} has died, so process {self.rank} ends, too.\n'.encode())
+            os._exit(1)

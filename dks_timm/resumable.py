@@ -346,14 +346,17 @@ class _StartWorker:
 def _outlive_signals():
     """Leave signals that are sent to a whole group of processes to the main one, which ends its workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, 'sigwaitinfo'):
+    if hasattr(signal, 'sigtimedwait'):
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
 
 
 def _end_when_told(parent: int):
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
-        pass
+    """End with the main process, too: what is left of a process that was killed would keep its connections open."""
+    while os.getppid() == parent:
+        told = signal.sigtimedwait([signal.SIGTERM], 1)
+        if told is not None and told.si_pid == parent:
+            break
     os._exit(0)
 
 

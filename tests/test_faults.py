@@ -516,7 +516,69 @@ def test_the_process_whose_numbers_went_wrong_is_named(together):
     assert 'the loss of backbone is nan in process 1, on ' in line
 
 
-def test_a_process_that_dies_ends_the_others_and_is_heard(together):
+def test_a_process_that_raises_ends_the_others_and_is_heard(together):
     _, _, launched = together
     assert launched.returncode != 0
     assert 'RuntimeError: this process has met a fault' in launched.stderr
+
+
+def test_a_process_that_is_killed_ends_the_others_workers_and_all(noise, tmp_path):
+    argv = [*noise, '--workers', '2', '--output', tmp_path, '--experiment', 'x']
+    (tmp_path / 'runs.json').write_text(json.dumps(
+        [dict(argv=[str(a) for a in argv], fault=dict(rank=1, batch=2, kind='SIGKILL'))]))
+    # Done when all that can write to its output have ended.
+    launched = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
+         ROOT / 'tests/several_runs.py', tmp_path / 'results.pt', tmp_path / 'runs.json'],
+        env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=300)
+    assert launched.returncode != 0 and 'exitcode  : -9' in launched.stderr
+    assert not (tmp_path / 'results.0.pt').exists()
+
+
+PEER = """
+import os, signal, sys, time, types
+import torch
+from dks_timm import faults
+rank, file, count, then = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+torch.distributed.init_process_group('gloo', init_method='file://' + file, rank=rank, world_size=count)
+with faults.Peers(types.SimpleNamespace(num_processes=count, process_index=rank)):
+    if rank == 1:
+        if then == 'SIGKILL':
+            os.kill(os.getpid(), signal.SIGKILL)
+        if then == 'raise':
+            raise RuntimeError('a fault of its own')
+        if then == 'Fault':
+            raise faults.Fault('told to stop', 75)
+    elif then in ('SIGKILL', 'raise'):
+        time.sleep(600)  # as in a collective that never ends
+    if then == 'Fault':
+        time.sleep(1)
+        raise faults.Fault('told to stop', 75)
+print('the end')
+"""
+
+
+def peers(tmp_path, then, count=3):
+    """Exit codes and what was printed of processes that watch each other, of which the second does something."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, '-c', PEER, str(rank), str(tmp_path / 'file'), str(count), then], cwd=ROOT,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(count)]
+    outputs = [process.communicate(timeout=300) for process in started]
+    return [(process.returncode, out, err) for process, (out, err) in zip(started, outputs, strict=True)]
+
+
+@pytest.mark.parametrize('then', ['SIGKILL', 'raise'])
+def test_a_process_that_dies_ends_those_that_wait_for_nothing(tmp_path, then):
+    (code0, _, err0), (code1, _, err1), (code2, _, err2) = peers(tmp_path, then)
+    assert (code0, code1, code2) == (1, -signal.SIGKILL if then == 'SIGKILL' else 1, 1)
+    assert 'Process 1 has died, so process 0 ends' in err0 and 'Process 0 has died, so process 2 ends' in err2
+    assert 'has died' not in err1 and ('a fault of its own' in err1) == (then == 'raise')
+
+
+@pytest.mark.parametrize('then', ['end', 'Fault'])
+def test_processes_that_end_at_different_times_but_as_agreed_end_nobody(tmp_path, then):
+    for code, out, err in peers(tmp_path, then):
+        assert code == (1 if then == 'Fault' else 0) and 'has died' not in err
+        assert ('the end' in out) == (then == 'end')

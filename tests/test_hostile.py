@@ -159,6 +159,7 @@ def build_and_end(folder, argv, dks):
     try:
         with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context(
         ) as patch:
+            patch.chdir(folder)  # where flags such as --output name one of their own
             patch.setattr(engine.Trainer, 'fit', lambda *_: (_ for _ in ()).throw(SystemExit(0)))
             main(*common, *argv)
     except SystemExit as e:
