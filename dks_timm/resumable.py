@@ -373,8 +373,9 @@ def prepare_evaluation(loader) -> None:
 
 
 def evaluation_started(loader) -> bool:
-    """Whether an evaluation has drawn the seeds of its workers, which happens once."""
-    return _inner(loader) is not None and _inner(loader)._iterator is not None
+    """Whether an evaluation of the run has drawn the seeds of its workers, which happens once."""
+    inner = _inner(loader)
+    return inner is not None and (inner._iterator is not None or inner.generator is not None)
 
 
 def start_evaluation_undrawn(loader) -> None:

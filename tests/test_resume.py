@@ -137,10 +137,15 @@ def test_a_stream_goes_on_bit_for_bit(noise, tmp_path, reader, workers, when):
     assert_same_end(tmp_path / 'whole', tmp_path / 'parts')
 
 
-def test_a_run_that_was_killed_often_ends_like_one_that_was_not(noise, tmp_path):
-    argv = [*noise, '--workers', '2', '--reprob', '0.5', '--use-multi-epochs-loader']
+@pytest.mark.parametrize('flags, kills', [
+    ('--use-multi-epochs-loader', [dict(done=2, epoch=0), dict(done=4, epoch=0), dict(over=True, epoch=0),
+                                   dict(done=2, epoch=2)]),
+    ('', [dict(done=2, epoch=1), dict(done=4, epoch=1)]),  # no evaluation in between
+])
+def test_a_run_that_was_killed_often_ends_like_one_that_was_not(noise, tmp_path, flags, kills):
+    argv = [*noise, '--workers', '2', '--reprob', '0.5', *flags.split()]
     run(tmp_path / 'whole', *argv)
-    for when in (dict(done=2, epoch=0), dict(done=4, epoch=0), dict(over=True, epoch=0), dict(done=2, epoch=2)):
+    for when in kills:
         run_killed(tmp_path / 'parts', *argv, '--recovery-interval', '2', '--resume', 'auto', when=when)
     run(tmp_path / 'parts', *argv, '--recovery-interval', '2', '--resume', 'auto')
     assert_same_end(tmp_path / 'whole', tmp_path / 'parts')
