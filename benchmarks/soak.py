@@ -5,7 +5,8 @@
 
 The run trains on the built-in digits, with what draws random numbers or keeps a state: DKS, Mixup, erasing, workers,
 an average, drop path, accumulation, a schedule per update. It is killed by SIGKILL, workers and all, and started again
-by the same command. Exit code 1 where a bit differs.
+by the same command; every fifth time while it starts, every fifth time while it writes a checkpoint. Exit code 1 where a
+bit differs.
 """
 import argparse
 import contextlib
@@ -56,6 +57,23 @@ def follow(process, updates=None):
     return place, done, resumed
 
 
+def kill(process):
+    """Kill a run, launcher, processes and workers."""
+    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.kill()
+    process.wait()
+
+
+def unfinished(folder: Path):
+    """Files that are being written, or were when a run was killed: names, and times of the last write."""
+    found = set()
+    for file in folder.glob('*tmp*'):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((file.name, file.stat().st_mtime_ns))
+    return found
+
+
 def tensors(value, name=''):
     if isinstance(value, torch.Tensor):
         yield name, value
@@ -96,23 +114,31 @@ def main():
         pace = (time.monotonic() - began) / total
 
         rows, left = [], total
-        for kill in range(args.kills):
+        folder = Path(output, 'killed')
+        for number in range(args.kills):
+            before = unfinished(folder)
             process = start(flags.format(name='killed'), args.processes)
-            # On average, as many updates as leave some for the kills to come; some are in the middle of a save.
-            updates = rng.randint(0, max(1, 2 * left // (args.kills - kill + 1)))
-            place, done, resumed = follow(process, updates) if updates else ('while it started', 0, 'not known')
-            time.sleep(rng.random() * (pace if updates else 10))
+            if number % 5 == 0:
+                place, done, resumed = 'while it started', 0, 'not known'
+                time.sleep(rng.random() * 10)
+            else:
+                # On average, as many updates as leave some for the kills to come.
+                updates = rng.randint(1, max(1, 2 * left // (args.kills - number + 1)))
+                place, done, resumed = follow(process, updates)
+                time.sleep(rng.random() * pace)
+                while number % 5 == 1 and process.poll() is None and unfinished(folder) <= before:
+                    time.sleep(1e-4)
             assert process.poll() is None, 'the run ended too early; give fewer --kills'
-            for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    victim.kill()
-            process.wait()
+            kill(process)
+            if number % 5 == 1:
+                left_there = sorted(name for name, _ in unfinished(folder) - before)
+                place += f'; {", ".join(left_there) or "nothing"} left unfinished'
             left -= done
-            rows.append((kill + 1, place, resumed))
-            print(f'kill {kill + 1}: {place}; had gone on from {resumed}', flush=True)
+            rows.append((number + 1, place, resumed))
+            print(f'kill {number + 1}: {place}; had gone on from {resumed}', flush=True)
         process = start(flags.format(name='killed'), args.processes)
         place, _, resumed = follow(process)
-        assert process.wait() == 0
+        assert process.wait() == 0 and not unfinished(folder)
         rows.append(('-', 'to the end', resumed))
         found = differing(Path(output, 'whole'), Path(output, 'killed'))
 
