@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 
 import psutil
-
 from soak import FLAGS, ROOT
 
 MOST = 30  # seconds

@@ -17,14 +17,13 @@ from pathlib import Path
 from statistics import median
 
 import psutil
-
 from soak import start
 
 HISTORY = 3
 FLAGS = (
     '--dataset digits --num-classes 10 --model test_resnet --img-size 16 --device cpu -b 128 --workers 2 --lr 0.01 '
-    '--opt adamw --warmup-epochs 1 --sched-on-updates --mixup 0.2 --reprob 0.3 --remode pixel --drop-path 0.1 --model-ema '
-    '--model-ema-decay 0.99 --dks --grad-accum-steps 2 --recovery-interval 2 --log-interval 1000 '
+    '--opt adamw --warmup-epochs 1 --sched-on-updates --mixup 0.2 --reprob 0.3 --remode pixel --drop-path 0.1 '
+    '--model-ema --model-ema-decay 0.99 --dks --grad-accum-steps 2 --recovery-interval 2 --log-interval 1000 '
     '--checkpoint-hist {history} --output {output} --experiment x --epochs {epochs}'
 )
 MOST = dict(main_mb=1.02, workers_mb=1.02, files=1., threads=1.)  # last quarter over first
@@ -85,10 +84,10 @@ def main():
     commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
     lines = [
         f'`python {shown}`' + (f', at {commit}' if commit else ''), '',
-        f'{len(rows)} epochs with two workers for training and two for evaluation; medians of each quarter. At most '
-        f'{kept[0]} checkpoints (`--checkpoint-hist {HISTORY}`) and {kept[1]} recovery checkpoints were there at once. '
-        + (f'**Grew: {", ".join(bad)}.**' if bad else '**Nothing grew.**'), '',
-        '| epochs | main process, MB | workers, MB (RSS) | processes | open files | threads | CPU s an epoch | wall s |',
+        f'{len(rows)} epochs with two workers for training and two for evaluation; medians of each quarter (RSS).',
+        f'At most {kept[0]} checkpoints (`--checkpoint-hist {HISTORY}`) and {kept[1]} recovery checkpoints were there.',
+        f'**Grew: {", ".join(bad)}.**' if bad else '**Nothing grew.**', '',
+        '| epochs | main process, MB | workers, MB | processes | open files | threads | CPU s an epoch | wall s |',
         '|---|---:|---:|---:|---:|---:|---:|---:|',
         *(f'| {part[0]["epoch"]} to {part[-1]["epoch"]} | {row["main_mb"]:.1f} | {row["workers_mb"]:.1f} '
           f'| {row["processes"]:.0f} | {row["files"]:.0f} | {row["threads"]:.0f} | {row["cpu_s"]:.2f} '

@@ -5,8 +5,8 @@
 
 The run trains on the built-in digits, with what draws random numbers or keeps a state: DKS, Mixup, erasing, workers,
 an average, drop path, accumulation, a schedule per update. It is killed by SIGKILL, workers and all, and started again
-by the same command; every fifth time while it starts, every fifth time while it writes a checkpoint. Exit code 1 where a
-bit differs.
+by the same command; every fifth time while it starts, every fifth time while it writes a file. Exit code 1 where a bit
+differs.
 """
 import argparse
 import contextlib

@@ -172,6 +172,7 @@ class Trainer:
         )
         logging.getLogger(utils.checkpoint_saver.__name__).setLevel(logging.WARNING)  # it lists all files every epoch
         self.records = Records(args, self.accelerator, self.names, self.output_dir, name, self.start_epoch)
+        self.pictures = checkpoints.Output()
         if resume and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(self.output_dir):
             self.saver.resume(resume)
 
@@ -359,8 +360,9 @@ class Trainer:
                 if progress.step(last_batch) and totals.count:
                     progress.show(totals.compute(), optimizer.param_groups, totals.count * args.world_size)
                     if args.save_images and self.output_dir:
-                        torchvision.utils.save_image(
-                            x, os.path.join(self.output_dir, f'train-batch-{batch_idx}.jpg'), padding=0, normalize=True)
+                        path = os.path.join(self.output_dir, f'train-batch-{batch_idx}.jpg')
+                        self.pictures.attempt(
+                            'A picture', torchvision.utils.save_image, x, path, padding=0, normalize=True)
                 if self.scheduler is not None:
                     self.scheduler.step_update(num_updates=num_updates)
                 place = dict(epoch=epoch, batch=batch_idx + 1, done=progress.done, updates=num_updates, totals=totals)

@@ -3,7 +3,7 @@ import os
 from collections import OrderedDict
 from typing import Any, Mapping, Optional, Sequence
 
-from .checkpoints import Summary
+from .checkpoints import Output, Summary
 
 __all__ = ['Records', 'epoch_line']
 
@@ -40,6 +40,7 @@ class Records:
     def __init__(self, args, accelerator, names: Sequence[str], folder: str, name: str, start_epoch: int):
         self.args, self.accelerator, self.names = args, accelerator, names
         self.summary = Summary(os.path.join(folder, 'summary.csv'), start_epoch)
+        self.trackers = Output()
         if accelerator.log_with:
             accelerator.project_configuration.logging_dir = folder
             wandb = dict(name=name, tags=args.wandb_tags)
@@ -81,7 +82,7 @@ class Records:
             row['skipped'] = skipped
         self.summary.append(row)
         if self.accelerator.log_with:
-            self._track(row, param_groups, images_per_second)
+            self.trackers.attempt('The log of --log-with', self._track, row, param_groups, images_per_second)
 
     def _track(self, row, param_groups, images_per_second):
         """Hand an epoch to the trackers: its row, what changes from one machine to another, and who taught whom."""

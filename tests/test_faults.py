@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
+from test_readers import make
 from test_resume import Killed, assert_same_end, noise_flags, plain, run
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
@@ -207,6 +209,33 @@ def test_a_run_goes_on_while_the_disk_is_full_and_saves_when_there_is_room(noise
     assert not list((tmp_path / 'parts').glob('*tmp*'))
 
 
+def test_a_run_goes_on_while_its_output_is_read_only(noise, tmp_path, monkeypatch, capfd):
+    """As root, whom permissions do not stop: files cannot be opened, nor renamed."""
+    read_only, open_, replace, save_image = [], checkpoints._File.__init__, os.replace, torchvision.utils.save_image
+
+    def refusing(original):
+        def call(*args, **kwargs):
+            if read_only:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            return original(*args, **kwargs)
+        return call
+
+    monkeypatch.setattr(checkpoints._File, '__init__', refusing(open_))
+    monkeypatch.setattr(os, 'replace', refusing(replace))
+    monkeypatch.setattr(torchvision.utils, 'save_image', refusing(save_image))
+
+    class Trainer(engine.Trainer):
+        def _fit_epoch(self, epoch, on_best):
+            read_only[:] = [True] * (epoch < 2)
+            super()._fit_epoch(epoch, on_best)
+
+    monkeypatch.setattr(engine, 'Trainer', Trainer)
+    assert code_of(tmp_path / 'x', *noise, '--save-images') == 0
+    err = capfd.readouterr().err
+    assert err.count('Read-only file system') == 3 and err.count('is written again') == 3
+    assert len(rows(tmp_path / 'x')) == 3 and (tmp_path / 'x/last.pth.tar').exists()
+
+
 def test_a_run_that_cannot_save_its_end_keeps_what_was_there_and_exits_with_4(noise, tmp_path, full_disk, capfd):
     run(tmp_path / 'x', *noise, '--epochs', '2')
     before = {f.name: f.read_bytes() for f in (tmp_path / 'x').iterdir() if f.name != 'args.yaml'}
@@ -372,6 +401,17 @@ def test_a_batch_without_a_number_is_named_and_the_run_goes_on_from_before_it(
     listing.unlink()
     run(tmp_path / 'parts', *argv, '--resume', 'auto')
     assert_same_end(tmp_path / 'whole', tmp_path / 'parts')
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_batch_of_a_stream_without_a_number_is_named_by_shard_and_key(noise, tmp_path, capfd, workers):
+    argv = [*noise, '--data-dir', '', *make('wds', tmp_path / 'data'), '--num-classes', '3', '--workers', workers]
+    assert code_of_spoiled(spoiled({1}), tmp_path / 'x', *argv) == 5
+    line = capfd.readouterr().err.splitlines()[-1]
+    listing, = (tmp_path / 'x').glob('nonfinite-0-*.txt')
+    _, *names = listing.read_text().splitlines()
+    assert len(set(names)) == 4 and names[0] in line
+    assert all(re.fullmatch(rf'\S+ of {tmp_path}/data/train-[01]\.tar', name) for name in names)
 
 
 def test_a_classifier_whose_loss_is_no_number_is_named(noise, tmp_path, capfd):

@@ -266,8 +266,8 @@ def test_many_checkpoints_of_any_bytes_are_refused_in_one_line(trained, capfd):
 
 # What a run leaves, and where
 
-CLASSES = ['../../x', '<script>alert(1)</script>', '| a | b |', '# heading', '```', "'); import os; ('", '{{ 7 * 1111 }}',
-           '\u202egnp', '%s', '---', '-b', 'x' * 200]
+CLASSES = ['../../x', '<script>alert(1)</script>', '| a | b |', '# heading', '```', "'); import os; ('",
+           '{{ 7 * 1111 }}', '\u202egnp', '%s', '---', '-b', 'x' * 200]
 
 
 def files(root):  # noqa: F811
@@ -290,7 +290,8 @@ def test_hostile_names_of_classes_and_folders_stay_names(tmp_path, monkeypatch):
     head, _, body = (exported / 'README.md').read_text()[4:].partition('---\n')
     assert yaml.safe_load(head)['model-index'][0]['results'][0]['dataset']['name'] == hostile
     prose = ''.join(re.split('(?m)^```', body)[::2])  # without the blocks of code
-    assert [line for line in prose.splitlines() if line.startswith('# ')] == [r'# a \| b # c ``` &lt;script> {{ 7 * 1111 }}']
+    headings = [line for line in prose.splitlines() if line.startswith('# ')]
+    assert headings == [r'# a \| b # c ``` &lt;script> {{ 7 * 1111 }}']
     assert '<script>' not in prose and '7777' not in body
     tables = [line.replace(r'\|', '') for line in prose.splitlines() if line.startswith('|')]
     assert {line.count('|') for line in tables} == {3, 5}

@@ -1,5 +1,6 @@
 """timm's data readers: each one trains, images that cannot be read are passed over, streams are split without loss."""
 import collections
+import errno
 import importlib.util
 import io
 import json
@@ -728,3 +729,17 @@ def test_a_refusal_on_hugging_face_data_is_one_line(everything, capfd):
              '--num-classes', '3', '--input-key', 'img')
     out = capfd.readouterr()
     assert e.value.code == 2 and not out.out and len(out.err.splitlines()) == 1 and '--input-key img' in out.err
+
+
+def test_a_folder_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
+    """timm would take it for one of no images. Simulated, as root may read everything."""
+    make_folder(tmp_path)
+    locked, scandir = tmp_path / 'train' / CLASSES[1], os.scandir
+
+    def refusing(path):
+        if Path(path) == locked:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', refusing)
+    assert f'--data-dir {tmp_path}: {locked} cannot be read (Permission denied)' in refusal('--data-dir', tmp_path)
