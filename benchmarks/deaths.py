@@ -59,6 +59,15 @@ def living(processes):
     return found
 
 
+def family(ranks):
+    """The processes of a run, with their workers."""
+    found = set(ranks)
+    for process in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found |= set(process.children(recursive=True))
+    return found
+
+
 def measure(kind, processes, rng, early):
     """One death: what the run was doing, seconds until no process of it was left, and whether its cause was shown."""
     with tempfile.TemporaryDirectory() as output:
@@ -71,23 +80,21 @@ def measure(kind, processes, rng, early):
         updates = 0 if early else rng.randint(1, 60)
         while len(psutil.Process(launcher.pid).children()) < processes:
             time.sleep(0.05)
-        while not fault and sum('images/s' in line for line in list(lines)) < updates:
-            assert launcher.poll() is None, ''.join(lines)
-            time.sleep(0.05)
-        if fault:  # the run says nothing before its end
-            while len(list(Path(output).glob('x/*'))) < 2:
+        ranks = sorted(psutil.Process(launcher.pid).children(), key=lambda p: int(p.environ()['RANK']))
+        if not fault:
+            while sum('images/s' in line for line in list(lines)) < updates:
                 assert launcher.poll() is None, ''.join(lines)
                 time.sleep(0.05)
-        time.sleep(rng.random() * (10 if early else 1))
-        ranks = sorted(psutil.Process(launcher.pid).children(), key=lambda p: int(p.environ()['RANK']))
-        every = [*ranks, *(worker for p in ranks for worker in p.children(recursive=True))]
+            time.sleep(rng.random() * (10 if early else 1))
         place = next((line.partition(':')[0] for line in reversed(lines) if 'images/s' in line), '')
         place = place or (f'batch {fault["batch"]}' if fault else 'while they started')
+        every = family(ranks)
         if kind == 'SIGKILL':
             ranks[rank].kill()
         elif kind != 'exception':
             rng.choice(ranks[rank].children()).kill()
         while len(living(ranks)) == processes:
+            every |= family(ranks) if fault else set()
             time.sleep(0.02)
         began = time.monotonic()
         while living(every):
@@ -103,13 +110,14 @@ def measure(kind, processes, rng, early):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--times', type=int, default=5, help='deaths of each kind')
+    parser.add_argument('--kinds', nargs='+', default=list(KINDS), choices=list(KINDS), help='of deaths')
     parser.add_argument('--processes', type=int, default=2)
     parser.add_argument('--seed', type=int, default=0, help='of the moments')
     parser.add_argument('--results', type=Path, help='file for the table')
     args = parser.parse_args()
     rng = random.Random(args.seed)
     rows, good = [], True
-    for kind in KINDS:
+    for kind in args.kinds:
         for number in range(args.times):
             place, seconds, shown = measure(kind, args.processes, rng, early=kind == 'SIGKILL' and not number)
             good = good and seconds < MOST and shown

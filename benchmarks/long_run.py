@@ -9,7 +9,6 @@ where, between the first quarter and the last, memory or open files grow, or whe
 """
 import argparse
 import csv
-import subprocess
 import sys
 import tempfile
 import time
@@ -81,9 +80,8 @@ def main():
     if kept[0] > HISTORY or kept[1] > 2:
         bad.append('checkpoints')
     shown = ' '.join(sys.argv[:1] + ['--epochs', str(args.epochs)])
-    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
     lines = [
-        f'`python {shown}`' + (f', at {commit}' if commit else ''), '',
+        f'`python {shown}`', '',
         f'{len(rows)} epochs with two workers for training and two for evaluation; medians of each quarter (RSS).',
         f'At most {kept[0]} checkpoints (`--checkpoint-hist {HISTORY}`) and {kept[1]} recovery checkpoints were there.',
         f'**Grew: {", ".join(bad)}.**' if bad else '**Nothing grew.**', '',

@@ -1,6 +1,8 @@
 """Bad files, folders, labels and command lines: each is trained through, with its name in a warning, or refused."""
+import re
 import signal
 import sys
+from pathlib import Path
 
 import bad_inputs
 import pytest
@@ -8,6 +10,8 @@ from bad_inputs import CASES, ENDED, RAN, REFUSED
 from test_train import main
 
 from dks_timm import cli
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -59,3 +63,19 @@ def test_a_bad_input_gets_what_it_should(root, capfd, case, at_most_a_minute):
         assert len(lines) == 1, lines
         assert not (root / 'out/x').exists()
     assert not list(root.rglob('PWNED'))
+
+
+def test_the_written_table_has_every_bad_input_with_its_exit_code():
+    table = (ROOT / 'results/reliability/bad_inputs.md').read_text()
+    codes = [int(code) for code in re.findall(r'^\| .*? \| (\d+) \| .*\|$', table, re.MULTILINE)]
+    assert codes == [case.code for case in CASES]
+
+
+def test_the_page_of_faults_names_tests_and_scripts_that_are_there():
+    page = (ROOT / 'results/reliability.md').read_text()
+    tests = re.findall(r'(tests/\w+\.py)::(\w+)', page)
+    assert len(tests) > 20
+    for file, name in tests:
+        assert f'def {name}(' in (ROOT / file).read_text(), name
+    for file in re.findall(r'(?:tests|benchmarks)/\w+\.py|(?<=\()reliability/\w+\.md', page):
+        assert (ROOT / file).exists() or (ROOT / 'results' / file).exists(), file
