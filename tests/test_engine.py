@@ -2,6 +2,8 @@
 import logging
 import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -51,6 +53,25 @@ def test_a_launcher_that_asks_for_float16_on_the_cpu_is_refused(monkeypatch):
     monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', 'fp16')
     with pytest.raises(options.OptionError, match='float16: not on a CPU'):
         start('--device', 'cpu')
+
+
+@pytest.mark.skipif('CS_GNU_LIBC_VERSION' not in getattr(os, 'confstr_names', ()), reason='needs glibc')
+def test_memory_that_a_tensor_frees_serves_the_next_one(monkeypatch):
+    code = (
+        'import resource, torch\n'
+        'from dks_timm import options, processes\n'
+        'args, given, _ = options.parse_args(["--device", "cpu"])\n'
+        'processes.create_accelerator(args, given)\n'
+        'for _ in range(3):\n'
+        '    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n'
+        '    torch.ones(64 << 20, dtype=torch.uint8)\n'
+        'print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n'
+    )
+    env = {k: v for k, v in os.environ.items() if not k.startswith(('MALLOC_', 'GLIBC_TUNABLES'))}
+    pages = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, check=True).stdout
+    assert int(pages) < 100  # of 16,384
+    monkeypatch.setenv('MALLOC_ARENA_MAX', '8')
+    assert not processes.keep_freed_memory()
 
 
 def test_random_numbers_start_where_timms_do():
