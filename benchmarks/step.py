@@ -22,6 +22,7 @@ import os
 import platform
 import re
 import shlex
+import statistics
 import sys
 import tempfile
 import time
@@ -58,7 +59,7 @@ CHECKS = {  # ways to know every step whether training still goes well; each rea
     'gradient': lambda loss, gradients: math.isfinite(torch.nn.utils.get_total_norm(gradients)),  # train.py's
 }
 HEADING = ('machine', 'dtype', 'layout', 'mode', 'flags')
-NUMBERS = ('gflops', 'seconds', 'wall_seconds', 'peak_mib')
+NUMBERS = ('gflops', 'time_ratio', 'seconds', 'wall_seconds', 'peak_mib')
 COLUMNS = (*HEADING, 'model', 'batch_size', 'image_size', 'variant', *NUMBERS, *(f'check_{name}' for name in CHECKS))
 NOTES = '## Where the time goes'  # in the results, what follows it is written by hand and kept
 
@@ -142,7 +143,7 @@ def peak_growth(call, device):
 
 
 def take_turns(steps, rounds, repeats, synchronize):
-    """Best (process time, wall time) in seconds of a call of each, called in turn.
+    """(process time, wall time) in seconds of a call of each, by name and turn.
 
     Args:
         steps: Callables by name.
@@ -159,7 +160,12 @@ def take_turns(steps, rounds, repeats, synchronize):
                 step()
             synchronize()
             times[name].append(((time.process_time() - start[0]) / repeats, (time.perf_counter() - start[1]) / repeats))
-    return {name: tuple(map(min, zip(*found, strict=True))) for name, found in times.items()}
+    return times
+
+
+def best(times):
+    """The least process time and the least wall time."""
+    return tuple(map(min, zip(*times, strict=True)))
 
 
 def check_costs(step, rounds, repeats):
@@ -167,12 +173,12 @@ def check_costs(step, rounds, repeats):
     if step.device.type != 'cpu':  # the wait for a number leaves the device idle, which only whole steps show
         steps = {name: partial(step, check) for name, check in (('', None), *CHECKS.items())}
         times = take_turns(steps, rounds, repeats, step.synchronize)
-        return {name: times[name][1] - times[''][1] for name in CHECKS}
+        return {name: best(times[name])[1] - best(times[''])[1] for name in CHECKS}
     costs = {}
 
     def by_themselves(loss, gradients):
         checks = {name: partial(check, loss, gradients) for name, check in CHECKS.items()}
-        costs.update((name, found[0]) for name, found in take_turns(checks, 5, 5, step.synchronize).items())
+        costs.update((name, best(found)[0]) for name, found in take_turns(checks, 5, 5, step.synchronize).items())
 
     step(by_themselves)
     return costs
@@ -199,8 +205,12 @@ def measure(setting, args):
             step()
     rows = {variant: dict(**setting, variant=variant) for variant in VARIANTS}
     turns = dict(rounds=args.rounds, repeats=1 if on_cpu else 10)
-    for variant, (process, wall) in take_turns(steps, **turns, synchronize=steps['plain'].synchronize).items():
-        rows[variant].update(seconds=f'{process if on_cpu else wall:.6f}', wall_seconds=f'{wall:.6f}')
+    times = take_turns(steps, **turns, synchronize=steps['plain'].synchronize)
+    for variant, found in times.items():
+        seconds, wall = best(found)[not on_cpu], best(found)[1]
+        ratios = [own[not on_cpu] / plain[not on_cpu] for own, plain in zip(found, times['plain'], strict=True)]
+        rows[variant].update(
+            time_ratio=f'{statistics.median(ratios):.4f}', seconds=f'{seconds:.6f}', wall_seconds=f'{wall:.6f}')
     for variant, step in steps.items():
         rows[variant].update(gflops=f'{step.gflops()[""]:.4f}', peak_mib=f'{step.peak_mib():.1f}')
     costs = check_costs(steps['DKS'], **turns)
@@ -236,16 +246,17 @@ def report(rows, on_cpu):
     lines = [
         f'# A training step on a {"CPU" if on_cpu else "GPU"}', '',
         'Forward, loss, backward, and SGD with momentum. FLOPs are those of convolutions and matrix products in a '
-        f'forward with branches over the plain one. Time is {clock}, the best of the rounds of a run in which the '
-        'variants take turns, over that of the plain step; "over FLOPs" is the ratio of times by the ratio of FLOPs, '
-        f'images/s are by the same clock. Memory is the most that tensors hold at once, weights and momentum included'
-        f'{memory}. DS is `--dks --dks-direction none`. The last columns are what it adds to a DKS step to read '
-        f'whether its loss, or the norm of its gradient, is finite; timed {checked}.',
+        f'forward with branches over the plain one. Time is {clock} over that of the plain step of the same round, the '
+        'median of the rounds of a run in which the variants take turns; "over FLOPs" is the ratio of times by the '
+        'ratio of FLOPs, images/s are those of the fastest round by the same clock. Memory is the most that tensors '
+        f'hold at once, weights and momentum included{memory}. DS is `--dks --dks-direction none`. The last columns '
+        'are what it adds to a DKS step to read whether its loss, or the norm of its gradient, is finite; timed '
+        f'{checked}.',
     ]
     tables = defaultdict(list)
     for plain, ds, dks in zip(*[iter(rows)] * 3, strict=True):
         ratios = {name: [float(row[name]) / float(plain[name]) for row in (ds, dks)] for name in NUMBERS}
-        flops, times, seconds = ratios['gflops'][1], ratios['seconds'], float(dks['seconds'])
+        flops, times, seconds = ratios['gflops'][1], ratios['time_ratio'], float(dks['seconds'])
         cells = [plain['model'], f'{plain["batch_size"]} x {plain["image_size"]} px', f'{float(plain["gflops"]):.2f}']
         cells += [f'{x:.2f}' for x in (flops, *times, *(t / flops for t in times), ratios['peak_mib'][1])]
         cells += [f'{int(row["batch_size"]) / float(row["seconds"]):.3g}' for row in (plain, ds, dks)]
