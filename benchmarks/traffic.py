@@ -112,7 +112,9 @@ def work(rank, args, dks, setting, folder):
 
 def measure(args, dks, setting):
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (args, dks, setting, folder), nprocs=args.processes)
+        # A fork saves the imports of every process; CUDA does not survive it.
+        method = 'fork' if args.device == 'cpu' else 'spawn'
+        mp.start_processes(work, (args, dks, setting, folder), args.processes, start_method=method)
         return json.loads(Path(folder, 'found.json').read_text())
 
 

@@ -1,6 +1,9 @@
 """What the training loop costs beside the step: values read from the device, operations; and data to time it on."""
+import contextlib
 import csv
+import fcntl
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from dks_timm import engine, options, readers
 from dks_timm.progress import Totals
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
+import speed
 import traffic
 from loop import Operations
 
@@ -170,3 +174,56 @@ def test_an_estimate_counts_arithmetic_gradients_and_what_does_not_fit_behind_ba
         [steps / 8 * (0.1 + exchange - 0.2 / 3) / 3600, steps / 8 * (0.1 + exchange) / 3600])
     assert costs.hours(0, 8, rate, 100, 1)[0] == pytest.approx(steps / 8 * 0.1 / 3600)
     assert costs.all_reduce(1, 64, 100, 1) == pytest.approx(100 * costs.all_reduce(1, 64, 100, 100))
+
+
+def test_benchmarks_go_on_where_the_time_was_over(tmp_path, monkeypatch):
+    codes, ran = dict(whole=0, rows=0, broken=2, slow=None), []
+
+    def run(command, seconds):
+        ran.append(command[0])
+        if command[0] != 'broken':
+            (tmp_path / command[0]).touch()
+        if command[0] == 'slow':
+            monkeypatch.setattr(speed.time, 'monotonic', lambda: float('inf'))
+        return codes[command[0]]
+
+    monkeypatch.setattr(speed, 'run', run)
+    benchmarks = (
+        speed.Benchmark('whole {}', 'whole'),
+        speed.Benchmark('rows', 'rows', keeps_rows=True),
+        speed.Benchmark('other', 'other', devices=('cuda',)),
+        speed.Benchmark('broken', 'broken'),
+        speed.Benchmark('slow', 'rows', keeps_rows=True),
+        speed.Benchmark('late', 'late'),
+    )
+    for before in ('done', 'was done already'):
+        ran.clear()
+        monkeypatch.setattr(speed.time, 'monotonic', lambda: 0.)
+        lines, complete = speed.run_all(benchmarks, 'cpu', 0, 60, tmp_path)
+        assert [line.partition(': ')[2].partition(';')[0] for line in lines] == [
+            before, 'done', 'failed with exit code 2', 'stopped, as the time was over', 'not begun']
+        assert not complete and ran == ['whole'] * (before == 'done') + ['rows', 'broken', 'slow']
+
+
+def test_a_benchmark_that_is_stopped_takes_its_processes_along(tmp_path):
+    held, ready = tmp_path / 'held', tmp_path / 'ready'
+    child = (
+        f'import fcntl, time; f = open({str(held)!r}, "w"); fcntl.flock(f, fcntl.LOCK_EX); '
+        f'open({str(ready)!r}, "w"); time.sleep(600)')
+    (tmp_path / 'slow.py').write_text(f'import subprocess, sys\nsubprocess.run([sys.executable, "-c", {child!r}])\n')
+    seconds = 0.5
+    while not ready.exists():
+        assert speed.run([str(tmp_path / 'slow.py')], seconds) is None
+        seconds *= 2
+    with held.open() as f:
+        for _ in range(600):  # its end may come a moment after that of its parent
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            time.sleep(0.1)
+    pytest.fail('the process still runs')
+
+
+def test_benchmarks_for_several_gpus_are_left_out_on_one(tmp_path):
+    lines, complete = speed.run_all([b for b in speed.BENCHMARKS if b.gpus > 1], 'cuda', 1, 0, tmp_path)
+    assert len(lines) == 2 and complete and all('needs 2 GPUs' in line for line in lines)
