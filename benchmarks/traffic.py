@@ -34,11 +34,11 @@ from dks_timm import build, options
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {
-    'default (25 MiB buckets)': {},
-    'bucket_cap_mb 1': dict(bucket_cap_mb=1),
-    'bucket_cap_mb 5': dict(bucket_cap_mb=5),
-    'bucket_cap_mb 100': dict(bucket_cap_mb=100),
-    'bucket_cap_mb 10000': dict(bucket_cap_mb=10000),
+    'default': {},  # 25 MiB
+    'bucket_cap_mb=1': dict(bucket_cap_mb=1),
+    'bucket_cap_mb=5': dict(bucket_cap_mb=5),
+    'bucket_cap_mb=100': dict(bucket_cap_mb=100),
+    'bucket_cap_mb=10000': dict(bucket_cap_mb=10000),  # one bucket: nothing overlaps
     'static_graph': dict(static_graph=True),
     'gradient_as_bucket_view': dict(gradient_as_bucket_view=True),
 }
@@ -134,7 +134,8 @@ def table(args):
         '|---|---|---|---|---|---|---|---|---|---|---|',
     ]
     print(*lines, sep='\n')
-    for name, setting in SETTINGS.items():
+    for name in args.settings:
+        setting = SETTINGS[name]
         for dks in (False, True):
             found = measure(args, dks, setting)
             (alone, alone_cpu), (both, both_cpu), reduce = found['alone'], found['exchange'], found['all_reduce'][0]
@@ -230,6 +231,8 @@ def create_parser():
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='cpu or cuda')
     parser.add_argument('--model', default='resnet18:64:16', metavar='NAME:SIZE:BATCH', help='batch of one process')
     parser.add_argument('--processes', type=int, metavar='N', help='2 on a CPU, all GPUs')
+    parser.add_argument('--settings', nargs='+', choices=SETTINGS, default=list(SETTINGS), metavar='NAME',
+                        help=f'of DDP: {", ".join(SETTINGS)}')
     parser.add_argument('--rounds', type=int, default=12, metavar='N', help='turns of each kind of step')
     parser.add_argument('--threads', type=int, default=1, metavar='N', help='of each process')
     parser.add_argument('--results', type=Path, metavar='FILE', help='file to write')

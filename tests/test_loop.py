@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from timm.data import create_loader
 from timm.utils import AverageMeter
 
+import dks_timm
 import train
 from dks_timm import engine, options, readers
 from dks_timm.progress import Totals
@@ -227,3 +228,28 @@ def test_a_benchmark_that_is_stopped_takes_its_processes_along(tmp_path):
 def test_benchmarks_for_several_gpus_are_left_out_on_one(tmp_path):
     lines, complete = speed.run_all([b for b in speed.BENCHMARKS if b.gpus > 1], 'cuda', 1, 0, tmp_path)
     assert len(lines) == 2 and complete and all('needs 2 GPUs' in line for line in lines)
+
+
+@pytest.mark.parametrize('name, size', [('resnet18', 64), ('test_vit', 160)])
+def test_a_forward_has_the_operations_of_backbone_and_branches_and_no_more(name, size):
+    net = dks_timm.create_dks_model(name, num_classes=10).train()
+    x = torch.randn(2, 3, size, size)
+    net(x)  # the first time at a size, its shapes are looked up
+    features = {}
+    handles = [
+        net.backbone.get_submodule(branch.source).register_forward_hook(
+            lambda module, args, output, source=branch.source: features.update({source: output}))
+        for branch in net.branches]
+    parts = []
+    with Operations() as counted:
+        net.backbone(x)
+    parts.append(counted.counts)
+    for handle in handles:
+        handle.remove()
+    for branch in net.branches:
+        with Operations() as counted:
+            branch(x, features[branch.source])
+        parts.append(counted.counts)
+    with Operations() as counted:
+        net(x)
+    assert counted.counts == sum(parts, Counter()) and counted.reads == 0 and len(parts) == 3
