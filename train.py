@@ -6,12 +6,12 @@
 """
 import sys
 
-from dks_timm import options
+from dks_timm import errors, options
 
 
 def main(argv=None):
     # Parse. What needs torch is imported after it, so that --help and a mistyped flag answer at once.
-    with options.exit_on_bad_input():
+    with errors.exit_on_bad_input():
         args, given, args_text = options.parse_args(argv)
         from timm.data import resolve_data_config
         from timm.layers import set_fast_norm
@@ -23,7 +23,7 @@ def main(argv=None):
         build.check_names(args)
         resume = checkpoints.find_resume(args, args_text)
         if args.export_dir and not resume:
-            with options.naming(f'--export-dir {args.export_dir}'):
+            with errors.naming(f'--export-dir {args.export_dir}'):
                 hub.check_export_dir(args.export_dir, args.overwrite)
         accelerator = processes.create_accelerator(args, given)
         dataset_train, dataset_eval = data.create_datasets(args)
@@ -38,7 +38,7 @@ def main(argv=None):
         loaders = data.create_loaders(args, dataset_train, dataset_eval, data_config, model, accelerator.device)
         task = build.create_task(args, model, accelerator.device)
         build.set_learning_rate(args, batch_size=loaders[-1])
-        with options.naming(f'--opt {args.opt}', Exception):
+        with errors.naming(f'--opt {args.opt}', Exception):
             optimizer = create_optimizer_v2(
                 task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
         names = ['backbone', *(f'stage{stage}' for stage in model.stages)] if args.dks else ['backbone']
@@ -48,7 +48,7 @@ def main(argv=None):
             accelerator.print(f'Nothing left to train: {at_end}.')
             return
         if args.export_dir and resume:
-            with options.naming(f'--export-dir {args.export_dir}'):
+            with errors.naming(f'--export-dir {args.export_dir}'):
                 hub.check_export_dir(args.export_dir, args.overwrite)
         label_names = data.label_names(dataset_train)
         if accelerator.is_main_process:

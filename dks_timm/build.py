@@ -10,12 +10,13 @@ from timm.loss import create_classification_loss
 from timm.models import NaFlexVit
 from timm.optim import get_optimizer_info
 
+from .checks import mixup_active
 from .data import model_dtype
+from .errors import UNREADABLE, OptionError, closest, flag, naming
 from .exits import exit_flops
 from .inspection import training_cost
 from .loss import DKSLoss
 from .model import create_dks_model
-from .options import UNREADABLE, OptionError, closest, flag, mixup_active, naming
 from .task import DKSDistillationTask, DKSTask
 
 _logger = logging.getLogger(__name__)

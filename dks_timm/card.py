@@ -18,8 +18,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import __version__
 from .charts import curves_svg
+from .errors import printable, why
 from .models import ARCHITECTURES
-from .options import check_types, create_parser, printable, why
+from .options import check_types, create_parser
 from .runs import best_epoch, dataset_name, read_summary, run_settings
 
 __all__ = ['baseline', 'describe_run', 'eval_results', 'provenance', 'write_card']

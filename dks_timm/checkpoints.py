@@ -16,7 +16,7 @@ from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch.utils._pytree import tree_map_only
 
-from .options import OptionError, why
+from .errors import OptionError, why
 
 _logger = logging.getLogger(__name__)
 

@@ -4,17 +4,9 @@ import json
 import sys
 from typing import Optional, Sequence
 
-from .options import (
-    UNREADABLE,
-    Parser,
-    add_branch_flags,
-    add_card_flags,
-    add_hub_flags,
-    add_thrift_flags,
-    check_numbers,
-    naming,
-    one_line,
-)
+from .checks import check_numbers
+from .errors import UNREADABLE, naming, one_line
+from .options import Parser, add_branch_flags, add_card_flags, add_hub_flags, add_thrift_flags
 from .timm_flags import ParseKwargs
 
 

@@ -15,8 +15,9 @@ from timm.data import (
 from torchvision.transforms import RandomCrop
 
 from . import readers
+from .checks import mixup_active
 from .device_data import DeviceLoader, check_fit, decode
-from .options import OptionError, mixup_active, naming
+from .errors import OptionError, naming
 
 _logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from timm.data.loader import adapt_to_chs, fast_collate
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from .options import OptionError
+from .errors import OptionError
 
 _logger = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ from torch.utils.data import IterableDataset
 
 from . import build, checkpoints, faults, outcome, processes, resumable, sharding
 from .data import model_dtype
+from .errors import naming
 from .evaluation import HeadMetrics
 from .guard import Guard
 from .model import prune
-from .options import naming
 from .progress import Bar, Progress, Speed, Totals
 from .records import Records, epoch_line
 from .run_state import RunState

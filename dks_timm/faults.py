@@ -8,7 +8,7 @@ from typing import Optional
 
 import torch
 
-from .options import erase_bar
+from .errors import erase_bar
 
 # Exit codes of train.py besides 0, 1 (failed), 2 (bad input) and 3 (push failed).
 UNSAVED = 4

@@ -24,9 +24,10 @@ from timm.utils import load_checkpoint_metadata, unwrap_model
 
 from .build import create_model
 from .card import FACTS, METADATA, baseline, describe_run, write_card
+from .errors import UNREADABLE, naming, why
 from .model import DKSModel, create_dks_model, prune
 from .models import ARCHITECTURES
-from .options import UNREADABLE, check_types, create_parser, naming, why
+from .options import check_types, create_parser
 from .published import load_checkpoint_branches, plain_tensors, save_branches
 from .push import FILES, BackgroundPush, PushError, check_repository, finishing_line, push_folder
 

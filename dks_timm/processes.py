@@ -13,7 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulation
 from timm import utils
 
 from . import sharding
-from .options import OptionError, SharedError, closest, naming
+from .errors import OptionError, SharedError, closest, naming
 
 _logger = logging.getLogger(__name__)
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc

@@ -91,7 +91,7 @@ def _off_diagonal(matrix):
 class Bar:
     """A bar at the bottom of the main process's terminal, and a line below it; elsewhere nothing.
 
-    Lines of the log erase it (see :class:`dks_timm.options.LogFormatter`), and warnings become such lines; it is drawn
+    Lines of the log erase it (see :class:`dks_timm.errors.LogFormatter`), and warnings become such lines; it is drawn
     again below them. What does not fit into the terminal's width is cut off.
 
     Args:

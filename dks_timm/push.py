@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from . import __version__
-from .options import why
+from .errors import why
 
 __all__ = [
     'FILES', 'BackgroundPush', 'PushError', 'check_repository', 'check_request', 'finishing_line', 'push_folder',

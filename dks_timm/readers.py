@@ -23,7 +23,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.data.readers.targets import get_field, has_field
 
-from .options import OptionError, closest, flag, naming, printable, why
+from .errors import OptionError, closest, flag, naming, printable, why
 
 _logger = logging.getLogger(__name__)
 

@@ -8,7 +8,8 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import yaml
 
-from .options import UNREADABLE, OptionError, check_types, create_parser
+from .errors import UNREADABLE, OptionError
+from .options import check_types, create_parser
 
 __all__ = ['Group', 'Run', 'best_epoch', 'dataset_name', 'group_runs', 'read_run', 'read_summary', 'run_settings']
 

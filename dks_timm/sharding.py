@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_m
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
-from .options import OptionError, flag
+from .errors import OptionError, flag
 
 FSDP2 = 'FSDP2'
 DEEPSPEED = 'DeepSpeed'

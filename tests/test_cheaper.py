@@ -15,7 +15,7 @@ from timm.task import LogitDistillationTask
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch.utils.flop_counter import FlopCounterMode
 
-from dks_timm import DKSLoss, DKSModel, DKSTask, build, cli, create_dks_model, options, sharding
+from dks_timm import DKSLoss, DKSModel, DKSTask, build, cli, create_dks_model, errors, options, sharding
 from dks_timm.inspection import inspect_model, training_cost
 from dks_timm.task import DKSDistillationTask
 
@@ -315,7 +315,7 @@ def test_branches_on_a_part_of_each_batch_train_and_report_their_means_over_it(s
 
 
 def refusal(*argv):
-    with pytest.raises(options.OptionError) as e:
+    with pytest.raises(errors.OptionError) as e:
         options.parse_args([str(a) for a in argv])
     return str(e.value)
 
@@ -344,7 +344,7 @@ def test_without_dks_the_flags_are_refused(flags):
 @pytest.mark.parametrize('engine', [sharding.FSDP2, sharding.DEEPSPEED])
 def test_engines_that_shard_take_no_updates_without_branches(engine):
     args, *_ = options.parse_args(['--dks', '--dks-every', '2', '--opt', 'adamw'])
-    with pytest.raises(options.OptionError, match=f'--dks-every 2: not under {engine}: .* use --dks-batch-fraction'):
+    with pytest.raises(errors.OptionError, match=f'--dks-every 2: not under {engine}: .* use --dks-batch-fraction'):
         sharding.check(engine, args)
     args.dks_every = 1
     sharding.check(engine, args)
@@ -353,7 +353,7 @@ def test_engines_that_shard_take_no_updates_without_branches(engine):
 def test_a_model_that_takes_no_part_of_a_batch_is_refused_by_flag():
     args, *_ = options.parse_args(
         ['--dks', '--dks-batch-fraction', '0.5', '--model', 'tnt_s_legacy_patch16_224', '--model-kwargs', 'depth=4'])
-    with torch.device('meta'), pytest.raises(options.OptionError, match='^--dks-batch-fraction 0.5: features of this'):
+    with torch.device('meta'), pytest.raises(errors.OptionError, match='^--dks-batch-fraction 0.5: features of this'):
         build.create_model(args)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dks_timm import data, options
+from dks_timm import data, errors, options
 
 DATA_CONFIG = dict(
     input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bilinear', crop_pct=1.0, crop_mode='center')
@@ -30,7 +30,7 @@ def folder(root, **splits):
 
 
 def refusal(*argv):
-    with pytest.raises(options.OptionError) as e:
+    with pytest.raises(errors.OptionError) as e:
         data.create_datasets(parse(*argv))
     return str(e.value)
 
@@ -114,12 +114,12 @@ def test_more_classes_than_the_data_has_are_a_warning(caplog):
 
 
 def test_a_training_split_smaller_than_a_batch_is_refused():
-    with pytest.raises(options.OptionError, match='--batch-size 2000'):
+    with pytest.raises(errors.OptionError, match='--batch-size 2000'):
         loaders(parse('--dataset', 'digits', '-b', 2000))
 
 
 def test_repeated_augmentation_in_one_process_is_refused():
-    with pytest.raises(options.OptionError, match='--aug-repeats 3'):
+    with pytest.raises(errors.OptionError, match='--aug-repeats 3'):
         loaders(parse('--dataset', 'digits', '--aug-repeats', 3))
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from timm.task import evaluation_sample_limit
 
 import train
-from dks_timm import data, device_data, options
+from dks_timm import data, device_data, errors, options
 
 SIZE = 8
 CONFIG = dict(
@@ -195,20 +195,20 @@ def test_train_pad_changes_the_first_transform_and_no_other(noise):
     (['--train-pad', -1], '--train-pad -1: must be at least 0'),
 ])
 def test_what_is_not_carried_out_is_refused_by_name(noise, argv, words):
-    with pytest.raises(options.OptionError) as e:
+    with pytest.raises(errors.OptionError) as e:
         parse(noise, *argv)
     assert words in str(e.value)
 
 
 def test_a_pad_as_large_as_the_image_is_refused(noise):
-    with pytest.raises(options.OptionError, match=f'--train-pad {SIZE}: must be below the image size {SIZE}'):
+    with pytest.raises(errors.OptionError, match=f'--train-pad {SIZE}: must be below the image size {SIZE}'):
         loaders(parse(noise, '--train-pad', SIZE))
 
 
 def test_data_that_does_not_fit_is_refused_before_it_is_read(noise, monkeypatch):
     monkeypatch.setattr(device_data, 'free_memory', lambda device: 2 * 44 * 3 * SIZE * SIZE - 1)
     monkeypatch.setattr(device_data, 'DataLoader', None)
-    with pytest.raises(options.OptionError, match='44 images of 3x8x8 .* lower --img-size'):
+    with pytest.raises(errors.OptionError, match='44 images of 3x8x8 .* lower --img-size'):
         loaders(parse(noise, '--no-aug', '--data-on-device'))
     monkeypatch.undo()
     assert device_data.free_memory(torch.device('cpu')) > 0
@@ -219,7 +219,7 @@ def test_streamed_data_is_refused():
         def __iter__(self):
             return iter(())
 
-    with pytest.raises(options.OptionError, match='--data-on-device: a streamed dataset'):
+    with pytest.raises(errors.OptionError, match='--data-on-device: a streamed dataset'):
         device_data.check_fit([Stream()], (3, 8, 8), torch.device('cpu'))
 
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from dks_timm import checkpoints, options, processes
+from dks_timm import checkpoints, errors, options, processes
 from dks_timm.progress import Totals
 
 
@@ -51,7 +51,7 @@ def test_amp_flags_win_over_the_launcher_and_mean_bfloat16_on_the_cpu(monkeypatc
 
 def test_a_launcher_that_asks_for_float16_on_the_cpu_is_refused(monkeypatch):
     monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', 'fp16')
-    with pytest.raises(options.OptionError, match='float16: not on a CPU'):
+    with pytest.raises(errors.OptionError, match='float16: not on a CPU'):
         start('--device', 'cpu')
 
 

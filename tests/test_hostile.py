@@ -19,7 +19,7 @@ from PIL import Image
 from test_bad_data import root  # noqa: F401
 from test_train import main
 
-from dks_timm import checkpoints, engine, options, readers
+from dks_timm import checkpoints, checks, engine, errors, options, readers
 
 # Flags by name, but for the one that prints help and ends.
 ACTIONS = {a.dest: a for a in options.create_parser()._actions if a.dest != 'help'}
@@ -58,7 +58,7 @@ def refusal(argv):
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             options.parse_args(argv)
-    except options.OptionError as e:
+    except errors.OptionError as e:
         assert str(e) and str(e).isprintable() and len(str(e)) < 1100
         return str(e)
     except SystemExit as e:
@@ -139,7 +139,7 @@ LEFT_OUT = {
 def sensible(action):
     """Flags with values that often parse."""
     kinds = {int: st.integers(0, 70), float: st.floats(0, 2).map(lambda x: round(x, 3))}
-    choices = options.CHOICES.get(action.dest) or action.choices
+    choices = checks.CHOICES.get(action.dest) or action.choices
     value = (st.sampled_from([c for c in choices if c]) if choices else kinds.get(action.type, st.just('x'))).map(str)
     if action.nargs == 0:
         return st.just([action.option_strings[-1]])

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dks_timm import options
+from dks_timm import errors, options
 
 TIMM_FLAGS = Path(__file__).with_name('timm_train_flags.tsv')
 
 
 def refusal(*argv):
-    with pytest.raises(options.OptionError) as e:
+    with pytest.raises(errors.OptionError) as e:
         options.parse_args(list(argv))
     return str(e.value)
 
@@ -182,7 +182,7 @@ def test_a_wrong_recipe_is_refused_with_its_key_and_value(tmp_path, text, words)
 
 def test_a_refusal_is_one_line_and_exit_code_2(capfd):
     import logging
-    with pytest.raises(SystemExit) as e, options.exit_on_bad_input():
+    with pytest.raises(SystemExit) as e, errors.exit_on_bad_input():
         logging.getLogger('timm').info('Data processing configuration')
         raise ValueError('--model x:\n no such model')
     assert e.value.code == 2
@@ -191,6 +191,6 @@ def test_a_refusal_is_one_line_and_exit_code_2(capfd):
 
 def test_only_one_process_of_a_node_tells_of_a_refusal(capfd, monkeypatch):
     monkeypatch.setenv('LOCAL_RANK', '1')
-    with pytest.raises(SystemExit), options.exit_on_bad_input():
+    with pytest.raises(SystemExit), errors.exit_on_bad_input():
         raise ValueError('no')
     assert capfd.readouterr().err == ''

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from test_train import image_folder, main
 
-from dks_timm.options import LogFormatter
+from dks_timm.errors import LogFormatter
 from dks_timm.progress import Bar, Progress, Speed
 
 MEANS = dict(loss=1.25, top1_backbone=50., top1_stage2=40.)

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from test_train import ROOT, main, rows, two_processes
 
-from dks_timm import data, options, readers
+from dks_timm import data, errors, options, readers
 
 CLASSES = 'abc'
 COUNTS = dict(train=12, validation=6)
@@ -175,7 +175,7 @@ def parse(*argv):
 
 
 def refusal(*argv):
-    with pytest.raises(options.OptionError) as e:
+    with pytest.raises(errors.OptionError) as e:
         args = parse(*argv)
         data.create_loaders(
             args, *data.create_datasets(args), DATA_CONFIG, torch.nn.Identity(), torch.device('cpu'))

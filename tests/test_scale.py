@@ -24,7 +24,7 @@ from test_train import ROOT, image_folder, main, rows
 from timm.optim import create_optimizer_v2
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-from dks_timm import options, processes, sharding
+from dks_timm import errors, options, processes, sharding
 
 CONFIGS = ROOT / 'recipes/accelerate'
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
@@ -390,7 +390,7 @@ def test_what_an_accelerate_config_must_not_ask_for_is_refused(monkeypatch, env,
         monkeypatch.setattr(sharding, f'is_{package}_available', lambda: False)
     for key, value in env.items():
         monkeypatch.setenv(key, value)
-    with pytest.raises(options.OptionError) as e:
+    with pytest.raises(errors.OptionError) as e:
         sharding.requested()
     assert all(word in str(e.value) for word in words), e.value
 
@@ -413,14 +413,14 @@ def test_what_an_accelerate_config_must_not_ask_for_is_refused(monkeypatch, env,
 def test_flags_that_cannot_work_under_an_engine_are_refused_by_name(engine_name, flags, words):
     args, _, _ = options.parse_args(flags.split())
     sharding.check('', args)
-    with pytest.raises(options.OptionError) as e:
+    with pytest.raises(errors.OptionError) as e:
         sharding.check(engine_name, args)
     assert all(word in str(e.value) for word in [*words, engine_name]), e.value
 
 
 def test_compiling_through_accelerate_is_refused_under_an_engine(monkeypatch):
     monkeypatch.setenv('ACCELERATE_DYNAMO_BACKEND', 'INDUCTOR')
-    with pytest.raises(options.OptionError, match='dynamo_backend INDUCTOR'):
+    with pytest.raises(errors.OptionError, match='dynamo_backend INDUCTOR'):
         sharding.check('FSDP2', options.parse_args([])[0])
 
 
@@ -463,7 +463,7 @@ def test_deepspeeds_settings_come_from_the_flags():
 ])
 def test_deepspeed_configs_that_contradict_flags_or_cannot_work_are_refused(monkeypatch, name, value, words):
     monkeypatch.setenv(name, value)
-    with pytest.raises(options.OptionError) as e:
+    with pytest.raises(errors.OptionError) as e:
         sharding.accelerator_kwargs('DeepSpeed', options.parse_args([])[0], None)
     assert all(word in str(e.value) for word in words), e.value
 
