@@ -199,7 +199,7 @@ class Trainer:
             raise
         finally:
             if self.guard.skipped:
-                _logger.warning(f'{self.guard.skipped} updates were left out, as they gave no numbers.')
+                _logger.warning(f'{self.guard.skipped} updates were left out, as their loss or gradient was not finite.')
         self.accelerator.end_training()
 
     def _fit_epoch(self, epoch, on_best):
@@ -373,7 +373,7 @@ class Trainer:
 
         self.speed.add(progress, totals.count * args.world_size)
         if not totals.count:
-            raise faults.Fault(f'every update of epoch {epoch} gave no numbers', faults.NONFINITE)
+            raise faults.Fault(f'every update of epoch {epoch} had a non-finite loss or gradient', faults.NONFINITE)
         raw_optimizer = getattr(optimizer, 'optimizer', optimizer)
         if hasattr(raw_optimizer, 'sync_lookahead'):
             raw_optimizer.sync_lookahead()
@@ -391,7 +391,7 @@ class Trainer:
         resumable.set_random_state(random, self.accelerator.device)
 
     def _leave_out(self, group, before, batch, done, **place):
-        """Say which update gave no numbers; then leave it out, or save what was before it and stop."""
+        """Say which update was not finite; then leave it out, or save what was before it and stop."""
         self.guard.undo()
         text, lines = self.guard.report([out for out, *_ in group], batch, self.fetches)
         text = f'epoch {place["epoch"]}, update {done + 1} of {self.updates_per_epoch}: {text}'

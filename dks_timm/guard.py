@@ -1,7 +1,7 @@
-"""Losses and gradients that are no numbers, noticed before they reach the weights.
+"""Non-finite losses and gradients, noticed before they reach the weights.
 
 Every process has to come to the same decision. Gradients are the same in all of them, so those of a process whose loss
-is no number are made none, too, and one norm tells all. A gradient scaler leaves out updates by itself where half
+is not finite are made NaN, too, and one norm tells all. A gradient scaler leaves out updates by itself where half
 precision overflows; there it is the losses that count.
 """
 from collections import defaultdict
@@ -88,7 +88,7 @@ class Guard:
             last: Whether an update follows.
 
         Returns:
-            Whether the loss is a number, as far as that has to be known so early.
+            Whether the loss is finite, as far as that has to be known so early.
         """
         if self.deepspeed:
             if not self._finite(loss):
@@ -98,7 +98,7 @@ class Guard:
         elif self.accelerator.scaler is not None:
             self.accelerator.backward(loss, create_graph=self.second_order)
         else:
-            one = loss.detach() * 0 + 1  # nan where the loss is no number
+            one = loss.detach() * 0 + 1  # nan where the loss is not finite
             self.accelerator.backward(loss, create_graph=self.second_order, gradient=one)
         return True
 
@@ -109,7 +109,7 @@ class Guard:
             losses: Of the batches of the update.
 
         Returns:
-            Whether gradients and losses are numbers, in all processes.
+            Whether gradients and losses are finite, in all processes.
         """
         args, norm = self.args, None
         if self.deepspeed:
@@ -131,11 +131,11 @@ class Guard:
         return isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def _finite(self, loss) -> bool:
-        """Whether a loss is a number in every process."""
+        """Whether a loss is finite in every process."""
         return isfinite(self.accelerator.reduce(loss.detach().float()))
 
     def report(self, outputs: Sequence[Dict[str, torch.Tensor]], batch: int, fetches: Fetches) -> Tuple[str, List[str]]:
-        """Say what of an update is no number, and for which images. All processes have to call it.
+        """Say what of an update is not finite, and for which images. All processes have to call it.
 
         Args:
             outputs: What the task returned for each batch.
@@ -143,7 +143,7 @@ class Guard:
             fetches: Which know the images.
 
         Returns:
-            What is no number and where, shortly; and line by line with all images, empty where they are not known.
+            What is not finite and where, shortly; and line by line with all images, empty where they are not known.
         """
         found = [(self._suspect(out), fetches.names(batch + i)) for i, out in enumerate(outputs)]
         reports = [found]
@@ -165,7 +165,7 @@ class Guard:
         return what, [line for what, images in suspects if images for line in (f'{what}:', *images)]
 
     def _suspect(self, out) -> str:
-        """What of a task's output is no number, or ''."""
+        """What of a task's output is not finite, or ''."""
         ce, synergy = out.get('ce', out['loss'][None]).tolist(), out.get('synergy')
         parts = [
             f'the loss of {name} is {loss}' for name, loss in zip(self.names, ce, strict=False) if not isfinite(loss)]

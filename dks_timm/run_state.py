@@ -80,7 +80,7 @@ class RunState:
             updates: Those since the beginning of the run.
 
         Raises:
-            Fault: There are weights that are no numbers, which are not to be saved.
+            Fault: There are non-finite weights, which are not to be saved.
         """
         trainer = self.trainer
         modules = self._modules()
@@ -102,7 +102,7 @@ class RunState:
             torch.distributed.all_gather_object(processes, process)
         if not all(process.pop('finite') for process in processes):
             raise faults.Fault(
-                f'epoch {epoch}, after update {done}: weights are no numbers any more; they are not saved, and the '
+                f'epoch {epoch}, after update {done}: weights are not finite any more; they are not saved, and the '
                 'newest checkpoint is from before', faults.NONFINITE)
         plateau = getattr(trainer.scheduler, 'lr_scheduler', None)
         return dict(

@@ -1,4 +1,4 @@
-"""Every fault here is caused: kills within a save, full disks, damaged files, signals, numbers that are none."""
+"""Every fault here is caused: kills within a save, full disks, damaged files, signals, non-finite numbers."""
 import csv
 import errno
 import json
@@ -329,7 +329,7 @@ def test_a_second_signal_ends_the_process_at_once():
 
 # Numbers
 
-def test_a_run_that_diverges_stops_before_its_weights_are_no_numbers(noise, tmp_path, capfd):
+def test_a_run_that_diverges_stops_before_its_weights_are_not_finite(noise, tmp_path, capfd):
     argv = [*noise, '--lr', '1e25', '--warmup-epochs', '0', '--sched', 'none']
     assert code_of(tmp_path / 'x', *argv) == faults.NONFINITE == 5
     line = capfd.readouterr().err.splitlines()[-1]
@@ -340,7 +340,7 @@ def test_a_run_that_diverges_stops_before_its_weights_are_no_numbers(noise, tmp_
 
 
 def spoiled(batches, head=None, seen=None):
-    """A Trainer for which the second image of some batches is no number, or a classifier's loss for them."""
+    """A Trainer for which the second image of some batches is NaN, or a classifier's loss for them."""
     class Trainer(engine.Trainer):
         number = -1
 
@@ -383,7 +383,7 @@ def code_of_spoiled(trainer, folder, *argv):
     ('--workers 1 --grad-accum-steps 2', {8}, 'epoch 1, update 2 of 3'),
     ('--data-on-device --model-ema', {5}, 'epoch 1, update 1 of 5'),
 ])
-def test_a_batch_without_a_number_is_named_and_the_run_goes_on_from_before_it(
+def test_a_nonfinite_batch_is_named_and_the_run_goes_on_from_before_it(
         noise, tmp_path, capfd, flags, batches, update):
     argv, seen = [*noise, '--no-aug', *flags.split()], []
     run(tmp_path / 'whole', *argv)
@@ -404,7 +404,7 @@ def test_a_batch_without_a_number_is_named_and_the_run_goes_on_from_before_it(
 
 
 @pytest.mark.parametrize('workers', [0, 1])
-def test_a_batch_of_a_stream_without_a_number_is_named_by_shard_and_key(noise, tmp_path, capfd, workers):
+def test_a_nonfinite_batch_of_a_stream_is_named_by_shard_and_key(noise, tmp_path, capfd, workers):
     argv = [*noise, '--data-dir', '', *make('wds', tmp_path / 'data'), '--num-classes', '3', '--workers', workers]
     assert code_of_spoiled(spoiled({1}), tmp_path / 'x', *argv) == 5
     line = capfd.readouterr().err.splitlines()[-1]
@@ -414,7 +414,7 @@ def test_a_batch_of_a_stream_without_a_number_is_named_by_shard_and_key(noise, t
     assert all(re.fullmatch(rf'\S+ of {tmp_path}/data/train-[01]\.tar', name) for name in names)
 
 
-def test_a_classifier_whose_loss_is_no_number_is_named(noise, tmp_path, capfd):
+def test_a_classifier_whose_loss_is_not_finite_is_named(noise, tmp_path, capfd):
     assert code_of_spoiled(spoiled({1}, head=2), tmp_path / 'x', *noise, '--dks') == 5
     assert 'the loss of stage3 is inf, on ' in capfd.readouterr().err.splitlines()[-1]
 
@@ -446,12 +446,12 @@ def test_a_skipped_update_changes_nothing_and_is_counted(noise, tmp_path, capfd)
     assert 'epoch 1, update 2 of 5' in err and '2 updates were left out' in err
 
 
-def test_a_run_without_a_single_number_stops_also_where_updates_are_skipped(noise, tmp_path, capfd):
+def test_a_run_without_a_finite_update_stops_also_where_updates_are_skipped(noise, tmp_path, capfd):
     assert code_of_spoiled(spoiled(range(99)), tmp_path / 'x', *noise, '--on-nonfinite', 'skip') == 5
     assert 'every update of epoch 0' in capfd.readouterr().err.splitlines()[-1]
 
 
-def test_weights_that_are_no_numbers_are_never_saved(noise, tmp_path, capfd):
+def test_nonfinite_weights_are_never_saved(noise, tmp_path, capfd):
     class Trainer(engine.Trainer):
         def train_one_epoch(self, epoch, *args):
             metrics = super().train_one_epoch(epoch, *args)
@@ -460,7 +460,7 @@ def test_weights_that_are_no_numbers_are_never_saved(noise, tmp_path, capfd):
             return metrics
 
     assert code_of_spoiled(Trainer, tmp_path / 'x', *noise) == 5
-    assert 'weights are no numbers' in capfd.readouterr().err.splitlines()[-1]
+    assert 'weights are not finite' in capfd.readouterr().err.splitlines()[-1]
     assert load_checkpoint_metadata(tmp_path / 'x/last.pth.tar')['epoch'] == 0
 
 
