@@ -199,7 +199,7 @@ class Trainer:
             raise
         finally:
             if self.guard.skipped:
-                _logger.warning(f'{self.guard.skipped} updates were left out, as their loss or gradient was not finite.')
+                _logger.warning(f'{self.guard.skipped} updates with a non-finite loss or gradient were left out.')
         self.accelerator.end_training()
 
     def _fit_epoch(self, epoch, on_best):
