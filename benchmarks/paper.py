@@ -58,6 +58,9 @@ METHODS = dict(
     # Less arithmetic.
     dks_fraction_half=('half of each batch', ['--dks', '--dks-batch-fraction', '0.5']),
     dks_fraction=('10 of 64 images', ['--dks', '--dks-batch-fraction', '0.15625']),
+    dks_fraction_weighted=('10 of 64 images, weighted by their share', [
+        '--dks', '--dks-batch-fraction', '0.15625',
+        '--dks-ce-weight', '1', '0.15625', '0.15625', '--dks-synergy-weight', '0.15625']),
     dks_every=('every 6th update', ['--dks', '--dks-every', '6']),
     **{f'dks_budget_{x}': (f'budget {x}', ['--dks', '--dks-budget', x]) for x in ('1.5', '1.3')},
     dks_conv=('convolutional branches', ['--dks', '--dks-branches', 'conv']),

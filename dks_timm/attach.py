@@ -343,7 +343,7 @@ class BranchBuilder:
                 with torch.device(self.device):
                     self._blanks[given] = self.template.make(**overrides)
             except TypeError as e:
-                given = _listed({**self.model_kwargs, **overrides})
+                given = _listed({k: v for k, v in {**self.model_kwargs, **overrides}.items() if v is not None})
                 raise ValueError(f'{self.template.architecture} cannot be made with {given}: {e}') from e
         return copy.deepcopy(self._blanks[given])
 

@@ -26,6 +26,7 @@ def test_inspect_prints_json(capsys):
     (['resnet10t', '--dks-branches', 'tial'], '--dks-branches'),
     (['qwen3_vit_88m_enc'], 'qwen3_vit_88m_enc cannot classify'),
     (['resnet10t', '--model-kwargs', 'layerz=1'], 'layerz'),
+    (['resnet10t', '--dks-branch-kwargs', 'layerz=1'], 'resnet10t cannot be made with layerz=1: '),
 ])
 def test_inspect_refuses_bad_input_in_one_line(flags, message, capsys):
     assert main(['inspect', *flags]) == 2
