@@ -443,7 +443,7 @@ def test_a_skipped_update_changes_nothing_and_is_counted(noise, tmp_path, capfd)
     assert [row['skipped'] for row in rows(tmp_path / 'x')] == ['0', '1', '1']
     assert all(float(row['train_loss']) < 10 for row in rows(tmp_path / 'x'))
     err = capfd.readouterr().err
-    assert 'epoch 1, update 2 of 5' in err and '2 updates were left out' in err
+    assert 'epoch 1, update 2 of 5' in err and '2 updates with a non-finite loss or gradient were left out' in err
 
 
 def test_a_run_without_a_finite_update_stops_also_where_updates_are_skipped(noise, tmp_path, capfd):
