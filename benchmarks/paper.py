@@ -394,16 +394,15 @@ def cheaper_table(results: Results) -> str:
     if not any(results.top1[method] for method in CHEAPER):
         return ''
     text = [
-        '| setting | flags | runs | training FLOPs | training time | top-1 % | gain | share of the full gain |',
-        '|---|---|---|---|---|---|---|---|',
+        '| setting | flags | runs | training FLOPs | top-1 % | gain | share of the full gain |',
+        '|---|---|---|---|---|---|---|',
     ]
     for method in ('ds', 'dks', *CHEAPER):
         if results.top1[method]:
             name, flags = METHODS[method]
             text.append(
                 f'| {name} | `{shlex.join(flags)}` | {len(results.top1[method])} | {results.flops(method)} | '
-                f'{results.time(method)} | {results.accuracy(method)} | {results.gain(method)} | '
-                f'{results.share(method)} |')
+                f'{results.accuracy(method)} | {results.gain(method)} | {results.share(method)} |')
     return '\n'.join(text + results.missing(CHEAPER))
 
 
@@ -479,7 +478,9 @@ def summarise(args) -> None:
         if cheaper:
             text += [
                 '### Cheaper DKS',
-                'What training costs over the baseline, and how much of what DKS gains is left.',
+                'What training costs over the baseline, and how much of what DKS gains is left, with standard errors. '
+                '`python benchmarks/step.py --models MODEL -- FLAGS` times such steps beside plain ones; times of these '
+                'runs are not given, as they were not trained beside the baseline\'s.',
                 cheaper,
             ]
     Path(args.results, 'README.md').write_text('\n\n'.join(text) + '\n')

@@ -272,13 +272,12 @@ def test_cheaper_settings_have_a_table_of_cost_gain_and_share_of_the_full_gain(w
     assert execute('--summarise') == 0
     text = Path('results/README.md').read_text()
     header, *table = table_after('### Cheaper DKS', text)
-    assert header[3:5] == ['training FLOPs', 'training time'] and header[-1] == 'share of the full gain'
+    assert header[3] == 'training FLOPs' and header[-1] == 'share of the full gain'
     cells = {row[1].strip('`'): row for row in table}
     assert list(cells) == ['--dks', '--dks --dks-batch-fraction 0.15625', '--dks --dks-every 6']
     full = float(cells['--dks'][3][:-1])
     costs = [float(row[3][:-1]) for row in table]
     assert costs[1:] == pytest.approx([1 + (full - 1) * 0.15625, 1 + (full - 1) / 6], abs=0.01) and full > 1
-    assert [row[4] for row in table] == ['1.50x', '1.00x', '1.00x']
     # A mean of two has the variance 1, as every part of the share has: 1 + 0.75 ** 2 + 0.25 ** 2 over the gain of 4.
     error = 100 * math.sqrt(1 + 0.75 ** 2 + 0.25 ** 2) / 4
     assert [row[-2:] for row in table] == [
