@@ -479,8 +479,8 @@ def summarise(args) -> None:
             text += [
                 '### Cheaper DKS',
                 'What training costs over the baseline, and how much of what DKS gains is left, with standard errors. '
-                '`python benchmarks/step.py --models MODEL -- FLAGS` times such steps beside plain ones; times of these '
-                'runs are not given, as they were not trained beside the baseline\'s.',
+                'Times are not given, as these runs were not trained beside the baseline\'s; '
+                '`python benchmarks/step.py --models MODEL -- FLAGS` times such steps beside plain ones.',
                 cheaper,
             ]
     Path(args.results, 'README.md').write_text('\n\n'.join(text) + '\n')
