@@ -1,6 +1,8 @@
 """How a run ends before its time, and the signals that ask for it."""
+import atexit
 import os
 import signal
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -97,12 +99,20 @@ class Peers:
         if self.count > 1:
             self.thread = threading.Thread(target=self._listen, args=((self.rank + 1) % self.count,), daemon=True)
             self.thread.start()
+            atexit.register(self._die)
         return self
 
     def __exit__(self, kind, *exc):
         if self.count > 1 and (kind is None or issubclass(kind, Fault)):  # all of them come to the same end
             torch.distributed.send(torch.zeros(1), (self.rank - 1) % self.count, group=self.group)
             self.thread.join()
+            atexit.unregister(self._die)
+
+    def _die(self):
+        """End a process that has not taken its leave, as the interpreter's own end may abort a thread that listens."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
     def _listen(self, peer: int):
         try:
