@@ -172,8 +172,9 @@ class Guard:
         if synergy is not None and not parts:
             pairs = (~synergy.isfinite()).nonzero().tolist()
             parts = [f'the synergy from {self.names[p]} to {self.names[q]} is {synergy[p, q]}' for p, q in pairs]
-        if not parts and not isfinite(out['loss']):
-            parts = [f'the loss is {out["loss"]}']
+        loss = out['loss'].item()
+        if not parts and not isfinite(loss):
+            parts = [f'the loss is {loss}']
         return ', '.join(parts)
 
 
