@@ -65,7 +65,7 @@ def test_an_early_exit_gives_the_logits_of_the_first_head_that_is_sure(net, bran
     assert torch.equal(net(x), heads[0])  # nothing of it stays in the network
 
 
-@pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
+@pytest.mark.parametrize('name', ['test_resnet', pytest.param('test_vit', marks=pytest.mark.slow)])
 def test_what_an_exit_costs_is_what_its_forward_computes(name):
     net = create_dks_model(name, num_classes=4).eval().requires_grad_(False)
     size = (3, *net.layout['image_size'])
