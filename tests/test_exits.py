@@ -1,4 +1,7 @@
 """Early exits: what is counted in evaluation, what an exit costs, and a forward that stops at one."""
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -80,6 +83,13 @@ def test_what_an_exit_costs_is_what_its_forward_computes(name):
             assert exits.tolist() == [0 if threshold > 1 else i + 1]
             assert counter.get_total_flops() == wanted + cost['branch']
     assert counted['branches'][0]['to_stage'] < counted['branches'][1]['to_stage'] < counted['backbone']
+
+
+def test_what_a_vits_exits_cost_in_a_process_of_its_own():
+    # Seen to fail once after other tests in one process, for a reason not yet known.
+    test = f'{__file__}::test_what_an_exit_costs_is_what_its_forward_computes[test_vit]'
+    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-m', 'slow', test], capture_output=True, text=True)
+    assert done.returncode == 0 and '1 passed' in done.stdout, done.stdout[-3000:]
 
 
 def test_an_early_exit_needs_evaluation_mode(net):
