@@ -151,15 +151,27 @@ def test_card_claims_nothing_it_was_not_given(tmp_path, unverified):
         assert claim not in card.text
 
 
-def test_code_in_the_card_runs(exported, tmp_path, monkeypatch):
-    text = ModelCard.load(exported[1] / 'README.md').text
-    code = text.split('```python\n')[1].split('```')[0]
-    monkeypatch.chdir(exported[1].parent)
+def run_card(folder, monkeypatch):
+    """Run the Python blocks of a folder's card one after another, and return their variables."""
+    monkeypatch.chdir(folder.parent)
     Image.new('RGB', (60, 50), 'red').save('image.png')
     names = {}
-    exec(code, names)
+    for block in ModelCard.load(folder / 'README.md').text.split('```python\n')[1:]:
+        exec(block.split('```')[0], names)
+    return names
+
+
+def test_code_in_the_card_runs(exported, monkeypatch):
+    names = run_card(exported[1], monkeypatch)
     assert names['probabilities'].shape == (1, 3)
     torch.testing.assert_close(names['probabilities'].sum().item(), 1.0)
+
+
+def test_code_in_the_card_of_a_model_with_branches_runs(tmp_path, monkeypatch, unverified):
+    export(tmp_path / 'net', create_dks_model('test_resnet', num_classes=3), keep_branches=True)
+    names = run_card(tmp_path / 'net', monkeypatch)
+    assert [z.shape for z in names['logits']] == [(1, 3)] * 3 and names['answer'].shape == (1, 3)
+    torch.testing.assert_close(names['logits'][0].softmax(-1), names['probabilities'])
 
 
 def test_card_knows_its_repository(tmp_path, unverified):
