@@ -17,7 +17,7 @@ def main(argv=None):
         from timm.layers import set_fast_norm
         from timm.optim import create_optimizer_v2, optimizer_kwargs
 
-        from dks_timm import build, card, checkpoints, data, engine, faults, hub, processes, readers
+        from dks_timm import build, card, checkpoints, data, engine, faults, hub, processes
 
         # Build, in timm's order and without a random number that timm's script does not draw.
         build.check_names(args)
@@ -60,7 +60,7 @@ def main(argv=None):
     on_best = hub.push_every_best(args, trainer.output_dir)
     try:
         trainer.fit(on_best)
-    except readers.DataError as e:
+    except errors.DataError as e:
         sys.exit(f'train.py: error: {e}')
     except faults.Fault as e:
         if accelerator.is_main_process:

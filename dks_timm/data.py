@@ -18,6 +18,7 @@ from . import readers
 from .checks import mixup_active
 from .device_data import DeviceLoader, check_fit, decode
 from .errors import OptionError, naming
+from .images import Stream
 
 _logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def create_loaders(args, train, val, data_config, model, device):
     """
     if args.aug_repeats and not args.distributed:
         raise OptionError(f'--aug-repeats {args.aug_repeats:g}: repeats over several processes, and this is one')
-    if isinstance(train, readers.Stream):
+    if isinstance(train, Stream):
         readers.check_stream(args, train)
     for dataset in (train, val):
         if dataset is not None:
@@ -163,10 +164,10 @@ def create_loaders(args, train, val, data_config, model, device):
     if not len(loader_train):
         raise OptionError(f'--batch-size {args.batch_size}: the training split does not fill one batch')
     for dataset in (train, val):
-        if isinstance(dataset, readers.Stream):
+        if isinstance(dataset, Stream):
             # torch takes it for a mistake that processes have different shares.
             warnings.filterwarnings('ignore', 'Length of IterableDataset')
-    if isinstance(train, readers.Stream):
+    if isinstance(train, Stream):
         _logger.info(
             f'An epoch of {args.dataset} is {len(train) * args.world_size:,} images, of {train.reader.num_samples:,}: '
             'whole batches for every worker of every process.'

@@ -53,6 +53,14 @@ class SharedError(OptionError):
     """A refusal that every process knows of."""
 
 
+class DataError(OptionError):
+    """Data that a run cannot go on with, found out on the way."""
+
+    def __init__(self, message):
+        # A loader's worker sends its traceback along, as text in front of the message.
+        super().__init__(message.rpartition(f'{type(self).__name__}: ')[2].strip())
+
+
 def shown(value) -> str:
     """A value of a recipe for a message. A few lines of YAML can hold one that is too long to write down."""
     if isinstance(value, str):

@@ -20,6 +20,7 @@ from test_bad_data import root  # noqa: F401
 from test_train import main
 
 from dks_timm import checkpoints, checks, engine, errors, options, readers
+from dks_timm.images import Images
 
 # Flags by name, but for the one that prints help and ends.
 ACTIONS = {a.dest: a for a in options.create_parser()._actions if a.dest != 'help'}
@@ -217,7 +218,7 @@ def read_changed(folder, count):
     changed_file = folder / 'a/changed.png'
     for number, content in zip(range(count), itertools.cycle(formats())):
         changed_file.write_bytes(changed(content, number))
-        images = readers.Images(readers.ReaderFolder(str(folder)), 'RGB', 1)
+        images = Images(readers.ReaderFolder(str(folder)), 'RGB', 1)
         image, label = images[images.reader.filenames(basename=True).index('changed.png')]
         assert image.mode == 'RGB' and label == 0
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from test_train import ROOT, main, rows, two_processes
 
-from dks_timm import data, errors, options, readers
+from dks_timm import data, errors, options
 
 CLASSES = 'abc'
 COUNTS = dict(train=12, validation=6)
@@ -366,7 +366,7 @@ def test_as_many_bad_images_in_a_row_as_allowed_do_not_end_the_run(tmp_path):
     for path in [*(root / 'train/b').iterdir()][:3]:
         path.write_bytes(b'')
     assert len(numbers(loaders('--data-dir', root, '--max-bad-images', 3)[0])) == 12
-    with pytest.raises(readers.DataError, match='--max-bad-images 0: 1 images'):
+    with pytest.raises(errors.DataError, match='--max-bad-images 0: 1 images'):
         numbers(loaders('--data-dir', root, '--max-bad-images', 0)[0])
 
 
@@ -602,13 +602,13 @@ def test_text_labels_are_mapped_by_a_class_map(tmp_path):
 @pytest.mark.parametrize('workers', [0, 1])
 def test_a_label_out_of_range_in_a_stream_is_named(tmp_path, workers):
     argv = [*make('wds', tmp_path), '--workers', workers]
-    with pytest.raises(readers.DataError, match='^--num-classes 2: the data holds label 2; wanted: 0 to 1$'):
+    with pytest.raises(errors.DataError, match='^--num-classes 2: the data holds label 2; wanted: 0 to 1$'):
         numbers(loaders(*argv, '--num-classes', 2)[0])
 
 
 def test_a_label_of_a_stream_that_the_class_map_misses_is_named(tmp_path):
     class_map = write_map(tmp_path / 'map.pkl', {0: 0, 1: 1})
-    with pytest.raises(readers.DataError, match='^--class-map: has no index for label 2'):
+    with pytest.raises(errors.DataError, match='^--class-map: has no index for label 2'):
         numbers(loaders(*make('wds', tmp_path), '--class-map', class_map)[0])
 
 
