@@ -59,6 +59,16 @@ def living(processes):
     return found
 
 
+def by_rank(launcher):
+    """The processes of a run that have begun, in the order of their ranks."""
+    found = {}
+    for process in psutil.Process(launcher.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if rank := process.environ().get('RANK'):  # a child has it once it is no longer a copy of the launcher
+                found[int(rank)] = process
+    return [found[rank] for rank in sorted(found)]
+
+
 def family(ranks):
     """The processes of a run, with their workers."""
     found = set(ranks)
@@ -78,9 +88,8 @@ def measure(kind, processes, rng, early):
         reader = threading.Thread(target=lambda: lines.extend(launcher.stderr), daemon=True)
         reader.start()
         updates = 0 if early else rng.randint(1, 60)
-        while len(psutil.Process(launcher.pid).children()) < processes:
+        while len(ranks := by_rank(launcher)) < processes:
             time.sleep(0.05)
-        ranks = sorted(psutil.Process(launcher.pid).children(), key=lambda p: int(p.environ()['RANK']))
         if not fault:
             while sum('images/s' in line for line in list(lines)) < updates:
                 assert launcher.poll() is None, ''.join(lines)
