@@ -1,4 +1,5 @@
 """Early exits: how often heads agree, how accurate leaving at an early one is, and what it costs."""
+import logging
 from collections import OrderedDict
 from itertools import combinations
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -7,9 +8,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from .attach import copy_without_weights
+from .errors import why
 from .model import DKSModel
 
 __all__ = ['THRESHOLDS', 'HeadCounts', 'exit_flops']
+
+_logger = logging.getLogger(__name__)
 
 # Confidences from which on an image leaves at a branch; 0 is all of them.
 THRESHOLDS = (0., 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
@@ -99,7 +103,8 @@ def exit_flops(net: DKSModel, input_size: Sequence[int]) -> Optional[Dict[str, A
         with FlopCounterMode(display=False) as counter:
             net.backbone(image)
         return dict(backbone=counter.get_total_flops(), branches=[_branch_flops(net, b, image) for b in net.branches])
-    except RuntimeError:  # it reads the values of tensors
+    except RuntimeError as e:  # it reads the values of tensors
+        _logger.info(f'What an exit costs is not known, as the model does not run without weights: {why(e)}')
         return None
 
 

@@ -69,7 +69,8 @@ def test_an_early_exit_gives_the_logits_of_the_first_head_that_is_sure(net, bran
 
 
 @pytest.mark.parametrize('name', ['test_resnet', pytest.param('test_vit', marks=pytest.mark.slow)])
-def test_what_an_exit_costs_is_what_its_forward_computes(name):
+def test_what_an_exit_costs_is_what_its_forward_computes(name, caplog):
+    caplog.set_level('INFO')  # shows why, where a cost is not known
     net = create_dks_model(name, num_classes=4).eval().requires_grad_(False)
     size = (3, *net.layout['image_size'])
     counted = exit_flops(net, size)
@@ -90,6 +91,14 @@ def test_what_a_vits_exits_cost_in_a_process_of_its_own():
     test = f'{__file__}::test_what_an_exit_costs_is_what_its_forward_computes[test_vit]'
     done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-m', 'slow', test], capture_output=True, text=True)
     assert done.returncode == 0 and '1 passed' in done.stdout, done.stdout[-3000:]
+
+
+def test_what_an_exit_of_a_model_that_reads_values_costs_is_not_known(caplog):
+    net = create_dks_model('test_resnet', num_classes=4)
+    net.backbone.register_forward_pre_hook(lambda module, args: args[0].sum().item() and None)
+    caplog.set_level('INFO')
+    assert exit_flops(net, (3, 64, 64)) is None
+    assert 'What an exit costs is not known' in caplog.text and 'meta' in caplog.text
 
 
 def test_an_early_exit_needs_evaluation_mode(net):
