@@ -228,13 +228,15 @@ def test_slow_blocks_run_too(page, workplace, exported, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_newcomer_gets_from_a_clone_to_a_model_on_the_hub_by_the_readme_alone(tmp_path):
-    """The README's commands for the quickstart, in a shell and as they are, but for the name of the repository."""
+    """The README's commands for the quickstart, in a shell and as they are, but for what is installed already and the
+    name of the repository."""
     clone = tmp_path / 'clone'
     shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns('.git', 'output', 'out', '__pycache__', '.*_cache'))
     page = [block for block in blocks(ROOT / 'README.md') if not block.mark]
     lines = [line for block in page if block.language == 'bash' for line in block.text.splitlines()]
+    install, lines[0] = lines[0].split(' && ')
     lines = [line for line in lines if 'quickstart' in line]
-    assert [line.split()[:2] for line in lines] == [
+    assert install == 'pip install -e ".[demo]"' and [line.split()[:2] for line in lines] == [
         ['accelerate', 'launch'], ['dks-timm', 'report'], ['dks-timm', 'push']]
     load, = (block.text for block in page if block.language == PYTHON and 'hf-hub:' in block.text)
     with HubServer() as server:
