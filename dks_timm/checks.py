@@ -114,12 +114,15 @@ def check(args, given) -> None:
     in_chans = args.in_chans or (args.input_size or [3])[0]
     refuse(args.input_size and args.input_size[0] != in_chans,
            f'--in-chans {in_chans}: --input-size {args.input_size} says {(args.input_size or [3])[0]}; give the same')
-    mode = args.input_img_mode
+    mode, channels = args.input_img_mode, f'--in-chans {in_chans}'
+    if args.input_size and not args.in_chans:
+        channels = f'--input-size {args.input_size}'
+    subject = f'--input-img-mode {mode}: does not give {in_chans} channels ({channels})'
     if mode is None:
         mode = 'RGB' if in_chans == 3 else 'L'
+        subject = f'{channels}: images are read as {mode} where no --input-img-mode is given'
     refuse(IMAGE_MODES.get(mode) != in_chans,
-           f'--input-img-mode {mode}: does not give the {in_chans} channels of the model (--in-chans); there are '
-           + ', '.join(f'{name} with {count}' for name, count in IMAGE_MODES.items()))
+           f'{subject}; there are ' + ', '.join(f'{name} with {count}' for name, count in IMAGE_MODES.items()))
     refuse(args.lr_noise and len(args.lr_noise) > 2,
            f'--lr-noise {args.lr_noise}: must be one number, where noise begins, or two, where it begins and ends')
     refuse(args.pretrained_path and not args.pretrained,
