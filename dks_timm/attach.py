@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import models  # noqa: F401  (registers its networks with timm)
 from .branches import Branch, ConvBranch, Layout, Tail
 from .stages import Stage, list_stages
-from .surgery import TRACE_BATCH, SurgeryError, TailPlan, Trace, plan_tail, shapes
+from .surgery import TRACE_BATCH, SurgeryError, TailPlan, Trace, plan_tail, shapes, without_fast_norm
 
 __all__ = ['BRANCH_KINDS', 'PRESETS', 'BranchBuilder', 'BranchSpec', 'Template', 'copy_without_weights']
 
@@ -284,7 +284,7 @@ class BranchBuilder:
             features = self.trace.once[branch.source].output
             module, inputs = branch, [self.image(), tree_map_only(torch.Tensor, torch.Tensor.detach, features)]
         # The counter follows gradients where there are any, and stumbles over expanded parameters.
-        module.eval().requires_grad_(False)
+        without_fast_norm(module).eval().requires_grad_(False)
         with FlopCounterMode(display=False) as counter:
             module(*inputs)
         return counter.get_total_flops() // TRACE_BATCH
@@ -358,4 +358,4 @@ def copy_without_weights(model: nn.Module) -> nn.Module:
     for tensor in chain(model.parameters(), model.buffers()):
         blank = torch.empty_like(tensor, device='meta')
         memo[id(tensor)] = nn.Parameter(blank, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
-    return copy.deepcopy(model, memo)
+    return without_fast_norm(copy.deepcopy(model, memo))

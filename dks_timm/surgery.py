@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .stages import Stage
 
-__all__ = ['TRACE_BATCH', 'Call', 'Feed', 'SurgeryError', 'TailPlan', 'Trace', 'cut', 'plan_tail']
+__all__ = ['TRACE_BATCH', 'Call', 'Feed', 'SurgeryError', 'TailPlan', 'Trace', 'cut', 'plan_tail', 'without_fast_norm']
 
 TRACE_BATCH = 2
 
@@ -305,9 +305,17 @@ class _PassOn:
         return args[:self.count] if self.count else args[0]
 
 
+def without_fast_norm(model: nn.Module) -> nn.Module:
+    """A model for the meta device, in place: timm's fast norms ask for a device's autocast, and that one has none."""
+    for module in model.modules():
+        if getattr(module, '_fast_norm', False):
+            module._fast_norm = False
+    return model
+
+
 def _training_mode(model: nn.Module) -> nn.Module:
     """Training mode, but for BatchNorm: computing statistics takes most of the time on the meta device."""
-    model.train()
+    without_fast_norm(model).train()
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.eval()

@@ -169,3 +169,13 @@ def test_stand_ins_that_a_model_writes_into_have_memory():
     tail = cut(Shifting(), plan, feed)
     feed.image, feed.shapes, feed.features = images, plan.stubs, torch.randn(2, 4, 12, 12)
     assert torch.equal(tail(images), tail.fc(feed.features.mean((2, 3))))
+
+
+def test_branches_are_planned_without_weights_also_with_fast_norms(monkeypatch):
+    monkeypatch.setattr(timm.layers.fast_norm, '_USE_FAST_NORM', True)
+    backbone = timm.create_model('test_vit', num_classes=4)
+    builder = BranchBuilder(backbone)
+    assert builder.device == 'meta'
+    branch, = builder.attach([2], budget=1.5)
+    for model in (backbone, branch):
+        assert {m._fast_norm for m in model.modules() if hasattr(m, '_fast_norm')} == {True}
