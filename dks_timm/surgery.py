@@ -314,7 +314,7 @@ def without_fast_norm(model: nn.Module) -> nn.Module:
 
 
 def _training_mode(model: nn.Module) -> nn.Module:
-    """Training mode, but for BatchNorm: computing statistics takes most of the time on the meta device."""
+    """A model to plan with: in training mode, but for BatchNorm, whose statistics take most of the time there."""
     without_fast_norm(model).train()
     for module in model.modules():
         if isinstance(module, _BatchNorm):

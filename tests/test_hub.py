@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from documents import blocks
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -156,8 +157,9 @@ def run_card(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     Image.new('RGB', (60, 50), 'red').save('image.png')
     names = {}
-    for block in ModelCard.load(folder / 'README.md').text.split('```python\n')[1:]:
-        exec(block.split('```')[0], names)
+    for block in blocks(folder / 'README.md'):
+        if block.language == 'python':
+            exec(block.text, names)
     return names
 
 
