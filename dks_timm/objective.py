@@ -1,21 +1,23 @@
 """Value, report and gradient of the DKS objective with softmax cross-entropy, for all classifiers at once.
 
 One softmax per classifier (two where T != 1) carries everything. The pairs share them: a student's gradient is one
-linear combination of probabilities, and the report a table of M x M dot products. Weights are plain floats, so nothing
-is ever copied to or read from the logits' device.
+linear combination of probabilities, and the report a table of M x M dot products. A softmax is kept as exponentials and
+the sum of each row, by which later passes divide. Weights are plain floats, so nothing is ever copied to or read from
+the logits' device.
 """
 import os
 import warnings
+from contextlib import nullcontext
 from functools import cache, reduce
 from types import ModuleType
-from typing import List, Optional, Sequence, Tuple, Union
+from typing import Iterable, List, Optional, Sequence, Tuple
 
 import torch
+import torch.nn.functional as F
 
 Vector = Tuple[float, ...]
 Matrix = Tuple[Vector, ...]
-Probs = Union[torch.Tensor, List[torch.Tensor]]  # of every classifier, (M, B, C) or M times (B, C)
-BLOCK = 2 ** 18  # elements of a classifier's logits, see _row_blocks
+BLOCK = 2 ** 17  # elements of a classifier's logits, see _in_blocks
 
 
 def apply_objective(
@@ -40,15 +42,49 @@ def apply_objective(
     Returns:
         The loss, and without gradient the cross-entropies (M,) and divergences (M, M).
     """
-    fused = None if torch.compiler.is_compiling() else _load_fused(logits[0].device)
-    function = fused.FusedObjective if fused and fused.usable(logits) else Objective
-    with torch.autocast(logits[0].device.type, enabled=False):
+    device = logits[0].device
+    with torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext():
+        if torch.compiler.is_compiling():  # the compiler fuses the pairs into one pass
+            loss, ce, synergy = _by_pairs(logits, target, ce_weight, synergy_weight, temperature, smoothing)
+            return loss, ce.detach(), synergy.detach().clamp(min=0)
+        fused = _load_fused(device)
+        function = fused.FusedObjective if fused and fused.usable(logits) else Objective
         return function.apply(ce_weight, synergy_weight, temperature, smoothing, target, *logits)
+
+
+def _by_pairs(
+        logits: Sequence[torch.Tensor],
+        target: Optional[torch.Tensor],
+        ce_weight: Vector,
+        synergy_weight: Matrix,
+        temperature: float,
+        smoothing: float,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same pair by pair, all of it differentiable, any number of times. Arguments as of `apply_objective`."""
+    dtype = compute_dtype(logits)
+    log_probs = soft_log_probs = [z.log_softmax(1, dtype=dtype) for z in logits]
+    if temperature != 1:
+        soft_log_probs = [(z.to(dtype) / temperature).log_softmax(1) for z in logits]
+    if target is None:
+        ce = log_probs[0].new_zeros(len(logits))
+    elif target.ndim == 2:
+        ce = torch.stack([-(target * q).sum(1).mean() for q in log_probs])
+    else:
+        ce = torch.stack([F.nll_loss(q, target) for q in log_probs])
+        if smoothing:
+            ce = torch.lerp(ce, torch.stack([-q.mean() for q in log_probs]), smoothing)
+    fixed = [q.detach() for q in soft_log_probs]
+    teachers = [q.exp() for q in fixed]
+    cross = torch.stack([torch.stack([  # see _values
+        (p * ((fixed[m] if m == n else q) - fixed[0])).sum(1).mean() for n, q in enumerate(soft_log_probs)
+    ]) for m, p in enumerate(teachers)])
+    synergy = (cross.diagonal().unsqueeze(1) - cross) * temperature ** 2
+    return weighted_loss(ce, synergy, ce_weight, synergy_weight), ce, synergy
 
 
 @cache
 def _load_fused(device: torch.device) -> Optional[ModuleType]:
-    """The fused kernels, where triton can compile them for the device. Compiled code needs none."""
+    """The fused kernels, where triton can compile them for the device."""
     if device.type != 'cuda' and os.environ.get('TRITON_INTERPRET') != '1':  # triton's switch to run on a CPU, slowly
         return None
     try:
@@ -77,11 +113,7 @@ def _assert_alike(function: type, device: torch.device) -> None:
 
 
 class Objective(torch.autograd.Function):
-    """Closed form of value and gradient.
-
-    Where tensors are run as they come, the gradient is written over the probabilities of the forward; a second backward
-    makes these anew. Compiled code leaves such things to the compiler.
-    """
+    """Closed form of value and gradient, which is written over the exponentials of the forward."""
 
     @staticmethod
     def forward(
@@ -93,53 +125,34 @@ class Objective(torch.autograd.Function):
             target: Optional[torch.Tensor],
             *logits: torch.Tensor,
     ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        dtype = compute_dtype(logits)
-        probs = soft_probs = None
-        if not torch.compiler.is_compiling():
-            shape = len(logits), *logits[0].shape
-            probs = logits[0].new_empty(shape, dtype=dtype)
-            soft_probs = probs if temperature == 1 else torch.empty_like(probs)
-        sums = []
-        for rows in _row_blocks(logits[0]):
-            ce, cross, *found = _evaluate(
-                *_take(rows, logits, target, probs, soft_probs), temperature, smoothing, dtype)
-            sums.append((ce, cross))
-        ce, cross = sums[0] if len(sums) == 1 else (sum(parts[1:], parts[0]) for parts in zip(*sums, strict=True))
-        if probs is None:
-            probs, soft_probs = found
-        ce, synergy = ce / len(logits[0]), divergences(cross * (temperature / len(logits[0])))
+        num_classifiers = len(logits)
+        exps = logits[0].new_empty((num_classifiers, *logits[0].shape), dtype=compute_dtype(logits))
+        soft_exps = exps if temperature == 1 else torch.empty_like(exps)
+        dense = [] if target is None or target.ndim == 1 else [target]
+        found = [
+            _measure(block[:num_classifiers], temperature, *block[num_classifiers:])
+            for block in _in_blocks(*logits, exps, soft_exps, *dense)]
+        statistics = found[0] if len(found) == 1 else [torch.cat(parts) for parts in zip(*found, strict=True)]
+        ce, synergy = _values(logits, target, temperature, smoothing, *statistics)
 
         ctx.options = ce_weight, synergy_weight, temperature, smoothing
-        if torch.compiler.is_compiling():
-            ctx.save_for_backward(target, *logits, *probs, *(soft_probs if temperature != 1 else ()))
-        else:
-            ctx.save_for_backward(target, *logits)
-            ctx.kept = probs, soft_probs  # no saved tensors, as they will be written to
+        _, sums, soft_sums, *_ = statistics
+        ctx.save_for_backward(target, *logits)
+        ctx.kept = exps, sums, soft_exps, soft_sums  # no saved tensors, as they will be written to
         ctx.mark_non_differentiable(ce, synergy)
         return weighted_loss(ce, synergy, ce_weight, synergy_weight), ce, synergy
 
     @staticmethod
     def backward(ctx, grad_loss: torch.Tensor, *_) -> Tuple[Optional[torch.Tensor], ...]:
-        num_classifiers = len(ctx.options[0])
-        target, *saved = ctx.saved_tensors
-        logits = saved[:num_classifiers]
-        if torch.compiler.is_compiling():
-            probs, soft_probs, writable = saved[num_classifiers:2 * num_classifiers], saved[-num_classifiers:], False
-        elif ctx.kept is None or torch.is_grad_enabled():
-            return None, None, None, None, None, *gradients(
-                logits, target, *ctx.options, grad_loss, ctx.needs_input_grad[5:])
+        target, *logits = ctx.saved_tensors
+        needed = ctx.needs_input_grad[5:]
+        if ctx.kept is None or torch.is_grad_enabled():
+            grads = gradients(logits, target, *ctx.options, grad_loss, needed)
         else:
-            (probs, soft_probs), ctx.kept, writable = ctx.kept, None, True
-        scale = grad_loss / len(logits[0])
-        options = *ctx.options, scale, ctx.needs_input_grad[5:]
-        if writable and pair_weight(ctx.options[1]) is not None:
-            for rows in _row_blocks(logits[0]):
-                _, *given = _take(rows, (), target, probs, soft_probs)
-                _combine(*given, *options, in_place=True)
-            grads = [g if needed else None for g, needed in zip(soft_probs, ctx.needs_input_grad[5:], strict=True)]
-        else:
-            grads = _combine(target, probs, soft_probs, *options)
-        return None, None, None, None, None, *_as_logits(grads, logits)
+            kept, ctx.kept = ctx.kept, None
+            grads = _combine(target, *kept, *ctx.options, grad_loss * (1 / len(logits[0])))
+            grads = [g.to(z.dtype) if wanted else None for g, z, wanted in zip(grads, logits, needed, strict=True)]
+        return None, None, None, None, None, *grads
 
 
 def gradients(
@@ -152,137 +165,159 @@ def gradients(
         grad_loss: torch.Tensor,
         needed: Sequence[bool],
 ) -> List[Optional[torch.Tensor]]:
-    """Gradients of the objective from nothing but its arguments, themselves functions of the logits (create_graph).
+    """Gradients from nothing but the arguments, for a second backward; functions of the logits with create_graph.
 
     Args:
         grad_loss: Gradient of the loss, a scalar.
         needed: Whether the gradient of each classifier is wanted.
     """
-    dtype = compute_dtype(logits)
-    probs = soft_probs = _softmaxes(logits, dtype)
-    if temperature != 1:
-        soft_probs = _softmaxes(logits, dtype, temperature)
-    grads = _combine(target, probs, soft_probs, ce_weight, synergy_weight, temperature, smoothing,
-                     grad_loss / len(logits[0]), needed)
-    return _as_logits(grads, logits)
+    create_graph = torch.is_grad_enabled()
+    if not create_graph:
+        logits = [z.detach().requires_grad_(wanted) for z, wanted in zip(logits, needed, strict=True)]
+    with torch.enable_grad():
+        loss, *_ = _by_pairs(logits, target, ce_weight, synergy_weight, temperature, smoothing)
+        inputs = [z for z, wanted in zip(logits, needed, strict=True) if wanted]
+        found = iter(torch.autograd.grad(loss, inputs, grad_loss, create_graph=create_graph))
+    return [next(found) if wanted else None for wanted in needed]
 
 
-def _as_logits(
-        grads: Sequence[Optional[torch.Tensor]], logits: Sequence[torch.Tensor]) -> List[Optional[torch.Tensor]]:
-    return [grad if grad is None else grad.to(z.dtype) for grad, z in zip(grads, logits, strict=True)]
-
-
-def _evaluate(
+def _measure(
         logits: Sequence[torch.Tensor],
-        target: Optional[torch.Tensor],
-        probs: Optional[torch.Tensor],
-        soft_probs: Optional[torch.Tensor],
         temperature: float,
-        smoothing: float,
-        dtype: torch.dtype,
-) -> Tuple[torch.Tensor, torch.Tensor, Probs, Probs]:
-    """Of some rows, the sums of cross-entropies (M,) and of Q_p * log Q_q (M, M), and the softmaxes.
+        exps: torch.Tensor,
+        soft_exps: torch.Tensor,
+        target: Optional[torch.Tensor] = None,
+) -> List[torch.Tensor]:
+    """The passes over all classes, for some rows.
 
     Args:
-        probs: Where to write the softmaxes, (M, B, C), if not None.
-        soft_probs: The same for those at the temperature.
+        exps: Where the exponentials of the logits go, each row less its maximum, (M, B, C).
+        soft_exps: Where those at the temperature go.
+        target: If it is dense.
+
+    Returns:
+        The maxima and the sums of the exponentials, without and with temperature, each (B, M); dot products of every
+        classifier's exponentials at the temperature with each branch's logits less the backbone's (B, M - 1, M), and of
+        the target with every classifier's logits (B, 1, M), always less the maxima.
     """
-    probs = _softmaxes(logits, dtype, out=probs)
-    top = torch.stack([x.amax(1) for x in logits]).to(dtype)
-    log_norm = _log_norm(probs)
+    tops = [x.amax(1, keepdim=True).to(exps.dtype) for x in logits]
+    for x, top, place in zip(logits, tops, exps.unbind(0), strict=True):
+        torch.sub(x, top, out=place)
+    differences = exps[1:] - exps[0]
+    picked = [] if target is None else [_dot_products(target.unsqueeze(0), exps)]
+    if temperature != 1:
+        torch.mul(exps, 1 / temperature, out=soft_exps).exp_()
+    exps.exp_()
+    sums = soft_sums = exps.sum(2).T
+    if temperature != 1:
+        soft_sums = soft_exps.sum(2).T
+    return [torch.cat(tops, 1), sums, soft_sums, _dot_products(differences, soft_exps), *picked]
+
+
+def _values(
+        logits: Sequence[torch.Tensor],
+        target: Optional[torch.Tensor],
+        temperature: float,
+        smoothing: float,
+        top: torch.Tensor,
+        sums: torch.Tensor,
+        soft_sums: torch.Tensor,
+        dots: torch.Tensor,
+        picked: Optional[torch.Tensor] = None,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropies (M,) and divergences (M, M) from what `_measure` has found in all rows."""
+    log_sums = log_soft_sums = sums.log()
+    if temperature != 1:
+        log_soft_sums = soft_sums.log()
+    share = 1 / len(top)
     if target is None:
         ce = top.new_zeros(len(logits))
-    elif target.ndim == 1:
-        picked = torch.cat([x.gather(1, target[:, None]) for x in logits], 1).T.to(dtype)
+    elif picked is None:
+        index = target.unsqueeze(1)
+        picked = torch.cat([x.gather(1, index) for x in logits], 1).to(top.dtype)
         if smoothing:
-            picked = torch.lerp(picked, torch.stack([x.mean(1, dtype=dtype) for x in logits]), smoothing)
-        ce = (top - picked + log_norm).sum(1)
+            picked = torch.lerp(picked, torch.stack([x.mean(1, dtype=top.dtype) for x in logits], 1), smoothing)
+        ce = (top - picked).add_(log_sums).sum(0) * share
     else:
-        picked = torch.stack([(target * (x - t[:, None])).sum(1) for x, t in zip(logits, top, strict=True)])
-        ce = (target.sum(1) * log_norm - picked).sum(1)
+        ce = (target.sum(1, keepdim=True) * log_sums - picked.squeeze(1)).sum(0) * share
 
-    if temperature == 1:
-        soft_probs = probs
-    else:
-        soft_probs = _softmaxes(logits, dtype, temperature, soft_probs)
-        log_norm = _log_norm(soft_probs)
-    # A divergence needs sum_c Q_p * (log Q_p - log Q_q). With log-probabilities measured from the backbone's,
-    # classifiers that agree give small numbers, whose differences keep their digits in float32.
-    shift = (top - top[0]) + temperature * (log_norm - log_norm[0])
-    first = logits[0].to(dtype)
-    cross = [top.new_zeros(len(logits))]
-    for x, s in zip(logits[1:], shift[1:], strict=True):
-        cross.append(_dot_products(soft_probs, (x - first).sub_(s[:, None])))
-    return ce, torch.stack(cross, 1), probs, soft_probs
+    # The divergence of p and q is the mean over Q_p of log Q_p - log Q_q. With log-probabilities measured from the
+    # backbone's, classifiers that agree give small numbers, whose differences keep their digits in float32.
+    shift = (log_soft_sums - log_soft_sums[:, :1])[:, 1:]
+    cross = torch.sub(dots / soft_sums.unsqueeze(1), shift.unsqueeze(2), alpha=temperature)
+    cross = F.pad(cross.sum(0), (0, 0, 1, 0)).T
+    return ce, (cross.diagonal().unsqueeze(1) - cross).clamp(min=0) * (temperature * share)
 
 
 def _combine(
         target: Optional[torch.Tensor],
-        probs: Probs,
-        soft_probs: Probs,
+        exps: torch.Tensor,
+        sums: torch.Tensor,
+        soft_exps: torch.Tensor,
+        soft_sums: torch.Tensor,
         ce_weight: Vector,
         synergy_weight: Matrix,
         temperature: float,
         smoothing: float,
         scale: torch.Tensor,
-        needed: Sequence[bool],
-        in_place: bool = False,
-) -> List[Optional[torch.Tensor]]:
-    """Gradients as combinations of probabilities, in place of those at the temperature where all pairs weigh the same.
+) -> Sequence[torch.Tensor]:
+    """Gradients as combinations of probabilities, in place of the `soft_exps`.
 
     Args:
+        exps: (M, B, C), with `sums` (B, M).
+        soft_exps: (M, B, C), with `soft_sums` (B, M). Where T = 1, they are `exps`.
         scale: Gradient of the loss by the batch size.
     """
-    num_classifiers, (batch_size, num_classes) = len(probs), probs[0].shape
+    weight = pair_weight(synergy_weight)
+    columns = list(zip(*synergy_weight, strict=True))  # what a student's teachers weigh
+    pulls = [temperature * sum(column) for column in columns]
+    if weight is not None:
+        # A student's teachers are the sum of all classifiers, the same for all of them, less itself.
+        columns = [(weight,) * len(exps)]
+        pulls = [pull + temperature * weight for pull in pulls]
+    label = _multiples(scale, ce_weight)
+    mass = label * (0. if target is None else 1. if target.ndim == 1 else target.sum(1, keepdim=True))
+    inverse = soft_sums.T.reciprocal().unsqueeze(2)
+    pull = _multiples(scale, pulls)
+    factors = [inverse * (pull + mass)] if temperature == 1 else [inverse * pull, mass / sums.T.unsqueeze(2)]
+    for given, soft_given, teach, *own in _in_blocks(exps, soft_exps, inverse * (scale * -temperature), *factors):
+        teachers = list(zip(soft_given.unbind(0), teach.unbind(0), strict=True))
+        taught = [_mix(teachers, column) for column in columns]
+        taught = taught[0] if len(taught) == 1 else torch.stack(taught)
+        torch.addcmul(taught, soft_given, own[0], out=soft_given)
+        if temperature != 1:
+            soft_given.addcmul_(given, own[1])
+    if target is not None:
+        _subtract_target(soft_exps, target, label, smoothing)
+    return soft_exps.unbind(0)
 
-    # Where all pairs have one weight, a student's teachers are the sum of all classifiers less itself. Not for second
-    # derivatives: its own part of the sum is no fixed teacher.
-    weight = None if torch.is_grad_enabled() else pair_weight(synergy_weight)
-    shared = scale.new_zeros(())
-    if weight:
-        shared = torch.add(soft_probs[0], soft_probs[1])
-        for q in soft_probs[2:]:
-            shared += q
-        shared *= scale * (-temperature * weight)
 
-    scaled = {}
+def _multiples(scale: torch.Tensor, factors: Sequence[float]) -> torch.Tensor:
+    """A scalar times the factor of every classifier: a scalar, where it is the same for all, or (M, 1, 1)."""
+    if len(set(factors)) == 1:
+        return scale * factors[0]
+    return torch.stack([scale * factor for factor in factors])[:, None, None]
 
-    def by(factor):
-        if factor not in scaled:
-            scaled[factor] = scale * factor
-        return scaled[factor]
 
-    grads = [None] * num_classifiers
-    index = target[:, None] if target is not None and target.ndim == 1 else None
-    for m in range(num_classifiers):
-        if not needed[m]:
-            continue
-        grad, pull = shared, 0.
-        if weight is None:
-            pull = sum(row[m] for row in synergy_weight)
-            for q, row in zip(soft_probs, synergy_weight, strict=True):
-                if row[m]:
-                    grad = torch.addcmul(grad, q.detach(), by(-temperature * row[m]))
-        else:
-            pull = num_classifiers * weight
-        mass = ce_weight[m] if target is not None else 0.
-        by_mass = by
-        if target is not None and index is None:
-            mass, by_mass = mass * target.sum(1, keepdim=True), scale.mul
-        out = soft_probs[m] if in_place else None
-        if temperature == 1:
-            grad = torch.addcmul(grad, probs[m], by_mass(pull + mass), out=out)
-        else:
-            grad = torch.addcmul(grad, soft_probs[m], by(temperature * pull), out=out)
-            grad.addcmul_(probs[m], by_mass(mass))
-        if index is not None:
-            grad.scatter_add_(1, index, by(ce_weight[m] * (smoothing - 1)).expand(batch_size, 1))
-            if smoothing:
-                grad.sub_(by(ce_weight[m] * smoothing / num_classes))
-        elif target is not None:
-            grad.addcmul_(target, by(-ce_weight[m]))
-        grads[m] = grad
-    return grads
+def _mix(teachers: Sequence[Tuple[torch.Tensor, torch.Tensor]], weights: Sequence[float]) -> torch.Tensor:
+    """The sum of exponentials (B, C), each times a factor (B, 1) and its weight."""
+    mixed = None
+    for (exps, factor), weight in zip(teachers, weights, strict=True):
+        if weight:
+            factor = factor if weight == 1 else factor * weight
+            mixed = exps * factor if mixed is None else mixed.addcmul_(exps, factor)
+    return torch.zeros_like(teachers[0][0]) if mixed is None else mixed
+
+
+def _subtract_target(grads: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, smoothing: float) -> None:
+    """Take a target, smoothed and times a weight, from gradients (..., B, C), in place."""
+    if target.ndim == 2:
+        grads.addcmul_(target, -weight)
+    else:
+        shape = *grads.shape[:-1], 1
+        grads.scatter_add_(-1, target.unsqueeze(1).expand(shape), (weight * (smoothing - 1)).expand(shape))
+        if smoothing:
+            grads.sub_(weight * (smoothing / grads.shape[-1]))
 
 
 def weighted_loss(
@@ -293,11 +328,6 @@ def weighted_loss(
     if weight is None:
         return loss + weighted_sum(synergy.flatten(), sum(synergy_weight, ()))
     return torch.add(loss, synergy.sum(), alpha=weight) if weight else loss
-
-
-def divergences(cross: torch.Tensor) -> torch.Tensor:
-    """Divergences from sum_c Q_p * log Q_q of every teacher p and student q, up to a number per teacher."""
-    return (cross.diagonal()[:, None] - cross).clamp(min=0)
 
 
 def weighted_sum(values: torch.Tensor, weights: Vector) -> torch.Tensor:
@@ -316,56 +346,23 @@ def compute_dtype(logits: Sequence[torch.Tensor]) -> torch.dtype:
     return reduce(torch.promote_types, (z.dtype for z in logits), torch.float32)
 
 
-def _row_blocks(logits: torch.Tensor) -> List[Optional[slice]]:
-    """Rows to go through together, None for all: on a CPU, few enough for its caches to hold between two operations."""
-    if torch.compiler.is_compiling() or logits.device.type != 'cpu' or logits.numel() <= BLOCK:
-        return [None]
-    batch_size, num_classes = logits.shape
-    step = max(BLOCK // num_classes, 1)
-    return [slice(start, start + step) for start in range(0, batch_size, step)]
+def _in_blocks(*tensors: torch.Tensor) -> Iterable[Sequence[torch.Tensor]]:
+    """Go through tensors (..., B, any) some rows at a time, on a CPU: so few that its caches keep them.
+
+    Args:
+        tensors: The first has all classes.
+    """
+    if tensors[0].device.type != 'cpu':
+        return [tensors]
+    blocks = tensors[0].shape[-2:].numel() // BLOCK + 1
+    return zip(*(x.chunk(blocks, -2) for x in tensors), strict=True)
 
 
-def _take(
-        rows: Optional[slice],
-        logits: Sequence[torch.Tensor],
-        target: Optional[torch.Tensor],
-        probs: Optional[torch.Tensor],
-        soft_probs: Optional[torch.Tensor],
-) -> Tuple[Sequence[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor]]:
-    """Some rows of each."""
-    if rows is None:
-        return logits, target, probs, soft_probs
-    target = None if target is None else target[rows]
-    return [z[rows] for z in logits], target, probs[:, rows], soft_probs[:, rows]
-
-
-def _softmaxes(
-        logits: Sequence[torch.Tensor],
-        dtype: torch.dtype,
-        temperature: float = 1.,
-        out: Optional[torch.Tensor] = None,
-) -> Probs:
-    """Probabilities of every classifier, in one tensor (M, B, C) where that is given."""
-    probs = []
-    for m, x in enumerate(logits):
-        if temperature != 1:
-            x = x.to(dtype) / temperature
-        probs.append(torch.softmax(x, 1, dtype=dtype, out=None if out is None else out[m]))
-    return probs if out is None else out
-
-
-def _log_norm(probs: Probs) -> torch.Tensor:
-    """Log-normalizer of logits less their maximum, (M, B)."""
-    top = probs.amax(2) if isinstance(probs, torch.Tensor) else torch.stack([p.amax(1) for p in probs])
-    return -top.log()
-
-
-def _dot_products(probs: Probs, values: torch.Tensor) -> torch.Tensor:
-    """Dot products of every classifier's probabilities with values (B, C): (M,)."""
-    if isinstance(probs, torch.Tensor) and _multiplies_exactly(probs):
-        return torch.bmm(values[:, None], probs.permute(1, 2, 0)).sum(0)[0]  # many times faster than its transpose
-    # Not torch.dot, whose float32 error grows with B * C.
-    return torch.stack([(q * values).sum() for q in probs])
+def _dot_products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Dot products (B, N, M) over the classes of x (N, B, C) and y (M, B, C)."""
+    if _multiplies_exactly(y):
+        return torch.bmm(x.permute(1, 0, 2), y.permute(1, 2, 0))
+    return torch.stack([(x * q).sum(2).T for q in y.unbind(0)], 2)
 
 
 def _multiplies_exactly(x: torch.Tensor) -> bool:
