@@ -1,9 +1,8 @@
 """Value, report and gradient of the DKS objective with softmax cross-entropy, for all classifiers at once.
 
 One softmax per classifier (two where T != 1) carries everything. The pairs share them: a student's gradient is one
-linear combination of probabilities, and the report a table of M x M dot products. A softmax is kept as exponentials and
-the sum of each row, by which later passes divide. Weights are plain floats, so nothing is ever copied to or read from
-the logits' device.
+linear combination of probabilities, and the report a table of M x M dot products. Weights are plain floats, so nothing
+is ever copied to or read from the logits' device.
 """
 import os
 import warnings
@@ -75,7 +74,7 @@ def _by_pairs(
             ce = torch.lerp(ce, torch.stack([-q.mean() for q in log_probs]), smoothing)
     fixed = [q.detach() for q in soft_log_probs]
     teachers = [q.exp() for q in fixed]
-    cross = torch.stack([torch.stack([  # see _values
+    cross = torch.stack([torch.stack([  # see _evaluate
         (p * ((fixed[m] if m == n else q) - fixed[0])).sum(1).mean() for n, q in enumerate(soft_log_probs)
     ]) for m, p in enumerate(teachers)])
     synergy = (cross.diagonal().unsqueeze(1) - cross) * temperature ** 2
@@ -113,7 +112,7 @@ def _assert_alike(function: type, device: torch.device) -> None:
 
 
 class Objective(torch.autograd.Function):
-    """Closed form of value and gradient, which is written over the exponentials of the forward."""
+    """Closed form of value and gradient, which is written over the probabilities of the forward."""
 
     @staticmethod
     def forward(
@@ -125,20 +124,21 @@ class Objective(torch.autograd.Function):
             target: Optional[torch.Tensor],
             *logits: torch.Tensor,
     ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        num_classifiers = len(logits)
-        exps = logits[0].new_empty((num_classifiers, *logits[0].shape), dtype=compute_dtype(logits))
-        soft_exps = exps if temperature == 1 else torch.empty_like(exps)
-        dense = [] if target is None or target.ndim == 1 else [target]
+        num_classifiers, batch_size = len(logits), len(logits[0])
+        probs = logits[0].new_empty((num_classifiers, *logits[0].shape), dtype=compute_dtype(logits))
+        soft_probs = probs if temperature == 1 else torch.empty_like(probs)
+        labels = [] if target is None else [target if target.is_floating_point() else target.unsqueeze(1)]
         found = [
-            _measure(block[:num_classifiers], temperature, *block[num_classifiers:])
-            for block in _in_blocks(*logits, exps, soft_exps, *dense)]
-        statistics = found[0] if len(found) == 1 else [torch.cat(parts) for parts in zip(*found, strict=True)]
-        ce, synergy = _values(logits, target, temperature, smoothing, *statistics)
+            _evaluate(block[:num_classifiers], temperature, smoothing, *block[num_classifiers:])
+            for block in _in_blocks(*logits, probs, soft_probs, *labels)]
+        cross, *ce = found[0] if len(found) == 1 else [torch.cat(parts) for parts in zip(*found, strict=True)]
+        ce = ce[0].sum(0) * (-1 / batch_size) if ce else probs.new_zeros(num_classifiers)
+        cross = F.pad(cross.sum(0), (0, 0, 1, 0)).T
+        synergy = (cross.diagonal().unsqueeze(1) - cross).clamp(min=0) * (temperature ** 2 / batch_size)
 
         ctx.options = ce_weight, synergy_weight, temperature, smoothing
-        _, sums, soft_sums, *_ = statistics
         ctx.save_for_backward(target, *logits)
-        ctx.kept = exps, sums, soft_exps, soft_sums  # no saved tensors, as they will be written to
+        ctx.kept = probs, soft_probs  # no saved tensors, as they will be written to
         ctx.mark_non_differentiable(ce, synergy)
         return weighted_loss(ce, synergy, ce_weight, synergy_weight), ce, synergy
 
@@ -181,115 +181,85 @@ def gradients(
     return [next(found) if wanted else None for wanted in needed]
 
 
-def _measure(
+def _evaluate(
         logits: Sequence[torch.Tensor],
-        temperature: float,
-        exps: torch.Tensor,
-        soft_exps: torch.Tensor,
-        target: Optional[torch.Tensor] = None,
-) -> List[torch.Tensor]:
-    """The passes over all classes, for some rows.
-
-    Args:
-        exps: Where the exponentials of the logits go, each row less its maximum, (M, B, C).
-        soft_exps: Where those at the temperature go.
-        target: If it is dense.
-
-    Returns:
-        The maxima and the sums of the exponentials, without and with temperature, each (B, M); dot products of every
-        classifier's exponentials at the temperature with each branch's logits less the backbone's (B, M - 1, M), and of
-        the target with every classifier's logits (B, 1, M), always less the maxima.
-    """
-    tops = [x.amax(1, keepdim=True).to(exps.dtype) for x in logits]
-    for x, top, place in zip(logits, tops, exps.unbind(0), strict=True):
-        torch.sub(x, top, out=place)
-    differences = exps[1:] - exps[0]
-    picked = [] if target is None else [_dot_products(target.unsqueeze(0), exps)]
-    if temperature != 1:
-        torch.mul(exps, 1 / temperature, out=soft_exps).exp_()
-    exps.exp_()
-    sums = soft_sums = exps.sum(2).T
-    if temperature != 1:
-        soft_sums = soft_exps.sum(2).T
-    return [torch.cat(tops, 1), sums, soft_sums, _dot_products(differences, soft_exps), *picked]
-
-
-def _values(
-        logits: Sequence[torch.Tensor],
-        target: Optional[torch.Tensor],
         temperature: float,
         smoothing: float,
-        top: torch.Tensor,
-        sums: torch.Tensor,
-        soft_sums: torch.Tensor,
-        dots: torch.Tensor,
-        picked: Optional[torch.Tensor] = None,
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropies (M,) and divergences (M, M) from what `_measure` has found in all rows."""
-    log_sums = log_soft_sums = sums.log()
-    if temperature != 1:
-        log_soft_sums = soft_sums.log()
-    share = 1 / len(top)
-    if target is None:
-        ce = top.new_zeros(len(logits))
-    elif picked is None:
-        index = target.unsqueeze(1)
-        picked = torch.cat([x.gather(1, index) for x in logits], 1).to(top.dtype)
-        if smoothing:
-            picked = torch.lerp(picked, torch.stack([x.mean(1, dtype=top.dtype) for x in logits], 1), smoothing)
-        ce = (top - picked).add_(log_sums).sum(0) * share
-    else:
-        ce = (target.sum(1, keepdim=True) * log_sums - picked.squeeze(1)).sum(0) * share
+        probs: torch.Tensor,
+        soft_probs: torch.Tensor,
+        target: Optional[torch.Tensor] = None,
+) -> List[torch.Tensor]:
+    """The softmaxes of some rows, and what values are made of.
 
-    # The divergence of p and q is the mean over Q_p of log Q_p - log Q_q. With log-probabilities measured from the
-    # backbone's, classifiers that agree give small numbers, whose differences keep their digits in float32.
-    shift = (log_soft_sums - log_soft_sums[:, :1])[:, 1:]
-    cross = torch.sub(dots / soft_sums.unsqueeze(1), shift.unsqueeze(2), alpha=temperature)
-    cross = F.pad(cross.sum(0), (0, 0, 1, 0)).T
-    return ce, (cross.diagonal().unsqueeze(1) - cross).clamp(min=0) * (temperature * share)
+    Args:
+        probs: Where to write the probabilities, (M, B, C).
+        soft_probs: Where to write those at the temperature.
+        target: Class indices (B, 1) or dense (B, C).
+
+    Returns:
+        Sums over classes of every Q_p * (log Q_q - log Q_0), (B, M - 1, M) by branch q and teacher p; where there is a
+        target, also of it times every log Q_q, (B, M).
+    """
+    for x, place in zip(logits, probs.unbind(0), strict=True):
+        torch.log_softmax(x, 1, dtype=probs.dtype, out=place)
+    if temperature != 1:
+        for x, place in zip(logits, soft_probs.unbind(0), strict=True):
+            torch.log_softmax(x.to(probs.dtype) / temperature, 1, out=place)
+    labels = []
+    if target is not None and target.is_floating_point():
+        labels.append(_dot_products(target.unsqueeze(0), probs).squeeze(1))
+    elif target is not None:
+        picked = probs.gather(2, target.expand(len(logits), *target.shape))
+        if smoothing:
+            picked = torch.lerp(picked, probs.mean(2, keepdim=True), smoothing)
+        labels.append(picked.squeeze(2).T)
+    # Differences, as classifiers that agree give small numbers, which keep their digits in float32.
+    differences = soft_probs[1:] - soft_probs[0]
+    probs.exp_()
+    if temperature != 1:
+        soft_probs.exp_()
+    return [_dot_products(differences, soft_probs), *labels]
 
 
 def _combine(
         target: Optional[torch.Tensor],
-        exps: torch.Tensor,
-        sums: torch.Tensor,
-        soft_exps: torch.Tensor,
-        soft_sums: torch.Tensor,
+        probs: torch.Tensor,
+        soft_probs: torch.Tensor,
         ce_weight: Vector,
         synergy_weight: Matrix,
         temperature: float,
         smoothing: float,
         scale: torch.Tensor,
 ) -> Sequence[torch.Tensor]:
-    """Gradients as combinations of probabilities, in place of the `soft_exps`.
+    """Gradients as combinations of probabilities (M, B, C), in place of those at the temperature.
 
     Args:
-        exps: (M, B, C), with `sums` (B, M).
-        soft_exps: (M, B, C), with `soft_sums` (B, M). Where T = 1, they are `exps`.
         scale: Gradient of the loss by the batch size.
     """
     weight = pair_weight(synergy_weight)
     columns = list(zip(*synergy_weight, strict=True))  # what a student's teachers weigh
     pulls = [temperature * sum(column) for column in columns]
-    if weight is not None:
+    if weight is None:
+        columns = [[scale * (-temperature * w) if w else None for w in column] for column in columns]
+    else:
         # A student's teachers are the sum of all classifiers, the same for all of them, less itself.
-        columns = [(weight,) * len(exps)]
+        columns = [[scale * (-temperature * weight) if weight else None] * len(probs)]
         pulls = [pull + temperature * weight for pull in pulls]
-    label = _multiples(scale, ce_weight)
-    mass = label * (0. if target is None else 1. if target.ndim == 1 else target.sum(1, keepdim=True))
-    inverse = soft_sums.T.reciprocal().unsqueeze(2)
-    pull = _multiples(scale, pulls)
-    factors = [inverse * (pull + mass)] if temperature == 1 else [inverse * pull, mass / sums.T.unsqueeze(2)]
-    for given, soft_given, teach, *own in _in_blocks(exps, soft_exps, inverse * (scale * -temperature), *factors):
-        teachers = list(zip(soft_given.unbind(0), teach.unbind(0), strict=True))
+    pull, label = _multiples(scale, pulls), _multiples(scale, ce_weight)
+    dense = target is not None and target.is_floating_point()
+    own = label * (target.sum(1, keepdim=True) if dense else float(target is not None))
+    if temperature == 1:
+        own = own + pull
+    for given, soft_given, *rows in _in_blocks(probs, soft_probs, *([own] if dense else [])):
+        teachers = soft_given.unbind(0)
         taught = [_mix(teachers, column) for column in columns]
         taught = taught[0] if len(taught) == 1 else torch.stack(taught)
-        torch.addcmul(taught, soft_given, own[0], out=soft_given)
         if temperature != 1:
-            soft_given.addcmul_(given, own[1])
+            taught = torch.addcmul(taught, soft_given, pull, out=soft_given)
+        torch.addcmul(taught, given, rows[0] if dense else own, out=soft_given)
     if target is not None:
-        _subtract_target(soft_exps, target, label, smoothing)
-    return soft_exps.unbind(0)
+        _subtract_target(soft_probs, target, label, smoothing)
+    return soft_probs.unbind(0)
 
 
 def _multiples(scale: torch.Tensor, factors: Sequence[float]) -> torch.Tensor:
@@ -299,14 +269,13 @@ def _multiples(scale: torch.Tensor, factors: Sequence[float]) -> torch.Tensor:
     return torch.stack([scale * factor for factor in factors])[:, None, None]
 
 
-def _mix(teachers: Sequence[Tuple[torch.Tensor, torch.Tensor]], weights: Sequence[float]) -> torch.Tensor:
-    """The sum of exponentials (B, C), each times a factor (B, 1) and its weight."""
+def _mix(probs: Sequence[torch.Tensor], factors: Sequence[Optional[torch.Tensor]]) -> torch.Tensor:
+    """The sum of tensors (B, C) times scalars."""
     mixed = None
-    for (exps, factor), weight in zip(teachers, weights, strict=True):
-        if weight:
-            factor = factor if weight == 1 else factor * weight
-            mixed = exps * factor if mixed is None else mixed.addcmul_(exps, factor)
-    return torch.zeros_like(teachers[0][0]) if mixed is None else mixed
+    for q, factor in zip(probs, factors, strict=True):
+        if factor is not None:
+            mixed = q * factor if mixed is None else mixed.addcmul_(q, factor)
+    return torch.zeros_like(probs[0]) if mixed is None else mixed
 
 
 def _subtract_target(grads: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, smoothing: float) -> None:

@@ -221,8 +221,7 @@ def test_kept_memory_is_linear_in_the_number_of_classifiers(temperature):
         loss = DKSLoss(temperature=temperature)(make_logits(num_classifiers, torch.float32), make_target())['loss']
         return sum(t.numel() for t in {*loss.grad_fn.saved_tensors, *loss.grad_fn.kept})
 
-    # The logits themselves, and their exponentials with the sums of these.
-    per_classifier = BATCH * CLASSES + (1 + (temperature != 1)) * BATCH * (CLASSES + 1)
+    per_classifier = (2 + (temperature != 1)) * BATCH * CLASSES  # the logits themselves and their softmaxes
     assert [kept_elements(m) for m in (2, 3, 6)] == [BATCH + m * per_classifier for m in (2, 3, 6)]
 
 
