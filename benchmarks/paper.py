@@ -64,6 +64,7 @@ METHODS = dict(
     dks_every=('every 6th update', ['--dks', '--dks-every', '6']),
     **{f'dks_budget_{x}': (f'budget {x}', ['--dks', '--dks-budget', x]) for x in ('1.5', '1.3')},
     dks_conv=('convolutional branches', ['--dks', '--dks-branches', 'conv']),
+    dks_budget_bottom_up=('budget 1.3, bottom-up', ['--dks', '--dks-budget', '1.3', '--dks-direction', 'bottom-up']),
     dks_budget_late=('budget 1.3, synergy from epoch 20', ['--dks', '--dks-budget', '1.3', '--dks-start-epoch', '20']),
     # No less of it, but for the synergy.
     dks_late=('synergy from epoch 20', ['--dks', '--dks-start-epoch', '20']),

@@ -293,7 +293,8 @@ def test_cheaper_settings_that_less_arithmetic_shall_buy_cost_at_most_1_3_of_the
     costs = {method: paper.training_flops(recipe, *paper.METHODS[method][1]) for method in ('dks', *paper.CHEAPER)}
     assert costs['dks'] == costs['dks_late'] == pytest.approx(2.75, abs=0.01)
     cheap = [method for method, cost in costs.items() if cost <= 1.3]
-    assert cheap == ['dks_fraction', 'dks_fraction_weighted', 'dks_every', 'dks_budget_1.3', 'dks_conv']
+    assert cheap == ['dks_fraction', 'dks_fraction_weighted', 'dks_every', 'dks_budget_1.3', 'dks_conv',
+                     'dks_budget_bottom_up', 'dks_budget_late']
     assert costs['dks_budget_1.5'] <= 1.5
 
 
