@@ -517,7 +517,9 @@ def test_training_is_that_of_the_published_form():
 # Many rows
 
 
-@pytest.mark.parametrize('options', [dict(), dict(temperature=2.0), dict(direction='top-down')], ids=str)
+@pytest.mark.parametrize('options', [
+    dict(), dict(temperature=2.0), dict(direction='top-down'), dict(ce_weight=[1.0, 0.5, 0.25]),
+], ids=str)
 @pytest.mark.parametrize('target', ['index', 'dense'])
 def test_blocks_of_rows_change_nothing(target, options, monkeypatch):
     monkeypatch.setattr(objective, 'BLOCK', 2 * CLASSES + 1)  # two rows
