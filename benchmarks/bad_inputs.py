@@ -89,7 +89,7 @@ def cell(text, most=200):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--results', type=Path, help='file for the table')
+    parser.add_argument('--results', type=Path, metavar='FILE', help='file for the table')
     args = parser.parse_args()
     results = args.results and args.results.resolve()
     rows, counts, bad = [], Counter(), []

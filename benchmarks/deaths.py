@@ -122,7 +122,7 @@ def main():
     parser.add_argument('--kinds', nargs='+', default=list(KINDS), choices=list(KINDS), help='of deaths')
     parser.add_argument('--processes', type=int, default=2)
     parser.add_argument('--seed', type=int, default=0, help='of the moments')
-    parser.add_argument('--results', type=Path, help='file for the table')
+    parser.add_argument('--results', type=Path, metavar='FILE', help='file for the table')
     args = parser.parse_args()
     rng = random.Random(args.seed)
     rows, good = [], True

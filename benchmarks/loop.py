@@ -186,7 +186,7 @@ def create_parser():
     parser.add_argument('--threads', type=int, default=1, metavar='N', help='of the process')
     parser.add_argument('--workers', type=int, metavar='N', help='of the loader, 0 on a CPU, 8 on a GPU')
     parser.add_argument('--operations', action='store_true', help='print what the loop does beyond the step')
-    parser.add_argument('--results', type=Path, help='file to write')
+    parser.add_argument('--results', type=Path, metavar='FILE', help='file to write')
     return parser
 
 

@@ -102,7 +102,7 @@ def main():
     parser.add_argument('--kills', type=int, default=20, help='how often to kill the run')
     parser.add_argument('--seed', type=int, default=0, help='of the moments')
     parser.add_argument('--processes', type=int, default=1, help='processes of the run, connected over gloo')
-    parser.add_argument('--results', type=Path, help='file for the table')
+    parser.add_argument('--results', type=Path, metavar='FILE', help='file for the table')
     args = parser.parse_args()
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as output:
