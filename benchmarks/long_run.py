@@ -68,7 +68,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--epochs', type=int, default=300)
     parser.add_argument('--minutes', type=float, default=float('inf'), help='stop then')
-    parser.add_argument('--results', type=Path, metavar='FILE', help='files for the samples and the table, without a suffix')
+    parser.add_argument('--results', type=Path, metavar='FILE', help='samples and table, no suffix')
     args = parser.parse_args()
     rows = watch(args.epochs, args.minutes)
 

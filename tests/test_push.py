@@ -239,7 +239,7 @@ def test_a_fault_that_passes_does_not_stop_a_push(hub, folder, fault):
     (lambda hub: hub.fail('commit', 500, times=None), 'answers 500'),
 ], ids=['upload-429', 'upload-stalls', 'commit-429', 'create-409', 'commit-500'])
 def test_a_fault_that_lasts_ends_a_push_in_time(hub, folder, monkeypatch, fault, message):
-    serve = push._SERVE.replace('import serve', 'import serve; import dks_timm.push as p; p.CREATE_SECONDS = 2')
+    serve = push._SERVE.replace('import serve', 'import serve; import dks_timm.push_process as p; p.CREATE_SECONDS = 2')
     monkeypatch.setattr(push, '_SERVE', serve)
     fault(hub)
     start = time.monotonic()
