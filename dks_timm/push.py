@@ -1,7 +1,8 @@
 """Pushing an exported folder to the Hugging Face Hub: one commit, with a bound on how long it may take.
 
-The conversation with the Hub runs in a process of its own (`push_process`). The client waits without bound in places (a
-Retry-After of an hour, an upload that stalls), and a process can be ended wherever it waits. Nothing here imports torch.
+The conversation with the Hub runs in a process of its own (`push_process`). The client waits without bound in places
+(a Retry-After of an hour, an upload that stalls), and a process can be ended wherever it waits. Nothing here imports
+torch.
 """
 import json
 import logging
