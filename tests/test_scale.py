@@ -119,9 +119,9 @@ def codes(two, name):
     return [results[name]['code'] for results in two[0]]
 
 
-def assert_same_summary(a, b, rel=1e-5):
-    assert len(rows(a)) == len(rows(b)) > 0
-    for x, y in zip(rows(a), rows(b), strict=True):
+def assert_same_summary(a, b, rel=1e-5, epochs=None):
+    assert len(rows(a)) == len(rows(b)[:epochs]) > 0
+    for x, y in zip(rows(a), rows(b)[:epochs], strict=True):
         assert list(x) == list(y)
         for name in x:
             assert float(x[name]) == pytest.approx(float(y[name]), rel=rel, abs=1e-6), name
@@ -473,7 +473,7 @@ def test_deepspeed_configs_that_contradict_flags_or_cannot_work_are_refused(monk
 
 def test_fsdp2_gives_ddps_digits_and_files(two):
     assert codes(two, 'sharded') == codes(two, 'sharded_vit') == [0, 0]
-    assert rows(two[1] / 'sharded') == rows(two[1] / 'ddp')[:1]
+    assert_same_summary(two[1] / 'sharded', two[1] / 'ddp', epochs=1)  # bit for bit on some CPUs only
     assert_same_checkpoint(
         two[1] / 'sharded/last.pth.tar', two[1] / 'ddp/checkpoint-0.pth.tar', rtol=1e-4, atol=1e-6)
     assert {p.name for p in (two[1] / 'sharded').iterdir()} == {
