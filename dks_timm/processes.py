@@ -69,7 +69,6 @@ def create_accelerator(args, given) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[DistributedDataParallelKwargs(
             broadcast_buffers=not args.no_ddp_bb,
-            gradient_as_bucket_view=True,  # branches bring gradients, which are not copied twice then
             find_unused_parameters=args.dks and args.dks_every > 1,
         )],
     )
