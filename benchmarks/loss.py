@@ -4,6 +4,7 @@
     python benchmarks/loss.py             # writes results/speed/loss-cpu.md, on a GPU loss-cuda.md
     python benchmarks/loss.py --all       # every combination of classifiers, classes and batch size that fits in memory
     python benchmarks/loss.py --classifiers 3 --classes 1000 --batch-sizes 256 --again
+    python benchmarks/loss.py --classifiers 3 --classes 1000 --batch-sizes 256 --profile  # where the time goes, printed
 
 The forms of one and the same loss, unit weights, class indices:
 
@@ -29,8 +30,9 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from step import ROOT, describe_machine, in_own_process, peak_growth, read
+from torch.profiler import profile
 
-from dks_timm import DKSLoss, objective
+from dks_timm import DKSLoss, objective, processes
 
 CLASSIFIERS, CLASSES, BATCH_SIZES = (2, 3, 4, 5, 6), (10, 1000, 21841), (64, 256, 1024)
 HEADLINE = (3, 1000, 256)
@@ -116,9 +118,11 @@ def as_graph(call):
     return graph.replay
 
 
-def measure(setting, args):
-    """Rows of the .csv for one setting."""
+def create_calls(setting, args):
+    """Forward and backward of each form by name, and the logits of all."""
     torch.set_num_threads(args.threads)
+    if args.device == 'cpu':
+        processes.keep_freed_memory()  # as in train.py; pages fetched anew would be half the time of some forms
     shape = int(setting['batch_size']), int(setting['classes'])
     logits = [
         (2 * torch.randn(shape)).to(args.device, DTYPES[setting['dtype']]).requires_grad_()
@@ -128,13 +132,31 @@ def measure(setting, args):
     losses = {name: form(logits, target).item() for name, form in forms.items()}
     if not all(abs(loss / losses['kl_div'] - 1) < 0.01 for loss in losses.values()):  # the epsilon takes up to 0.1 %
         raise SystemExit(f'The forms do not agree: {losses}')
-
-    gradients = sum(z.nbytes for z in logits) / 2 ** 20
     calls = {
         name: lambda form=form: torch.autograd.grad(form(logits, target), logits) for name, form in forms.items()}
     for call in calls.values():
         for _ in range(3):
             call()
+    return calls, logits
+
+
+def show_profile(setting, args, calls_each=50):
+    """Print what the operations of each form take, a form at a time."""
+    calls, _ = create_calls(setting, args)
+    for name, call in calls.items():
+        with profile() as found:
+            for _ in range(calls_each):
+                call()
+        print(f'\n{name}, {calls_each} calls, M, C and B {[int(setting[key]) for key in SETTING[2:]]}')
+        print(found.key_averages().table(
+            sort_by=f'self_{"cpu" if args.device == "cpu" else "device"}_time_total', row_limit=20,
+            max_name_column_width=40))
+
+
+def measure(setting, args):
+    """Rows of the .csv for one setting."""
+    calls, logits = create_calls(setting, args)
+    gradients = sum(z.nbytes for z in logits) / 2 ** 20
     memory = {name: f'{peak_growth(call, args.device) - gradients:.3f}' for name, call in calls.items()}
     timed = time_on_cpu
     if args.device != 'cpu':
@@ -144,7 +166,7 @@ def measure(setting, args):
         calls['copy'] = lambda: [copy.copy_(z) for copy, z in zip(copies, sources, strict=True)]
         calls = {name: as_graph(call) for name, call in calls.items()}
     times = defaultdict(list)
-    headline = (len(logits), *reversed(shape)) == HEADLINE
+    headline = (len(logits), *reversed(logits[0].shape)) == HEADLINE
     end = time.perf_counter() + args.seconds
     for turn in range(args.rounds):
         if turn >= 5 and not headline and time.perf_counter() > end:
@@ -231,6 +253,7 @@ def create_parser():
     parser.add_argument('--rounds', type=int, default=40, metavar='N', help='turns of each form')
     parser.add_argument('--seconds', type=float, default=20., metavar='S', help='after which 5 turns will do')
     parser.add_argument('--memory', type=float, default=4., metavar='GIB', help='settings that need more are left out')
+    parser.add_argument('--profile', action='store_true', help='print where the time goes, and write nothing')
     parser.add_argument('--again', action='store_true', help='measure also what the .csv has')
     parser.add_argument('--results', type=Path, default=ROOT / 'results/speed', metavar='DIR')
     return parser
@@ -249,7 +272,9 @@ def main(argv=None):
         args.classifiers or CLASSIFIERS, args.classes or CLASSES, args.batch_sizes or BATCH_SIZES)
     table = args.results / f'loss-{args.device}.csv'
     for setting in settings(args):
-        if args.again or not any(setting.items() <= row.items() for row in read(table)):
+        if args.profile:
+            in_own_process(show_profile, setting, args)
+        elif args.again or not any(setting.items() <= row.items() for row in read(table)):
             new = in_own_process(measure, setting, args)
             write(table, [row for row in read(table) if not setting.items() <= row.items()] + new, on_cpu)
             print(report(new, on_cpu), flush=True)
