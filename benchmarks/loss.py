@@ -19,7 +19,6 @@ Every setting has a process of its own, in which the forms take turns. Rows that
 that was stopped goes on; --again measures them anew.
 """
 import argparse
-import csv
 import os
 import time
 from collections import defaultdict
@@ -29,7 +28,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from step import ROOT, describe_machine, in_own_process, peak_growth, read
+from step import ROOT, describe_machine, in_own_process, peak_growth, read, write
 from torch.profiler import profile
 
 from dks_timm import DKSLoss, objective, processes
@@ -230,17 +229,6 @@ def report(rows, on_cpu):
     return '\n'.join(lines) + '\n'
 
 
-def write(table, rows, on_cpu):
-    table.parent.mkdir(parents=True, exist_ok=True)
-    with table.open('w', newline='') as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows)
-    page = table.with_suffix('.md')
-    notes = ''.join(page.read_text().partition(NOTES)[1:]) if page.exists() else ''
-    page.write_text(report(rows, on_cpu) + f'\n{notes}' * bool(notes))
-
-
 def create_parser():
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--classifiers', type=int, nargs='+', metavar='M', help=f'{CLASSIFIERS} if not given')
@@ -278,7 +266,8 @@ def main(argv=None):
             in_own_process(show_profile, setting, args)
         elif args.again or not any(setting.items() <= row.items() for row in read(table)):
             new = in_own_process(measure, setting, args)
-            write(table, [row for row in read(table) if not setting.items() <= row.items()] + new, on_cpu)
+            rows = [row for row in read(table) if not setting.items() <= row.items()] + new
+            write(table, rows, COLUMNS, report(rows, on_cpu), NOTES)
             print(report(new, on_cpu), flush=True)
 
 

@@ -333,7 +333,8 @@ def main(argv=None):
         elif args.again or not any(setting.items() <= row.items() for row in read(table)):
             new = [{key: row.get(key, '') for key in COLUMNS} for row in in_own_process(measure, setting, args)]
             rows = [row for row in read(table) if not setting.items() <= row.items()] + new
-            write(table, sorted(rows, key=lambda row: [row[key] for key in HEADING]), args.device == 'cpu')
+            rows.sort(key=lambda row: [row[key] for key in HEADING])
+            write(table, rows, COLUMNS, report(rows, args.device == 'cpu'), NOTES)
             print(report(new, args.device == 'cpu'), flush=True)
 
 
@@ -341,15 +342,21 @@ def read(table):
     return list(csv.DictReader(table.open(newline=''))) if table.exists() else []
 
 
-def write(table, rows, on_cpu):
+def write(table, rows, columns, page, notes):
+    """Write a .csv, and next to it a page in Markdown.
+
+    Args:
+        page: Of the rows.
+        notes: The heading from which on the page is written by hand, and kept.
+    """
     table.parent.mkdir(parents=True, exist_ok=True)
     with table.open('w', newline='') as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
+        writer = csv.DictWriter(file, columns, lineterminator='\n')
         writer.writeheader()
         writer.writerows(rows)
-    page = table.with_suffix('.md')
-    notes = ''.join(page.read_text().partition(NOTES)[1:]) if page.exists() else ''
-    page.write_text(report(rows, on_cpu) + f'\n{notes}' * bool(notes))
+    path = table.with_suffix('.md')
+    kept = ''.join(path.read_text().partition(notes)[1:]) if path.exists() else ''
+    path.write_text(page + f'\n{kept}' * bool(kept))
 
 
 if __name__ == '__main__':
