@@ -76,6 +76,8 @@ PLAN = (
     ('mini', ('baseline', 'ds', 'dks'), range(5)),
     ('mini', ('top_down', 'bottom_up'), range(3)),
     ('mini', CHEAPER, range(3)),
+    ('mini', ('dks_budget_1.3',), range(3, 8)),  # what docs/training.md recommends, and its comparison
+    ('mini', ('baseline', 'dks'), range(5, 8)),
     ('resnet32', ('baseline', 'ds', 'dks'), range(3)),
     ('resnet32', ('top_down', 'bottom_up', 'byot', 'ensemble'), range(3)),
     ('wrn_28_10', ('baseline', 'dks'), range(3)),
