@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT))  # for dks_timm, where it is not installed
 # The row's title, and the top-1 errors (%) that the paper reports.
 ROWS = dict(
     mini=dict(title='ResNet-20, the mini protocol', classes=20, images=100),
+    resnet20=dict(title='ResNet-20'),
     resnet32=dict(title='ResNet-32', paper=dict(baseline=29.97, ds=29.89, dks=26.81)),
     wrn_28_10=dict(title='WRN-28-10', paper=dict(baseline=18.72, dks=17.24)),
     resnet110=dict(title='ResNet-110', paper=dict(baseline=27.66, ds=26.95, dks=24.98)),
