@@ -1,0 +1,153 @@
+"""The CIFAR-100 experiments: rows are recipes, methods are flags, and the plan is the order in which they are run."""
+import functools
+import json
+import re
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = ROOT / 'recipes' / 'cifar100'
+
+# A row is a recipe. Top-1 errors (%) are those that the paper reports.
+ROWS = dict(
+    resnet20=dict(title='ResNet-20'),
+    resnet32=dict(title='ResNet-32', paper=dict(baseline=29.97, ds=29.89, dks=26.81)),
+    vit_tiny=dict(title='ViT-Ti, 9 blocks, patches of 4 pixels'),
+    convnext_atto=dict(title='ConvNeXt-Atto, patches of 2 pixels'),
+    mini=dict(title='ResNet-20, the mini protocol', classes=20, images=100),
+    wrn_28_10=dict(title='WRN-28-10', paper=dict(baseline=18.72, dks=17.24)),
+    resnet110=dict(title='ResNet-110', paper=dict(baseline=27.66, ds=26.95, dks=24.98)),
+    wrn_28_10_dropout=dict(title='WRN-28-10, dropout 0.3', paper=dict(baseline=18.64, dks=16.71)),
+    densenet_40_12=dict(title='DenseNet-40-12'),
+)
+
+
+def taught_by(matrix: str, *flags: str):
+    """Flags for the weights of three classifiers, the backbone's first: rows of the matrix teach its columns."""
+    return ['--dks', '--dks-synergy-weight', *matrix.split(), *flags]
+
+
+# {third} is a third of the epochs.
+METHODS = dict(
+    baseline=('baseline', []),
+    ds=('DS', ['--dks', '--dks-direction', 'none']),
+    dks=('DKS', ['--dks']),
+    dks_t3=('DKS, T = 3', ['--dks', '--dks-temperature', '3']),
+    dks_late=('DKS, synergy from a third of the epochs', ['--dks', '--dks-start-epoch', '{third}']),
+    to_backbone=('branches teach the backbone', taught_by('0 0 0 1 0 0 1 0 0')),
+    to_backbone_t3=('branches teach the backbone, T = 3', taught_by('0 0 0 1 0 0 1 0 0', '--dks-temperature', '3')),
+    # The mean divergence from several teachers has the gradient of the divergence from their mean.
+    ensemble=('mean of the branches teaches the backbone', taught_by('0 0 0 .5 0 0 .5 0 0')),
+    ensemble_t3=(
+        'mean of the branches teaches the backbone, T = 3', taught_by('0 0 0 .5 0 0 .5 0 0', '--dks-temperature', '3')),
+    byot=('BYOT-style: the backbone teaches the branches', taught_by('0 1 1 0 0 0 0 0 0')),
+    top_down=('top-down', ['--dks', '--dks-direction', 'top-down']),
+    bottom_up=('bottom-up', ['--dks', '--dks-direction', 'bottom-up']),
+    # Less arithmetic.
+    **{f'dks_budget_{x}': (f'DKS, budget {x}', ['--dks', '--dks-budget', x]) for x in ('1.5', '1.3')},
+    **{'ds_budget_1.3': ('DS, budget 1.3', ['--dks', '--dks-budget', '1.3', '--dks-direction', 'none'])},
+    dks_budget_bottom_up=('budget 1.3, bottom-up', ['--dks', '--dks-budget', '1.3', '--dks-direction', 'bottom-up']),
+    dks_budget_late=(
+        'DKS, budget 1.3, synergy from a third of the epochs',
+        ['--dks', '--dks-budget', '1.3', '--dks-start-epoch', '{third}']),
+    dks_fraction_half=('DKS on half of each batch', ['--dks', '--dks-batch-fraction', '0.5']),
+    dks_fraction=('DKS on 10 of 64 images', ['--dks', '--dks-batch-fraction', '0.15625']),
+    dks_fraction_weighted=('DKS on 10 of 64 images, weighted by their share', [
+        '--dks', '--dks-batch-fraction', '0.15625',
+        '--dks-ce-weight', '1', '0.15625', '0.15625', '--dks-synergy-weight', '0.15625']),
+    dks_every=('DKS in every 6th update', ['--dks', '--dks-every', '6']),
+    dks_conv=('DKS, convolutional branches', ['--dks', '--dks-branches', 'conv']),
+)
+
+THREE = ('baseline', 'ds', 'dks')
+OTHERS = ('to_backbone_t3', 'to_backbone', 'dks_t3', 'ensemble', 'ensemble_t3', 'dks_late',
+          'dks_budget_1.3', 'ds_budget_1.3')
+# The best of OTHERS in the first row, which the longer and the other experiments compare with. It was seen after
+# 24 epochs of seed 0, where to_backbone_t3 was the only one known (../results/README.md).
+BEST = ('to_backbone_t3',)
+
+# What is run where nothing is chosen, and in which order: row, methods, seeds, epochs (None: the recipe's).
+PLAN = (
+    ('resnet20', (*THREE, *OTHERS), (0,), None),
+    ('resnet20', (*THREE, *BEST), (0,), 12),
+    ('resnet20', (*THREE, *BEST), (0,), 60),
+    ('resnet20', (*THREE, *BEST), (1, 2), None),
+    ('resnet20', (*THREE, *BEST), (0,), 120),
+    ('resnet32', ('dks', 'baseline', 'ds', *BEST), (0,), None),
+    ('vit_tiny', (*THREE, *BEST), (0,), None),
+    ('convnext_atto', (*THREE, *BEST), (0,), None),
+    ('mini', THREE, range(5), None),
+    ('mini', ('top_down', 'bottom_up'), range(3), None),
+    ('mini', [method for method in METHODS if method.startswith('dks_') and method != 'dks_t3'], range(3), None),
+    ('mini', ('dks_budget_1.3',), range(3, 8), None),
+    ('mini', ('baseline', 'dks'), range(5, 8), None),
+    # For a GPU.
+    ('resnet32', THREE, range(1, 3), None),
+    ('resnet32', ('top_down', 'bottom_up', 'byot', 'ensemble'), range(3), None),
+    ('wrn_28_10', ('baseline', 'dks'), range(3), None),
+    ('resnet110', THREE, range(3), None),
+    ('wrn_28_10_dropout', ('baseline', 'dks'), range(3), None),
+    ('densenet_40_12', THREE, range(3), None),
+)
+
+
+@functools.cache
+def recipe(row: str):
+    """The row's settings, as its YAML file gives them."""
+    return yaml.safe_load((RECIPES / f'{row}.yaml').read_text())
+
+
+class Run:
+    """One network, method, seed and number of epochs."""
+
+    def __init__(self, results: str, row: str, method: str, seed: int, epochs=None):
+        self.row, self.method, self.seed = row, method, seed
+        self.epochs = epochs or recipe(row)['epochs']
+        self.as_recipe = self.epochs == recipe(row)['epochs']
+        # A length other than the recipe's is a row of its own.
+        self.section = row if self.as_recipe else f'{row}_{self.epochs}_epochs'
+        self.name = f'{self.section}-{method}-{seed}'
+        self.results = Path(results, self.section, f'{method}-{seed}.jsonl')
+
+    @property
+    def flags(self):
+        """What chooses the method and, where it is not the recipe's, the length."""
+        flags = [flag.format(third=self.epochs // 3) for flag in METHODS[self.method][1]]
+        return flags if self.as_recipe else [*flags, '--epochs', str(self.epochs)]
+
+    def lines(self):
+        """What is known of its epochs."""
+        if not self.results.exists():
+            return []
+        return [json.loads(line) for line in self.results.read_text().splitlines()]
+
+    @property
+    def finished(self) -> bool:
+        return len(self.lines()) >= self.epochs
+
+
+def planned(results: str, rows=None, methods=None, seeds=None, epochs=None):
+    """The runs that the arguments choose, by row, length and seed; without methods, seeds and epochs the plan."""
+    if methods or seeds or epochs:
+        plan = [(row, methods or THREE, seeds or range(3), n) for row in rows or ROWS for n in epochs or [None]]
+    else:
+        plan = [entry for entry in PLAN if entry[0] in (rows or ROWS)]
+    return [
+        Run(results, row, method, seed, n) for row, methods, seeds, n in plan for seed in seeds for method in methods]
+
+
+def found(results: str):
+    """The runs that have results, by section: a row at one length."""
+    sections = {}
+    for row in ROWS:
+        folders = {}
+        for folder in Path(results).glob(f'{row}*'):
+            match = re.fullmatch(f'{row}(?:_(\\d+)_epochs)?', folder.name)
+            if match and folder.is_dir():
+                folders[int(match[1] or recipe(row)['epochs'])] = folder
+        for epochs, folder in sorted(folders.items()):
+            names = sorted(file.stem.rpartition('-') for file in folder.glob('*.jsonl'))
+            sections[row, epochs] = [
+                Run(results, row, method, int(seed), epochs) for method, _, seed in names if method in METHODS]
+    return sections
