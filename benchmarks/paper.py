@@ -164,6 +164,8 @@ def download(folder: Path) -> None:
         return
     source = CIFAR100(folder, download=True)  # checks the files' sums
     for split, file in (('train', 'train'), ('validation', 'test')):
+        if (folder / split).is_dir():
+            continue
         batch = pickle.loads(Path(folder, source.base_folder, file).read_bytes(), encoding='latin1')
         partial = folder / f'{split}.partial'
         for name in source.classes:

@@ -79,16 +79,18 @@ class Section:
             **{f'branch on {key.removeprefix("eval_top1_").replace("stage", "stage ")}':
                functools.partial(lambda m, key: spread(self.values(m, key)), key=key) for key in branches},
             'ensemble': lambda m: spread(self.values(m, 'eval_top1_ensemble')),
-            **({'the paper\'s backbone': lambda m: f'{100 - paper[m]:.2f}' if m in paper else ''} if paper else {}),
+            'the paper\'s backbone': lambda m: f'{100 - paper[m]:.2f}' if m in paper else '',
             'against baseline': self.gain,
             'loss': lambda m: f'{statistics.mean(self.values(m, "eval_loss")):.3f}',
             'training time': self.time,
             'training FLOPs': lambda m: f'{self.flops(m):.2f}x',
         }
+        cells = {title: [cell(method) for method in self.methods] for title, cell in columns.items()}
+        cells = {title: column for title, column in cells.items() if any(column)}
         text = []
         if self.methods:
-            text += ['| ' + ' | '.join(columns) + ' |', '|---' * len(columns) + '|']
-            text += ['| ' + ' | '.join(cell(method) for cell in columns.values()) + ' |' for method in self.methods]
+            text += ['| ' + ' | '.join(cells) + ' |', '|---' * len(cells) + '|']
+            text += ['| ' + ' | '.join(row) + ' |' for row in zip(*cells.values(), strict=True)]
             text += ['', self.origin()]
         if self.unfinished:
             text += ['', 'Not finished: ' + ', '.join(
@@ -125,8 +127,8 @@ def forward_flops(row: str, *flags: str):
     args, *_ = options.parse_args(['--config', str(RECIPES / f'{row}.yaml'), *flags])
     inspected = inspect_model(
         args.model, stages=args.dks_stages, branches=args.dks_branches, branch_kwargs=args.dks_branch_kwargs,
-        budget=args.dks_budget, img_size=args.img_size, batch_fraction=args.dks_batch_fraction, every=args.dks_every,
-        num_classes=args.num_classes, **args.model_kwargs)
+        budget=args.dks_budget, batch_fraction=args.dks_batch_fraction, every=args.dks_every,
+        num_classes=args.num_classes, **{'img_size': args.img_size, **args.model_kwargs})
     return inspected['classifiers'][0]['flops'], inspected['cost']['flops'] if args.dks else 1.
 
 

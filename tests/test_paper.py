@@ -1,11 +1,11 @@
-"""The runner of the paper's experiments: its runs, where they stop and continue, and the tables it writes."""
+"""The runner of the CIFAR-100 experiments: its runs, where they stop and continue, and the tables it writes."""
 import fcntl
-import importlib.util
 import json
 import math
-import re
+import pickle
 import shlex
 import statistics
+import sys
 import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
@@ -22,9 +22,10 @@ import dks_timm
 from dks_timm import options
 
 ROOT = Path(__file__).parents[1]
-spec = importlib.util.spec_from_file_location('paper', ROOT / 'benchmarks' / 'paper.py')
-paper = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(paper)
+sys.path.insert(0, str(ROOT / 'benchmarks'))
+import paper  # noqa: E402
+import paper_plan  # noqa: E402
+import paper_tables  # noqa: E402
 
 # Stands in for train.py: logs and writes as it does, an epoch in a moment.
 TRAINER = '''
@@ -69,8 +70,9 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / 'train.py').write_text(TRAINER)
     (tmp_path / 'images' / 'train').mkdir(parents=True)
     monkeypatch.setattr(paper, 'ROOT', tmp_path)
-    monkeypatch.setattr(paper, 'RECIPES', tmp_path / 'recipes')
-    monkeypatch.setattr(paper, 'ROWS', dict(small=dict(title='Small', paper=dict(baseline=40.0))))
+    for module in (paper, paper_plan, paper_tables):
+        monkeypatch.setattr(module, 'RECIPES', tmp_path / 'recipes')
+        monkeypatch.setattr(module, 'ROWS', dict(small=dict(title='Small', paper=dict(baseline=40.0))))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('SECONDS_AN_EPOCH', '0')
     return tmp_path
@@ -80,28 +82,58 @@ def execute(*argv):
     return paper.main(['--data-dir', 'images', '--output', 'output', '--results', 'results', *map(str, argv)])
 
 
-def lines(name):
-    return [json.loads(line) for line in Path('results/small', f'{name}.jsonl').read_text().splitlines()]
+def lines(name, section='small'):
+    return [json.loads(line) for line in Path('results', section, f'{name}.jsonl').read_text().splitlines()]
 
 
 def test_every_row_has_a_recipe_and_every_listed_command_parses(capsys):
     assert {p.stem for p in (ROOT / 'recipes' / 'cifar100').glob('*.yaml')} == set(paper.ROWS)
     assert paper.main(['--list']) == 0
     listed = capsys.readouterr().out.splitlines()
-    seen = set()
+    seen = []
     for line in listed:
-        row, method, _, seed, *_ = line.split()
+        section, method, _, seed, *_ = line.split()
         argv = shlex.split(line[line.index(' python train.py ') + len(' python train.py '):])
         argv = [str(ROOT / a) if a.startswith('recipes/') else a for a in argv]
         args, _, _ = options.parse_args(argv)
-        assert (args.seed, args.experiment, args.resume) == (int(seed), f'{row}-{method}-{seed}', 'auto')
+        row = Path(argv[argv.index('--config') + 1]).stem
+        assert section == (row if args.epochs == paper_plan.recipe(row)['epochs'] else f'{row}_{args.epochs}_epochs')
+        assert (args.seed, args.experiment, args.resume) == (int(seed), f'{section}-{method}-{seed}', 'auto')
         assert args.dks == (method != 'baseline')
-        seen.add((row, method, int(seed)))
-    assert len(seen) == len(listed)
-    assert {row for row, _, _ in seen} == set(paper.ROWS)
-    assert {method for _, method, _ in seen} == set(paper.METHODS)
-    first = [tuple(line.replace('seed ', '').split()[1:3]) for line in listed[:4]]
-    assert first == [('baseline', '0'), ('ds', '0'), ('dks', '0'), ('baseline', '1')]
+        assert args.dks_start_epoch == (args.epochs // 3 if method.endswith('_late') else 0)
+        seen.append((row, args.epochs, method, int(seed)))
+    assert len(set(seen)) == len(seen)
+    assert {row for row, *_ in seen} == set(paper.ROWS)
+    assert {method for _, _, method, _ in seen} == set(paper.METHODS)
+    assert seen[:3] == [('resnet20', 24, method, 0) for method in ('baseline', 'ds', 'dks')]
+    assert {epochs for row, epochs, *_ in seen if row == 'resnet20'} == {12, 24, 60, 120}
+
+
+def optimizer_of(row):
+    """The row's settings and, for a convolution with BatchNorm, its optimizer."""
+    args, _, _ = options.parse_args(['--config', str(paper.RECIPES / f'{row}.yaml'), '--data-dir', 'DIR'])
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    return args, create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+
+
+@pytest.mark.parametrize('row, warmup, peak, momentum, decays', [
+    ('resnet20', 1, 0.1, 0.9, [5e-4]),  # BatchNorm and biases decay too
+    ('vit_tiny', 2, 1e-3, None, [0, 0.05]),
+    ('convnext_atto', 2, 1e-3, None, [0, 0.05]),
+])
+def test_the_short_rows_warm_up_and_end_at_a_rate_of_zero_in_bfloat16(row, warmup, peak, momentum, decays):
+    args, optimizer = optimizer_of(row)
+    assert [group['weight_decay'] for group in optimizer.param_groups] == decays
+    assert (optimizer.defaults.get('momentum'), optimizer.defaults.get('nesterov')) == (momentum, momentum and True)
+    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=10)
+    rates = []
+    for update in range(10 * epochs):
+        scheduler.step_update(update)
+        rates.append(optimizer.param_groups[0]['lr'])
+    assert max(rates) == pytest.approx(peak, rel=0.02) and rates.index(max(rates)) == 10 * warmup
+    assert rates[-1] < 1e-3 * peak and epochs == 24
+    assert (args.batch_size, args.smoothing, args.train_pad, args.hflip) == (128, 0, 4, 0.5)
+    assert (args.amp, args.amp_dtype, args.channels_last, args.data_on_device) == (True, 'bfloat16', True, True)
 
 
 @pytest.mark.parametrize('row, batch, decay, rates', [
@@ -113,9 +145,7 @@ def test_every_row_has_a_recipe_and_every_listed_command_parses(capsys):
     ('densenet_40_12', 64, 1e-4, {0.1: 149, 0.01: 75, 0.001: 76}),
 ])
 def test_the_papers_rows_train_with_its_settings(row, batch, decay, rates):
-    args, _, _ = options.parse_args(['--config', str(paper.RECIPES / f'{row}.yaml'), '--data-dir', 'DIR'])
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
-    optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    args, optimizer = optimizer_of(row)
     (group,) = optimizer.param_groups  # BatchNorm and biases decay too
     assert (group['weight_decay'], group['momentum'], group['nesterov']) == (decay, 0.9, False)
     scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=10)
@@ -128,33 +158,66 @@ def test_the_papers_rows_train_with_its_settings(row, batch, decay, rates):
     assert [round(255 * v, 1) for v in args.mean + args.std] == [125.3, 123.0, 113.9, 63.0, 62.1, 66.7]
 
 
-def loss_of(method):
-    """The synergy of a method's flags, for three classifiers."""
+def gradients(method, logits):
+    """Of a method's synergy at the logits of three classifiers, the backbone's first."""
     args, _, _ = options.parse_args(['--data-dir', 'DIR', *paper.METHODS[method][1]])
-    weight = torch.tensor(args.dks_synergy_weight).reshape(-1, 3) if len(args.dks_synergy_weight) > 1 else 1.
-    return lambda logits: dks_timm.synergy_loss(logits, weight, args.dks_direction)
+    weight = torch.tensor(args.dks_synergy_weight).reshape(-1, 3)
+    return torch.autograd.grad(
+        dks_timm.synergy_loss(logits, weight, args.dks_direction, args.dks_temperature), logits)
 
 
-def gradients(loss, logits):
-    return torch.autograd.grad(loss(logits), logits)
+def three_logits():
+    return [torch.randn(4, 5, dtype=torch.float64, requires_grad=True) for _ in range(3)]
 
 
 def test_byot_lets_the_backbone_teach_the_branches_and_nobody_else():
-    logits = [torch.randn(4, 5, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    backbone, *branches = gradients(loss_of('byot'), logits)
+    logits = three_logits()
+    backbone, *branches = gradients('byot', logits)
     assert backbone.abs().max() == 0
     for z, grad in zip(logits[1:], branches, strict=True):
         expected = kl_div(log_softmax(z, -1), softmax(logits[0].detach(), -1), reduction='batchmean')
         torch.testing.assert_close(grad, torch.autograd.grad(expected, z)[0])
 
 
-def test_the_ensemble_teaches_the_backbone_its_mean_and_nobody_else():
-    logits = [torch.randn(4, 5, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    backbone, *branches = gradients(loss_of('ensemble'), logits)
+@pytest.mark.parametrize('method, temperature', [
+    ('to_backbone', 1), ('to_backbone_t3', 3), ('ensemble', 1), ('ensemble_t3', 3)])
+def test_branches_teach_the_backbone_each_or_by_their_mean_and_nobody_else(method, temperature):
+    logits = three_logits()
+    backbone, *branches = gradients(method, logits)
     assert all(grad.abs().max() == 0 for grad in branches)
-    mean = sum(softmax(z.detach(), -1) for z in logits[1:]) / 2
-    expected = kl_div(log_softmax(logits[0], -1), mean, reduction='batchmean')
+    teachers = [softmax(z.detach() / temperature, -1) for z in logits[1:]]
+    if method.startswith('ensemble'):
+        teachers = [sum(teachers) / 2]
+    student = log_softmax(logits[0] / temperature, -1)
+    expected = temperature ** 2 * sum(kl_div(student, teacher, reduction='batchmean') for teacher in teachers)
     torch.testing.assert_close(backbone, torch.autograd.grad(expected, logits[0])[0])
+
+
+class Downloaded:
+    """Stands in for torchvision's CIFAR100: the authors' files, of six images."""
+    base_folder, classes = 'cifar-100-python', ['apple', 'fig']
+    data = np.random.default_rng(0).integers(0, 256, (6, 3 * 32 * 32), dtype=np.uint8)
+
+    def __init__(self, root, download):
+        assert download
+        folder = Path(root, self.base_folder)
+        folder.mkdir(parents=True)
+        for file in ('train', 'test'):
+            folder.joinpath(file).write_bytes(pickle.dumps(dict(
+                data=self.data, fine_labels=[0, 1, 0, 1, 0, 1], filenames=[f'{file}_{i}.png' for i in range(6)])))
+
+
+def test_without_data_dir_the_images_are_downloaded_once_under_their_authors_names(workplace, monkeypatch):
+    monkeypatch.setattr('torchvision.datasets.CIFAR100', Downloaded)
+    argv = ['--output', 'output', '--results', 'results', '--methods', 'baseline', '--seeds']
+    assert paper.main([*argv, '0']) == 0
+    images = Path('output/data/cifar100')
+    for split, name in (('train', 'train'), ('validation', 'test')):
+        for i, pixels in enumerate(Downloaded.data):
+            image = np.asarray(Image.open(images / split / Downloaded.classes[i % 2] / f'{name}_{i}.png'))
+            assert (image == pixels.reshape(3, 32, 32).transpose(1, 2, 0)).all()
+    monkeypatch.setattr('torchvision.datasets.CIFAR100', None)
+    assert paper.main([*argv, '1']) == 0
 
 
 def test_the_subset_is_the_first_classes_and_their_first_training_images_by_name(tmp_path):
@@ -176,7 +239,8 @@ def test_runs_side_by_side_leave_one_line_an_epoch_and_are_not_run_again(workpla
         assert [(line['epoch'], line['eval_top1']) for line in lines(name)] == [(e, 50. + e) for e in range(4)]
         assert Path('output', f'small-{name}', 'starts').read_text() == 'x'
     line = lines('dks-0')[2]
-    assert 0.05 < line.pop('seconds') < 30 and 0 <= line.pop('cpu_seconds') < 1 and line.pop('device')
+    assert line.pop('seconds') > 0.05 and line.pop('cpu_seconds') >= 0
+    assert line.pop('device').startswith('cpu: ') and line.pop('commit') == ''  # no repository here
     assert line == dict(epoch=2, train_loss=1.2346, eval_loss=2., eval_top1=52., eval_top5=90., lr=0.1)
 
     assert execute(*flags) == 0
@@ -188,15 +252,25 @@ def test_runs_side_by_side_leave_one_line_an_epoch_and_are_not_run_again(workpla
 
 def test_time_is_up_at_a_checkpoint_and_the_rest_is_run_later(workplace, monkeypatch):
     flags = ['--methods', 'baseline', '--epochs', 80]
+    name, section = 'small_80_epochs-baseline', 'small_80_epochs'
     monkeypatch.setenv('SECONDS_AN_EPOCH', '0.1')
     assert execute(*flags, '--seeds', 0, 1, '--minutes', 3 / 60) == 0
-    before = lines('baseline-0')
-    assert 1 <= len(before) < 80 and not Path('output/small-baseline-1').exists()
+    before = lines('baseline-0', section)
+    assert 1 <= len(before) < 80 and not Path('output', f'{name}-1').exists()
     monkeypatch.setenv('SECONDS_AN_EPOCH', '0')
     assert execute(*flags, '--seeds', 0) == 0
-    assert [line['epoch'] for line in lines('baseline-0')] == list(range(80))
-    assert lines('baseline-0')[:len(before)] == before  # with what was measured then
-    assert Path('output', 'small-baseline-0', 'starts').read_text() == 'xx'
+    assert [line['epoch'] for line in lines('baseline-0', section)] == list(range(80))
+    assert lines('baseline-0', section)[:len(before)] == before  # with what was measured then
+    assert Path('output', f'{name}-0', 'starts').read_text() == 'xx'
+
+
+def test_each_length_is_a_row_of_its_own(workplace, capsys):
+    flags = ['--methods', 'dks_late', '--seeds', 0, '--epochs', 6, 4]
+    assert execute('--list', *flags) == 0
+    six, four = capsys.readouterr().out.splitlines()
+    assert '--dks-start-epoch 2 --epochs 6' in six and '--dks-start-epoch 1 --output' in four  # 4 is the recipe's
+    assert execute(*flags) == 0
+    assert (len(lines('dks_late-0', 'small_6_epochs')), len(lines('dks_late-0'))) == (6, 4)
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(workplace, capsys):
@@ -222,80 +296,93 @@ def test_missing_data_is_refused(workplace, capsys):
     assert e.value.code == 2 and '--data-dir nowhere: must be a folder' in capsys.readouterr().err
 
 
-def write(method, seed, top1, seconds, cpu, count=4):
-    file = Path('results/small', f'{method}-{seed}.jsonl')
+def write(method, seed, top1, cpu=1., epochs=4, section='small', **more):
+    """Lines of a run whose accuracy rises by a point an epoch, up to top1."""
+    file = Path('results', section, f'{method}-{seed}.jsonl')
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(''.join(json.dumps(dict(
-        epoch=e, eval_top1=top1 - count + 1 + e, seconds=seconds, cpu_seconds=cpu, device='cpu, threads 1')) + '\n'
-        for e in range(count)))
-
-
-def test_the_table_has_mean_spread_difference_with_its_error_and_cost(workplace):
-    base, ours = [60., 61., 63.], [64., 66.]
-    for seed, top1 in enumerate(base):
-        write('baseline', seed, top1, seconds=100, cpu=2. * 3 ** seed)  # each on a slower machine
-    for seed, top1 in enumerate(ours):
-        write('dks', seed, top1, seconds=1, cpu=(5., 18.)[seed])
-    write('ds', 0, 99., 1, 1., count=3)  # one epoch short
-    assert execute('--summarise') == 0
-    text = Path('results/README.md').read_text()
-    cells = {line.split('|')[1].strip(): [c.strip() for c in line.split('|')[2:-1]]
-             for line in text.splitlines() if line.startswith('| ')}
-    error = math.sqrt(statistics.variance(base) / 3 + statistics.variance(ours) / 2)
-    flops = re.search(r'[\d.]+x', cells['DKS'][-1]).group()
-    assert cells['baseline'] == ['3', '61.33 ± 1.53', '38.67', '40.0', '', '1.00x', '1.00x']
-    assert cells['DKS'] == ['2', '65.00 ± 1.41', '35.00', '', f'+3.67 ± {error:.2f}', '2.75x', flops]
-    assert float(flops[:-1]) > 1
-    assert 'DS' not in cells and 'ds 0 (3 of 4 epochs)' in text
-
-    assert '![accuracy by epoch](small.svg)' in text
-    svg = ET.parse('results/small.svg').getroot()
-    paths = [p.get('d') for p in svg.iterfind('.//{http://www.w3.org/2000/svg}path[@class="line"]')]
-    ys = [[float(y) for y in re.findall(r' ([\d.]+)', path)] for path in paths]
-    assert [len(line) for line in ys] == [4, 4]
-    assert all(a > b for line in ys for a, b in zip(line, line[1:], strict=False))  # up with accuracy
-    assert ys[1][-1] < ys[0][-1]
-    assert 'DKS 65.00' in ''.join(svg.itertext())
+        epoch=e, eval_top1=top1 - epochs + 1 + e, eval_loss=1., seconds=100, cpu_seconds=cpu, device='cpu: A',
+        commit='abc', **more)) + '\n' for e in range(epochs)))
 
 
 def table_after(heading, text):
-    lines = text.partition(heading)[2].splitlines()
+    """Cells of the first table below a heading."""
+    lines = text.partition(heading)[2].partition('\n## ')[0].splitlines()
     return [[cell.strip() for cell in line.split('|')[1:-1]] for line in lines if line.startswith('| ')]
 
 
-def test_cheaper_settings_have_a_table_of_cost_gain_and_share_of_the_full_gain(workplace):
-    for method, top1 in dict(
-            baseline=[60., 62.], dks=[64., 66.], dks_fraction=[63., 65.], dks_every=[62.]).items():
-        for seed, value in enumerate(top1):
-            write(method, seed, value, seconds=1, cpu=3. if method == 'dks' else 2.)
-    write('dks_budget_1.3', 0, 99., 1, 1., count=3)
+def test_the_table_has_every_classifier_difference_with_its_error_and_cost(workplace):
+    base, ours = [60., 61., 63.], [64., 66.]
+    for seed, top1 in enumerate(base):
+        write('baseline', seed, top1, cpu=2. * 3 ** seed)  # each on a slower machine
+    for seed, top1 in enumerate(ours):
+        write('dks', seed, top1, cpu=(5., 18.)[seed], eval_top1_stage1=50. + seed, eval_top1_ensemble=70.)
+    write('ds', 0, 98.)
+    with open('results/small/ds-0.jsonl') as f:
+        short = f.readlines()[:3]
+    Path('results/small/ds-0.jsonl').write_text(''.join(short))
     assert execute('--summarise') == 0
     text = Path('results/README.md').read_text()
-    header, *table = table_after('### Cheaper DKS', text)
-    assert header[3] == 'training FLOPs' and header[-1] == 'share of the full gain'
-    cells = {row[1].strip('`'): row for row in table}
-    assert list(cells) == ['--dks', '--dks --dks-batch-fraction 0.15625', '--dks --dks-every 6']
-    full = float(cells['--dks'][3][:-1])
-    costs = [float(row[3][:-1]) for row in table]
-    assert costs[1:] == pytest.approx([1 + (full - 1) * 0.15625, 1 + (full - 1) / 6], abs=0.01) and full > 1
-    # A mean of two has the variance 1, as every part of the share has: 1 + 0.75 ** 2 + 0.25 ** 2 over the gain of 4.
-    error = 100 * math.sqrt(1 + 0.75 ** 2 + 0.25 ** 2) / 4
-    assert [row[-2:] for row in table] == [
-        ['+4.00 ± 1.41', '100 %'], ['+3.00 ± 1.41', f'75 ± {error:.0f} %'], ['+1.00', '25 %']]
-    assert 'dks_budget_1.3 0 (3 of 4 epochs)' in text.partition('### Cheaper DKS')[2]
-    assert {row[0] for row in table_after('## Small', text.partition('###')[0])} == {'method', 'baseline', 'DKS'}
-    picture = Path('results/small.svg').read_text()
-    assert picture.count('class="line"') == 2
+    error = math.sqrt(statistics.variance(base) / 3 + statistics.variance(ours) / 2)
+    flops = f'{paper_tables.forward_flops("small", "--dks")[1]:.2f}x'
+    assert table_after('## Small, 4 epochs, float32', text) == [
+        ['method', 'runs', 'backbone', 'branch on stage 1', 'ensemble', "the paper's backbone", 'against baseline',
+         'loss', 'training time', 'training FLOPs'],
+        ['baseline', '3', '61.33 ± 1.53', '', '', '60.00', '', '1.000', '1.00x', '1.00x'],
+        ['DKS', '2', '65.00 ± 1.41', '50.50 ± 0.71', '70.00 ± 0.00', '', f'+3.67 ± {error:.2f}', '1.000', '2.75x',
+         flops]]
+    assert float(flops[:-1]) > 1
+    assert 'Trained on cpu: A, at commit abc.' in text
+    assert 'Not finished: DS, seed 0 (3 of 4 epochs, backbone 97.00).' in text
+    assert '![accuracy by epoch](small.svg)' in text and 'arithmetic.svg' not in text
+    picture = ''.join(ET.parse('results/small.svg').getroot().itertext())
+    assert 'baseline: 61.33' in picture and 'DKS: 65.00' in picture and 'DS:' not in picture
+
+
+def test_pictures_show_the_best_of_the_other_methods_by_epoch_and_by_arithmetic(workplace, monkeypatch):
+    for method, top1 in dict(
+            baseline=60., ds=62., dks=61., to_backbone=63., ensemble=62.5, dks_fraction=70.).items():
+        for seed in (0, 1):
+            write(method, seed, top1 + seed)
+    for method in ('baseline', 'dks'):
+        write(method, 0, 65., epochs=8, section='small_8_epochs')
+    drawn = {}
+    monkeypatch.setattr(
+        paper_tables, 'draw', lambda file, title, xlabel, lines, **axis: drawn.update({file.name: lines}))
+    assert execute('--summarise') == 0
+    shown = ['baseline', 'DS', 'DKS', 'branches teach the backbone']  # the best at DKS's arithmetic
+    label, x, mean, deviation = drawn['small.svg'][3]
+    assert [line[0] for line in drawn['small.svg']] == shown and label == shown[3]
+    assert (list(x), mean) == ([1, 2, 3, 4], [60.5, 61.5, 62.5, 63.5])
+    assert deviation == pytest.approx([math.sqrt(0.5)] * 4)
+
+    curves = {label: (x, mean) for label, x, mean, _ in drawn['small_arithmetic.svg']}
+    assert list(curves) == shown
+    forward, ratio = paper_tables.forward_flops('small', '--dks')
+    images = 100 * 500
+    assert curves['baseline'] == ([3 * forward * images * n for n in (4, 8)], [60.5, 65.])
+    assert curves['DKS'][0] == pytest.approx([3 * forward * ratio * images * n for n in (4, 8)])
+    assert curves['DS'][1] == [62.5]
+    assert '![accuracy against FLOPs](small_arithmetic.svg)' in Path('results/README.md').read_text()
+
+
+def test_lines_that_do_not_say_of_which_commit_they_are_give_no_time(workplace):
+    write('baseline', 0, 60.)
+    file = Path('results/small/baseline-0.jsonl')
+    file.write_text(file.read_text().replace(', "commit": "abc"', ''))
+    assert execute('--summarise') == 0
+    header, _ = table_after('## Small', Path('results/README.md').read_text())
+    assert 'training time' not in header and 'training FLOPs' in header
 
 
 def test_cheaper_settings_that_less_arithmetic_shall_buy_cost_at_most_1_3_of_the_mini_protocols_baseline():
-    recipe = str(paper.RECIPES / 'mini.yaml')
-    costs = {method: paper.training_flops(recipe, *paper.METHODS[method][1]) for method in ('dks', *paper.CHEAPER)}
-    assert costs['dks'] == costs['dks_late'] == pytest.approx(2.75, abs=0.01)
-    cheap = [method for method, cost in costs.items() if cost <= 1.3]
-    assert cheap == ['dks_fraction', 'dks_fraction_weighted', 'dks_every', 'dks_budget_1.3', 'dks_conv',
-                     'dks_budget_bottom_up', 'dks_budget_late']
-    assert costs['dks_budget_1.5'] <= 1.5
+    costs = {method: paper_tables.forward_flops('mini', *flags)[1] for method, (_, flags) in paper.METHODS.items()}
+    full = pytest.approx(2.75, abs=0.01)
+    assert costs['ds'] == costs['dks'] == costs['dks_late'] == costs['to_backbone_t3'] == full
+    assert [method for method, cost in costs.items() if 1 < cost <= 1.3] == [
+        'dks_budget_1.3', 'ds_budget_1.3', 'dks_budget_bottom_up', 'dks_budget_late', 'dks_fraction',
+        'dks_fraction_weighted', 'dks_every', 'dks_conv']
+    assert costs['baseline'] == 1 and costs['dks_budget_1.5'] <= 1.5
 
 
 def test_train_py_logs_and_writes_what_the_runner_reads(workplace, monkeypatch):
@@ -322,8 +409,8 @@ def test_published_tables_are_those_of_the_published_lines_and_the_readme_shows_
     assert execute('--summarise', '--results', str(tmp_path)) == 0
     text = (tmp_path / 'README.md').read_text()
     assert text == (published / 'README.md').read_text()
-    assert (tmp_path / 'mini.svg').read_text() == (published / 'mini.svg').read_text()
+    assert {f.name for f in tmp_path.glob('*.svg')} == {f.name for f in published.glob('*.svg')}
     readme = (ROOT / 'README.md').read_text().partition('## On your own data')[0]
-    columns = [0, 1, 2, 5, 6, 7]
-    ours = [[row[i] for i in columns] for row in table_after('## ResNet-20', text.partition('###')[0])]
-    assert table_after('## Measured', readme) == ours and len(ours) == 6
+    header, *rows = table_after('## ResNet-20, 24 epochs, bfloat16', text)
+    columns = [i for i, title in enumerate(header) if title not in ('runs', 'loss')]
+    assert table_after('## Measured', readme) == [[row[i] for i in columns] for row in (header, *rows)] and rows
