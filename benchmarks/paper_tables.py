@@ -13,10 +13,10 @@ Written by `python benchmarks/paper.py --summarise` from the lines in these fold
 `python benchmarks/paper.py --list` shows the command of every run.
 
 Top-1 accuracy on the validation images, in percent, after the last epoch, as mean and standard deviation over seeds: of
-the backbone, which is what remains; of each branch; and of the mean of all their logits. The difference is that of the
-backbones, with its standard error. The loss is the backbone's. Training time is that of an epoch without evaluation,
-CPU time where a CPU did it; FLOPs are those of one training forward, on average; both in multiples of the baseline,
-time of that with the same seed on the same device.'''
+the backbone, which is what remains; of each branch; and of the ensemble, the mean of all their probabilities. The
+difference is that of the backbones, with its standard error. The loss is the backbone's. Training time is that of an
+epoch without evaluation, CPU time where a CPU did it; FLOPs are those of one training forward, on average; both in
+multiples of the baseline, time of that with the same seed on the same device.'''
 
 
 class Section:

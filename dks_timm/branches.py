@@ -52,6 +52,10 @@ class Branch(nn.Module):
         """The module that puts out the logits. Gradient clipping and ``head_init_scale`` treat it as a classifier."""
         raise NotImplementedError('a branch names its classifier')
 
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the classifier by a fresh one, and the pooling before it where a kind is given and there is one."""
+        raise NotImplementedError('a branch renews its classifier')
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass, where there are enough of them."""
 
@@ -109,6 +113,9 @@ class Tail(Branch):
 
     def get_classifier(self) -> nn.Module:
         return self.template.get_classifier()
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        self.template.reset_classifier(num_classes, *([] if global_pool is None else [global_pool]))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.template.set_grad_checkpointing(enable)
@@ -214,3 +221,6 @@ class ConvBranch(Branch):
 
     def get_classifier(self) -> nn.Module:
         return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        self.head.reset(num_classes)  # its average pooling is part of the kind

@@ -23,7 +23,7 @@ from .models import ARCHITECTURES
 from .options import check_types, create_parser
 from .runs import best_epoch, dataset_name, read_summary, run_settings
 
-__all__ = ['baseline', 'describe_run', 'eval_results', 'provenance', 'write_card']
+__all__ = ['baseline', 'describe_run', 'eval_results', 'local_name', 'provenance', 'write_card']
 
 PathLike = Union[str, os.PathLike]
 
@@ -217,6 +217,12 @@ def baseline(settings: Mapping[str, Any], folder: PathLike) -> Dict[str, Any]:
     )
 
 
+def local_name(architecture: str, results: Optional[Sequence[EvalResult]], datasets: Optional[Sequence[str]]) -> str:
+    """What a model is called before it has a repository: its architecture and its data, where that is known."""
+    names = [result.dataset_name for result in results or ()] or list(datasets or ())
+    return f'{architecture} on {names[0]}' if names else architecture
+
+
 def write_card(
         model: nn.Module,
         model_dir: Path,
@@ -228,7 +234,8 @@ def write_card(
     """Write ``README.md``, and ``curves.svg`` where there are curves, beside a model's ``config.json``."""
     config = json.loads((model_dir / 'config.json').read_text())
     repo_id = card.get('repo_id')
-    model_name = card.get('model_name') or (repo_id or folder_name).rpartition('/')[2]
+    model_name = card.get('model_name') or (
+        repo_id.rpartition('/')[2] if repo_id else local_name(config['architecture'], results, card.get('datasets')))
     metadata = {k: card[k] for k in METADATA if k in card}
     if results:
         metadata.update(eval_results=list(results), model_name=model_name)

@@ -74,6 +74,7 @@ class Trainer:
                 task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
                 if task.has_ema():
                     task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
+        self.without_ema = {}  # evaluations by epoch, where the average's are the ones that count
         self.eval_model = task.get_eval_model()
         processes.share(facts={
             '--resume': f'{resume} up to epoch {resume_epoch}' if resume else 'no checkpoint',
@@ -187,6 +188,7 @@ class Trainer:
         """
         self.began = time.monotonic()
         self.speed = Speed()
+        self._warn_of_a_long_average()
         try:
             with self.signals, self.peers:
                 for epoch in range(self.start_epoch, self.num_epochs):
@@ -201,6 +203,16 @@ class Trainer:
             if self.guard.skipped:
                 _logger.warning(f'{self.guard.skipped} updates with a non-finite loss or gradient were left out.')
         self.accelerator.end_training()
+
+    def _warn_of_a_long_average(self):
+        args, updates = self.args, self.num_epochs * self.updates_per_epoch
+        if not args.model_ema or args.model_ema_warmup or not self.accelerator.is_main_process:
+            return
+        memory = 1 / max(1 - args.model_ema_decay, 1e-9)
+        if updates < memory:
+            _logger.warning(
+                f'--model-ema-decay {args.model_ema_decay}: the average is over {memory:,.0f} updates, but the run has '
+                f'{updates:,}, so the initial weights stay in it; --model-ema-warmup has it begin short')
 
     def _fit_epoch(self, epoch, on_best):
         """Train, evaluate and save, or what of it a checkpoint has left to do."""
@@ -227,7 +239,10 @@ class Trainer:
                 eval_metrics = self.evaluate()
                 if ema:
                     _logger.info(epoch_line(f'Epoch {epoch} without EMA', self.names, eval_metrics))
+                    self.without_ema[epoch] = eval_metrics
                     eval_metrics = self.evaluate(ema=True)
+                    args.top1_by_ema = {  # for the export
+                        False: self.without_ema[epoch]['top1'], True: eval_metrics['top1']}
             except _Stop:
                 self._stop_as_told(trained, epoch=epoch, metrics=train_metrics, done=self.updates_per_epoch)
         metric = (eval_metrics or train_metrics)[self.eval_metric]
@@ -476,7 +491,8 @@ class Trainer:
         """What came out: every head in the best and the last epoch, and what that took."""
         args = self.args
         took = outcome.cost_line(args.train_seconds, self.speed.average, self.accelerator.device, args.world_size)
-        table = outcome.outcome_table(self.records.summary.rows, self.names, self.saver.best_epoch)
+        table = outcome.outcome_table(
+            self.records.summary.rows, self.names, self.saver.best_epoch, self.without_ema)
         return f'{table}\n{took}\nEverything of the run is in {self.output_dir}'
 
     def load_best(self, model):

@@ -50,9 +50,18 @@ if package_dir:
     import dks_timm.models
 torch.set_num_threads(int(num_threads))
 torch.set_float32_matmul_precision(precision)
-model = timm.create_model('local-dir:' + model_dir, pretrained=True).eval()
+x = load_file(x_file)['x']
 with torch.inference_mode():
-    save_file({'logits': model(load_file(x_file)['x']).contiguous()}, logits_file)
+    logits = {'timm': timm.create_model('local-dir:' + model_dir, pretrained=True).eval()(x).contiguous()}
+    try:
+        from transformers import AutoModelForImageClassification, TimmWrapperConfig
+        model = AutoModelForImageClassification.from_pretrained(model_dir, dtype=torch.float32).eval()
+        logits['transformers'] = model(x).logits.contiguous()
+    except ImportError:
+        pass
+    except Exception as e:
+        print(f'transformers cannot load it: {type(e).__name__}: {e}')
+save_file(logits, logits_file)
 """
 
 
@@ -110,7 +119,7 @@ def export(
             and ``branches`` (a table of the branches), both known of a DKSModel, ``command``, ``training`` (a mapping
             of settings and measurements), ``started_from`` (published weights), ``summary`` (the epochs, from
             :func:`dks_timm.runs.read_summary`), ``baseline`` (from :func:`dks_timm.card.baseline`), ``model_name``
-            (default: the name of the repository or folder), ``repo_id`` on the Hub.
+            (default: the name of the repository, without one architecture and data), ``repo_id`` on the Hub.
         model_args: Arguments of ``timm.create_model`` that the model was made with. timm records them itself; they are
             only needed for a model that was not made by ``create_model``.
         data_config: The run's preprocessing, as ``timm.data.resolve_data_config`` gives it (``input_size``, ``mean``,
@@ -214,6 +223,8 @@ def export_checkpoint(
     # The run evaluated its average where it had one at hand; a recovery checkpoint lies between two evaluations.
     evaluated_ema = args['model_ema'] and not args['model_ema_force_cpu']
     is_ema = use_ema and 'state_dict_ema' in state
+    if 'state_dict_ema' in state:
+        _say_which_weights(args, is_ema)
     described = describe_run(
         args,
         Path(checkpoint).parent,
@@ -295,6 +306,9 @@ def publish(args: argparse.Namespace, trainer: Any, model: nn.Module, data_confi
     best = os.path.join(run_dir, 'model_best.pth.tar')
     try:
         model = trainer.load_best(model)
+        if args.model_ema:
+            saved = load_checkpoint_metadata(best)['args']
+            _say_which_weights(vars(saved), is_ema=not args.model_ema_force_cpu)
         if args.keep_branches:
             load_checkpoint_branches(model, best, use_ema=args.model_ema and not args.model_ema_force_cpu)
         described = describe_run(
@@ -348,6 +362,20 @@ def _no_ema(args: argparse.Namespace) -> List[str]:
     return ['--no-ema'] if args.model_ema_force_cpu else []
 
 
+def _say_which_weights(args: Mapping[str, Any], is_ema: bool) -> None:
+    """Of a run with an average of its weights: say which are exported, and warn where the others are better."""
+    names = {True: 'the average of the weights (--model-ema)', False: 'the weights themselves, not their average'}
+    top1 = args.get('top1_by_ema')
+    if not top1:
+        _logger.info(f'Exported are {names[is_ema]}.')
+        return
+    text = f'Exported are {names[is_ema]}, with {top1[is_ema]:.2f} % top-1; the other has {top1[not is_ema]:.2f} %'
+    if top1[not is_ema] > top1[is_ema] + 1:
+        _logger.warning(f'{text} and is exported by `dks-timm export CHECKPOINT DIR{" --no-ema" * is_ema}`')
+    else:
+        _logger.info(text)
+
+
 def _fail(subject: str, error: Exception, where: str, command: str):
     print(f'train.py: error: {subject}: {why(error)}\n{where}\n    {command}', file=sys.stderr)
     raise SystemExit(3)
@@ -391,6 +419,11 @@ def _save(model, model_dir, model_args, data_config, label_names, license):
         )
     finally:
         hook.remove()
+    # transformers gives create_model the number of classes, and would do so twice. timm reads it from the level above.
+    config_file = model_dir / 'config.json'
+    config = json.loads(config_file.read_text())
+    config.get('model_args', {}).pop('num_classes', None)
+    config_file.write_text(json.dumps(config, indent=2))
 
 
 def _logits(model: nn.Module, x: torch.Tensor) -> List[torch.Tensor]:
@@ -428,7 +461,8 @@ def _verify(net_or_model: nn.Module, model_dir: Path):
     if loader.returncode:
         reason = loader.stderr.strip().rpartition('\n')[-1]
         raise RuntimeError(f'The exported model was not kept, because timm cannot load it: {reason}')
-    loaded = load_file(logits_file)['logits']
+    found = load_file(logits_file)
+    loaded = found['timm']
     if loaded.shape != expected.shape or not torch.allclose(loaded, expected, rtol=0, atol=0, equal_nan=True):
         difference = (loaded - expected).abs().max().item() if loaded.shape == expected.shape else float('nan')
         raise RuntimeError(
@@ -436,6 +470,10 @@ def _verify(net_or_model: nn.Module, model_dir: Path):
             f'(largest difference {difference:.3g}). If it was changed after it was made, '
             'give the arguments that timm.create_model makes it with as model_args.'
         )
+    if 'transformers cannot load it' in loader.stdout:
+        _logger.warning(f'The exported model is for timm alone: {loader.stdout.strip()}')
+    elif not torch.allclose(found.get('transformers', loaded), loaded, rtol=0, atol=0, equal_nan=True):
+        _logger.warning('The exported model is for timm alone: transformers loads it with other logits')
     if of_branches:
         with torch.random.fork_rng(devices=[]):
             _, *loaded = _logits(create_dks_model(f'local-dir:{model_dir}', pretrained=True), x)

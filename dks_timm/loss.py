@@ -6,7 +6,9 @@ for the logits z_m (B, C) of M classifiers, with Q_m = softmax(z_m / T) and ever
 Sun, Yao, Zhou, Zhao: Deeply-supervised Knowledge Synergy, CVPR 2019, https://arxiv.org/abs/1906.00675
 """
 import math
-from typing import Callable, Dict, Optional, Sequence, Tuple, Union
+from contextlib import nullcontext
+from functools import reduce
+from typing import Callable, ContextManager, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -15,14 +17,10 @@ from timm.loss import (
     AsymmetricLossMultiLabel,
     DistributionBalancedLoss,
     JsdCrossEntropy,
-    LabelSmoothingCrossEntropy,
     PolyBinaryCrossEntropy,
-    SoftTargetCrossEntropy,
     TwoWayLoss,
     ZlprLoss,
 )
-
-from .objective import Matrix, Vector, apply_objective, compute_dtype, weighted_sum
 
 DIRECTIONS = ('both', 'top-down', 'bottom-up', 'none')
 
@@ -36,6 +34,10 @@ _MULTI_LABEL = (
     nn.MultiLabelSoftMarginLoss,
 )
 
+_MASKED = -1e30  # takes the place of -inf: its probability is 0 too, and 0 times it is 0
+
+Vector = Tuple[float, ...]
+Matrix = Tuple[Vector, ...]
 Weight = Union[float, Sequence[float], Sequence[Sequence[float]], torch.Tensor]
 
 
@@ -55,7 +57,8 @@ def synergy_loss(
         temperature: Softens every softmax, the divergences are scaled by its square.
 
     Returns:
-        A scalar in nats, a mean over the batch, in float32 at least. Its gradient reaches the students only.
+        A scalar in nats, a mean over the batch, in float32 at least. Its gradient reaches the students only. A class
+        whose logit is -inf is one with probability 0.
 
     Raises:
         ValueError: Logits of one classifier or of different shapes, a weight that is negative, not finite, or for
@@ -64,19 +67,19 @@ def synergy_loss(
     _check_logits(logits)
     _check_options(direction, temperature)
     matrix = _resolve_matrix('weight', _parse_weight('weight', weight, ndim=2), direction, len(logits))
-    return apply_objective(logits, None, (0.,) * len(logits), matrix, float(temperature))[0]
+    with _no_autocast(logits[0].device):
+        return _synergy(_log_probs(_for_computation(logits), temperature), matrix, temperature)[0]
 
 
 class DKSLoss(nn.Module):
     """Classification loss of every classifier plus their synergy.
 
-    Softmax cross-entropy (criterion None, or one of timm's and torch's modules for it) takes class indices (B,) and
-    dense targets (B, C) alike, and is computed together with the synergy, gradient included, from one softmax per
-    classifier. Any other criterion is called once per classifier. The synergy is the divergence of softmax
-    probabilities whatever the criterion, so criteria for independent labels are refused.
+    The criterion is called once per classifier. The synergy is the divergence of softmax probabilities whatever the
+    criterion, so criteria for independent labels are refused.
 
     Args:
-        criterion: A function of (logits, target) that returns a scalar. None is softmax cross-entropy.
+        criterion: A function of (logits, target) that returns a scalar. None is softmax cross-entropy,
+            `torch.nn.functional.cross_entropy`, of class indices or dense targets.
         ce_weight: Weight of the classification losses, a number or one per classifier.
         synergy_weight: Weight of the synergy, see `synergy_loss`.
         direction: Who teaches whom, see `synergy_loss`.
@@ -106,7 +109,6 @@ class DKSLoss(nn.Module):
             )
         _check_options(direction, temperature)
         self.criterion = criterion
-        self.smoothing = _softmax_smoothing(criterion)
         self.ce_weight = _parse_weight('ce_weight', ce_weight, ndim=1)
         self.synergy_weight = _parse_weight('synergy_weight', synergy_weight, ndim=2)
         self.direction = direction
@@ -135,7 +137,8 @@ class DKSLoss(nn.Module):
         Args:
             logits: One (B, C) tensor per classifier: the backbone's, then the branches' from shallow to deep. Those of
                 branches may all be (n, C), for the first n samples: their criterion and the synergy are means over n.
-            target: Class indices (B,), a dense distribution (B, C), or what the criterion takes.
+            target: Class indices (B,), where -100 stands for an image without label, a dense distribution (B, C), or
+                what the criterion takes. Images without label learn from the other classifiers alone.
 
         Returns:
             'loss', the weighted sum and the only entry with a gradient; 'ce' (M,), the criterion of every classifier;
@@ -145,31 +148,24 @@ class DKSLoss(nn.Module):
         Raises:
             ValueError: Logits of one classifier or of different shapes, a target that fits neither form, weights for
                 another number of classifiers, or a criterion that returns something other than a scalar.
+            IndexError: A class index that the logits do not have (on a CPU).
         """
         count = _check_logits(logits, partial=True)
-        share = count / len(logits[0])
+        if count < len(logits[0]):
+            self._check_part(count, len(logits[0]))
         ce_weight, synergy_weight = self.resolve_weights(len(logits))
         if not self.synergy_on:
             synergy_weight = ((0.,) * len(logits),) * len(logits)
-        if share < 1:
-            self._check_part(count, len(logits[0]))
-        if self.smoothing is not None:
-            target = _check_target(target, logits, self.smoothing)
-            first, *others = ce_weight
-            loss, ce, synergy = apply_objective(
-                [z[:count] for z in logits] if share < 1 else logits, target[:count], (share * first, *others),
-                synergy_weight, self.temperature, self.smoothing)
-            if share < 1:
-                rest = (1 - share) * self._label_loss(logits[0][count:], target[count:])
-                loss = loss + first * rest
-                ce = torch.cat([share * ce[:1] + rest.detach(), ce[1:]])
-        else:
-            dtype = compute_dtype(logits)
-            logits = [z.to(dtype) for z in logits]  # once, so that both gradients meet before they are rounded
-            loss, _, synergy = apply_objective(
-                [z[:count] for z in logits], None, (0.,) * len(logits), synergy_weight, self.temperature)
-            ce = torch.stack([self._label_loss(z, target[:len(z)]) for z in logits])
-            loss = loss + weighted_sum(ce, ce_weight)
+        with _no_autocast(logits[0].device):
+            logits = _for_computation(logits)
+            log_probs = _log_probs(logits)
+            ce = torch.stack([
+                self._label_loss(z, q, target[:len(z)]) for z, q in zip(logits, log_probs, strict=True)])
+            if self.temperature != 1:
+                log_probs = _log_probs(logits, self.temperature)
+            log_probs = [q if len(q) == count else q[:count] for q in log_probs]
+            loss, synergy = _synergy(log_probs, synergy_weight, self.temperature)
+            loss = loss + _weighted_sum(ce, ce_weight)
         return {'loss': loss, 'ce': ce.detach(), 'synergy': synergy}
 
     def forward_backbone(self, logits: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
@@ -182,19 +178,17 @@ class DKSLoss(nn.Module):
         Returns:
             'loss', the weighted criterion of the backbone; 'ce' (1,), the same without weight or gradient.
         """
-        if self.smoothing is not None:
-            target = _check_target(target, [logits], self.smoothing)
         weight = self.ce_weight[0] if isinstance(self.ce_weight, tuple) else self.ce_weight
-        ce = self._label_loss(logits, target)
+        with _no_autocast(logits.device):
+            logits = _for_computation([logits])
+            ce = self._label_loss(*logits, *_log_probs(logits), target)
         return {'loss': weight * ce, 'ce': ce.detach()[None]}
 
-    def _label_loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """The criterion of one classifier; a dense target has been smoothed already."""
-        logits = logits.to(compute_dtype([logits]))
-        with torch.autocast(logits.device.type, enabled=False):
-            if self.smoothing is not None:
-                return F.cross_entropy(logits, target, label_smoothing=self.smoothing if target.ndim == 1 else 0.)
-            loss = self.criterion(logits, target)
+    def _label_loss(self, logits: torch.Tensor, log_probs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The criterion of one classifier."""
+        if self.criterion is None:
+            return _cross_entropy(log_probs, target)
+        loss = self.criterion(logits, target)
         if loss.ndim:
             raise ValueError(f'criterion must return a scalar, got shape {tuple(loss.shape)}')
         return loss
@@ -218,16 +212,63 @@ class DKSLoss(nn.Module):
         )
 
 
-def _softmax_smoothing(criterion: Optional[Callable]) -> Optional[float]:
-    """Label smoothing of a criterion that is softmax cross-entropy, None for any other criterion."""
-    if criterion is None or type(criterion) is SoftTargetCrossEntropy:
-        return 0.
-    if type(criterion) is LabelSmoothingCrossEntropy:
-        return criterion.smoothing
-    if type(criterion) is nn.CrossEntropyLoss and (
-            criterion.weight is None and criterion.reduction == 'mean' and criterion.ignore_index == -100):
-        return criterion.label_smoothing
-    return None
+def _synergy(
+        log_probs: Sequence[torch.Tensor], weight: Matrix, temperature: float) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Weighted sum of all divergences, and without gradient every single one: teacher row, student column.
+
+    Args:
+        log_probs: Of every classifier (B, C), at the temperature.
+        weight: Of every pair, zero on the diagonal.
+    """
+    fixed = [q.detach() for q in log_probs]
+    teachers = [q.exp() for q in fixed]
+    scale = temperature ** 2 / max(len(fixed[0]), 1)
+    divergences = scale * torch.stack([
+        torch.stack([(p * (own - q)).sum() for q in fixed]) for p, own in zip(teachers, fixed, strict=True)])
+    divergences = divergences.clamp(min=0)
+    loss = _weighted_sum(divergences.flatten(), sum(weight, ()))
+    for q, column in zip(log_probs, zip(*weight, strict=True), strict=True):
+        # A student moves towards the sum of its teachers. The loss has the value already, and gets the gradient here.
+        taught = _weighted_sum(teachers, column)
+        cross_entropy = -scale * (taught * q).sum()
+        loss = loss + (cross_entropy - cross_entropy.detach())
+    return loss, divergences
+
+
+def _weighted_sum(values: Sequence[torch.Tensor], weights: Vector) -> torch.Tensor:
+    """Zero weights leave their values out, be these finite or not."""
+    terms = [value if w == 1 else w * value for value, w in zip(values, weights, strict=True) if w]
+    return sum(terms[1:], terms[0]) if terms else torch.zeros_like(values[0])
+
+
+def _log_probs(logits: Sequence[torch.Tensor], temperature: float = 1.0) -> List[torch.Tensor]:
+    return [(z if temperature == 1 else z / temperature).log_softmax(1) for z in logits]
+
+
+def _for_computation(logits: Sequence[torch.Tensor]) -> List[torch.Tensor]:
+    """Logits in one dtype, float32 at least, without -inf."""
+    dtype = reduce(torch.promote_types, (z.dtype for z in logits), torch.float32)
+    return [z.to(dtype).clamp(min=_MASKED) for z in logits]
+
+
+def _no_autocast(device: torch.device) -> ContextManager:
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
+def _cross_entropy(log_probs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Softmax cross-entropy, a mean over the images that have a label."""
+    shape = log_probs.shape
+    if target.shape == shape and target.is_floating_point():
+        return -(target * log_probs).sum(1).mean()
+    if target.shape != shape[:1] or target.is_floating_point():
+        raise ValueError(
+            f'target must be class indices of shape {tuple(shape[:1])} or dense of shape {tuple(shape)}, '
+            f'got {target.dtype} of shape {tuple(target.shape)}'
+        )
+    try:
+        return F.nll_loss(log_probs, target.long())
+    except IndexError as error:
+        raise IndexError(f'{error} There are {shape[1]} classes, with the indices 0 to {shape[1] - 1}') from None
 
 
 def _check_logits(logits: Sequence[torch.Tensor], partial: bool = False) -> int:
@@ -246,20 +287,6 @@ def _check_logits(logits: Sequence[torch.Tensor], partial: bool = False) -> int:
             f'logits must all have one shape (B, C), got {[tuple(z.shape) for z in logits]}'
             + '; those of branches alone may all be of the first n samples' * partial)
     return shape[0]
-
-
-def _check_target(target: torch.Tensor, logits: Sequence[torch.Tensor], smoothing: float) -> torch.Tensor:
-    """Class indices as int64, or a dense target in the dtype of the computation, smoothed."""
-    shape = logits[0].shape
-    if target.shape == shape[:1] and not target.is_floating_point():
-        return target.long()
-    if target.shape == shape:
-        target = target.to(compute_dtype(logits))
-        return torch.lerp(target, target.mean(1, keepdim=True), smoothing) if smoothing else target
-    raise ValueError(
-        f'target must be class indices of shape {tuple(shape[:1])} or dense of shape {tuple(shape)}, '
-        f'got {target.dtype} of shape {tuple(target.shape)}'
-    )
 
 
 def _check_options(direction: str, temperature: float) -> None:

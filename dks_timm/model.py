@@ -161,7 +161,7 @@ class DKSModel(nn.Module):
             List of M logits (B, num_classes), ordered as in :meth:`forward`. In evaluation mode ``batch_fraction`` and
             ``branches_on`` do not count.
         """
-        if not self._tapped:
+        if not torch.compiler.is_compiling() and not self._tapped():
             self._tap()
         taps = self._taps
         taps.open = self.branches_on or not self.training
@@ -254,16 +254,27 @@ class DKSModel(nn.Module):
         object.__setattr__(self, '_student', student)
 
     def _tap(self) -> None:
+        self._untap()
         for name in {branch.source for branch in self.branches}:
             self.backbone.get_submodule(name).register_forward_hook(_Tap(self._taps, name))
-        self._tapped = True
 
     def _untap(self) -> None:
         for module in self.backbone.modules():
             for key, hook in list(module._forward_hooks.items()):
                 if isinstance(hook, _Tap):
                     del module._forward_hooks[key]
-        self._tapped = False
+
+    def _tapped(self) -> bool:
+        """Whether every supervised module has its hook; pruning removes it, and who replaces a module."""
+        return all(
+            any(isinstance(hook, _Tap) for hook in self.backbone.get_submodule(branch.source)._forward_hooks.values())
+            for branch in self.branches)
+
+    def add_module(self, name: str, module: Optional[nn.Module]) -> None:
+        """As of any module. What converts modules (to SyncBatchNorm) calls it when all inside are replaced."""
+        super().add_module(name, module)
+        if name == 'backbone':
+            self._tap()
 
     def describe(self) -> str:
         """A table of the classifiers: where each sits, what it is, and its number of parameters."""
@@ -304,6 +315,20 @@ class DKSModel(nn.Module):
             classifier = owner.get_classifier()
             found += classifier if isinstance(classifier, (tuple, list)) else [classifier]
         return found
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Give every classifier a fresh last layer, as timm's models do. The branches' draw no shared random numbers.
+
+        Args:
+            num_classes: Number of classes.
+            global_pool: Pooling before it, of the backbone and of branches that are tails; None keeps what there is.
+        """
+        like = next(self.parameters())
+        self.backbone.reset_classifier(num_classes, *([] if global_pool is None else [global_pool]))
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
+            for branch in self.branches:
+                branch.reset_classifier(num_classes, global_pool)
+        self.to(like.device, like.dtype)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass, in the backbone and in the branches."""

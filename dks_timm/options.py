@@ -5,16 +5,23 @@ Nothing here imports torch or timm at module level: `--help` and a mistyped flag
 import argparse
 import contextlib
 import os
+import sys
 
 import yaml
 
 from .checks import RUNS_CODE, check
 from .errors import OptionError, closest, flag, shown
-from .timm_flags import ParseKwargs, add_timm_flags
+from .timm_flags import NOT_YET, ParseKwargs, add_timm_flags
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises OptionError in place of printing its usage and exiting."""
+    """An ArgumentParser that raises OptionError in place of printing its usage and exiting.
+
+    It knows no abbreviations: :func:`spell_out` accepts those of timm's flags.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message):
         raise OptionError(message.removeprefix('argument '))
@@ -124,6 +131,32 @@ def create_parser() -> Parser:
     return parser
 
 
+def spell_out(argv, parser: Parser):
+    """Write abbreviated flags in full. An abbreviation names one flag of timm's; ours and those to come have none.
+
+    Raises:
+        OptionError: for one that names several.
+    """
+    known = {option for action in parser._actions for option in action.option_strings}
+    timm_flags = [
+        option for action in timm_parser()._actions for option in action.option_strings if option.startswith('--')]
+    timm_flags.append('--config')
+    words = []
+    for i, word in enumerate(argv):
+        if word == '--':
+            return words + argv[i:]
+        name, equals, value = word.partition('=')
+        if name.startswith('--') and name not in known:
+            if name in NOT_YET:
+                raise OptionError(f'{name}: a flag of a later timm, which train.py does not have yet')
+            meant = [option for option in timm_flags if option.startswith(name)]
+            if len(meant) > 1:
+                raise OptionError(f'{name}: short for {", ".join(meant)}; write out one of them')
+            word = ''.join(meant or [name]) + equals + value
+        words.append(word)
+    return words
+
+
 def parse_args(argv=None):
     """Read command line and recipe: flags given win over the recipe, the recipe over the defaults.
 
@@ -135,6 +168,7 @@ def parse_args(argv=None):
         OptionError: for whatever can be seen to be wrong without torch.
     """
     parser = create_parser()
+    argv = spell_out(list(sys.argv[1:] if argv is None else argv), parser)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [o for a in parser._actions for o in a.option_strings]

@@ -1,20 +1,26 @@
 """What a run came to: a table at its end, and what it took."""
 import sys
 from datetime import timedelta
-from typing import Mapping, Optional, Sequence, Tuple
+from typing import Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 
 __all__ = ['cost_line', 'outcome_table']
 
 
-def outcome_table(rows: Sequence[Mapping[str, str]], names: Sequence[str], best_epoch: Optional[int]) -> str:
+def outcome_table(
+        rows: Sequence[Mapping[str, str]],
+        names: Sequence[str],
+        best_epoch: Optional[int],
+        without_ema: Optional[Mapping[int, Mapping[str, float]]] = None,
+) -> str:
     """Accuracy and loss of every head in the best epoch and in the last one.
 
     Args:
         rows: Of summary.csv.
         names: Names of the classifiers, the backbone's first.
         best_epoch: That of model_best.pth.tar.
+        without_ema: Where the rows are of an average of the weights, what these came to themselves, by epoch.
     """
     last = rows[-1]
     best = next((row for row in rows if row['epoch'] == str(best_epoch)), last)
@@ -25,7 +31,9 @@ def outcome_table(rows: Sequence[Mapping[str, str]], names: Sequence[str], best_
         columns = {'train loss': ('train_loss', 4)}
         heads = heads[:1]
     epochs = [('Best epoch', best), ('Last epoch', last)]
-    first, width = max(map(len, heads)), 14
+    plain = [(without_ema or {}).get(int(row['epoch']), {}) for _, row in epochs]
+    extra = ['without EMA'] if any(plain) else []
+    first, width = max(map(len, [*heads, *extra])), 14
 
     def line(title, cells, width):
         return (title.ljust(first) + ''.join(cell.rjust(width) for cell in cells)).rstrip()
@@ -37,11 +45,14 @@ def outcome_table(rows: Sequence[Mapping[str, str]], names: Sequence[str], best_
     for i, head in enumerate(heads):
         keys = [(f'{column}_{head}' if i else column, digits) for column, digits in columns.values()]
         lines.append(line(head, [_cell(row.get(key), digits) for _, row in epochs for key, digits in keys], width))
+        if i == 0 and extra:
+            cells = [_cell(found.get(key.removeprefix('eval_')), digits) for found in plain for key, digits in keys]
+            lines.append(line(*extra, cells, width))
     return '\n'.join(lines)
 
 
-def _cell(value: Optional[str], digits: int) -> str:
-    return f'{float(value):.{digits}f}' if value else ''
+def _cell(value: Union[str, float, None], digits: int) -> str:
+    return f'{float(value):.{digits}f}' if value not in (None, '') else ''
 
 
 def cost_line(seconds: float, images_per_second: float, device: torch.device, processes: int = 1) -> str:

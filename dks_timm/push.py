@@ -20,6 +20,7 @@ from huggingface_hub import ModelCard, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from .card import local_name
 from .errors import why
 
 __all__ = [
@@ -259,13 +260,23 @@ def parse_revision(revision: Optional[str]) -> Tuple[Optional[str], Optional[str
 
 
 def _card_for(folder: Path, repo_id: str, revision: Optional[str]) -> str:
-    """The folder's card, with the model's place on the Hub where it says how to load it."""
+    """The folder's card with the model's place on the Hub, where it says how to load it, and its name there.
+
+    A name that someone chose stays.
+    """
     source = f'hf-hub:{repo_id}' + (f'@{revision}' if revision else '')
-    sections = re.split(r'(?m)^(?=## )', (folder / 'README.md').read_text())
+    pipeline = f"model='{repo_id}'" + (f", revision='{revision}'" if revision else '')
+    card = ModelCard.load(folder / 'README.md')
+    architecture = json.loads((folder / 'config.json').read_text())['architecture']
+    given, name = local_name(architecture, card.data.eval_results, card.data.datasets), repo_id.rpartition('/')[2]
+    if card.data.model_name == given:
+        card.data.model_name = name
+    sections = re.split(r'(?m)^(?=## )', str(card).replace(f'\n# {given}\n', f'\n# {name}\n', 1))
     return ''.join(
         # The command that trained it may name another model.
         text if text.startswith('## Training') else
-        re.sub(r"(?:local-dir|hf-hub):[^'\n]+?(?='| --pretrained)", lambda match: source, text)
+        re.sub(r"(?<='image-classification', )model='[^'\n]+'(, revision='[^'\n]+')?", lambda match: pipeline,
+               re.sub(r"(?:local-dir|hf-hub):[^'\n]+?(?='| --pretrained)", lambda match: source, text))
         for text in sections)
 
 

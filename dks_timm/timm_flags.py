@@ -1,6 +1,11 @@
 """The flags of timm's training script: names, types and defaults are timm's, the help texts are not."""
 import argparse
 
+# Flags of later versions of timm's script that are not here yet, and must not be taken for abbreviations of others.
+NOT_YET = (
+    '--loss', '--lr-decay-fn', '--lr-stable-timescale', '--multilabel-threshold', '--save-epochs', '--stop-epoch',
+    '--target-format', '--task')
+
 
 class ParseKwargs(argparse.Action):
     """timm's key=value action, imported when a flag uses it."""

@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import transformers
 from documents import blocks
 from hub_server import HubServer
 from huggingface_hub import ModelCard
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from torch.nn.parallel import DistributedDataParallel
 
-from dks_timm import DKSModel, create_dks_model, hub
+from dks_timm import DKSModel, create_dks_model, hub, push
 from dks_timm.build import create_model
 from dks_timm.card import eval_results
 from dks_timm.cli import main
@@ -104,7 +105,7 @@ def test_config_has_the_preprocessing_of_the_run(exported):
         wanted = list(value) if isinstance(value, tuple) else value
         assert config['pretrained_cfg'][key] == wanted, key
     assert config['num_classes'] == 3
-    assert config['model_args']['num_classes'] == 3
+    assert 'num_classes' not in config['model_args']  # transformers gives it as an argument of its own
     for use_test_size in (False, True):
         loaded = timm.data.resolve_model_data_config(load(exported[1]), use_test_size=use_test_size)
         assert {k: tuple(v) if isinstance(v, list) else v for k, v in loaded.items()} == DATA_CONFIG
@@ -126,7 +127,7 @@ def test_card_metadata_round_trips(exported):
     data = ModelCard.load(exported[1] / 'README.md').data
     assert data.eval_results == exported[2]
     assert [r.metric_value for r in data.eval_results] == [91.234567, 99.5]
-    assert (data.model_name, data.license, data.library_name) == ('my-model', 'apache-2.0', 'timm')
+    assert (data.model_name, data.license, data.library_name) == ('test_resnet on digits', 'apache-2.0', 'timm')
     assert data.datasets == ['digits']
     assert data.tags == ['timm', 'dks']
 
@@ -180,6 +181,55 @@ def test_card_knows_its_repository(tmp_path, unverified):
     export(tmp_path / 'model', tiny(), card={'repo_id': 'someone/something'})
     text = (tmp_path / 'model/README.md').read_text()
     assert "timm.create_model('hf-hub:someone/something', pretrained=True)" in text
+
+
+@pytest.mark.parametrize('chosen', [None, 'my choice'])
+def test_a_model_is_named_after_architecture_and_data_and_once_pushed_after_its_repository(chosen, exported, tmp_path):
+    card = {**CARD, 'model_name': chosen} if chosen else CARD
+    export(tmp_path / 'x', exported[0], card=card, results=exported[2], data_config=DATA_CONFIG)
+    pushed = ModelCard(push._card_for(tmp_path / 'x', 'someone/something', 'v1'))
+    for found, name in ((ModelCard.load(tmp_path / 'x/README.md'), 'test_resnet on digits'), (pushed, 'something')):
+        assert found.data.model_name == (chosen or name)
+        assert f'# {chosen or name}\n' in found.text
+    assert "pipeline('image-classification', model='someone/something', revision='v1')" in pushed.text
+    assert pushed.data.eval_results == exported[2]
+
+
+@pytest.mark.parametrize('name, kwargs, dtype', [
+    ('test_resnet', dict(in_chans=1, global_pool='max'), torch.float32),
+    ('test_vit', dict(img_size=48, global_pool='avg'), torch.bfloat16),
+    ('resnet20_cifar', dict(), torch.float32),
+])
+def test_transformers_loads_every_export_with_the_same_logits(name, kwargs, dtype, tmp_path, caplog):
+    model = tiny(name, **kwargs).to(dtype)
+    net = DKSModel.from_timm(model)
+    with caplog.at_level('WARNING'):
+        export(tmp_path / 'net', net, label_names=['zero', 'one', 'two'], keep_branches=True)
+    assert 'transformers' not in caplog.text
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'net', dtype=torch.float32)
+    timms = load(tmp_path / 'net')
+    x = torch.randn(2, *timms.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(x).logits, timms(x))
+    assert loaded.config.id2label == {0: 'zero', 1: 'one', 2: 'two'}
+
+
+def test_the_pipeline_names_the_classes(exported, tmp_path):
+    Image.new('RGB', (60, 50), 'red').save(tmp_path / 'image.png')
+    answers = transformers.pipeline('image-classification', model=str(exported[1]))(str(tmp_path / 'image.png'))
+    assert {answer['label'] for answer in answers} == {'zero', 'one', 'zwölf'}
+
+
+@pytest.mark.parametrize('code, fault, message', [
+    ('from_pretrained(model_dir', 'from_pretrained("nowhere/" + model_dir', 'transformers cannot load it: OSError'),
+    ('model(x).logits', 'model(2 * x).logits', 'transformers loads it with other logits'),
+])
+def test_what_transformers_does_not_load_is_exported_with_a_warning(
+        code, fault, message, tmp_path, monkeypatch, caplog):
+    assert code in hub._LOAD_BACK
+    monkeypatch.setattr(hub, '_LOAD_BACK', hub._LOAD_BACK.replace(code, fault))
+    export(tmp_path / 'net', tiny())
+    assert message in caplog.text and (tmp_path / 'net/model.safetensors').exists()
 
 
 def test_wrapped_model_is_exported_whole(tmp_path):
@@ -557,7 +607,7 @@ def test_card_renders_as_html(run, tmp_path, unverified, complete):
     html = markdown_it.MarkdownIt('commonmark').enable('table').render(ModelCard.load(tmp_path / 'net/README.md').text)
     assert html.count('<table>') == (3 if complete else 0)
     assert html.count('<img') == (1 if complete else 0)
-    assert html.count('<h1>') == 1 and html.count('<pre>') == html.count('</pre>') == (5 if complete else 2)
+    assert html.count('<h1>') == 1 and html.count('<pre>') == html.count('</pre>') == (6 if complete else 3)
     titles = ['Use', 'Evaluation', *(['Training'] if complete else []), 'Fine-tune', *(['Cite'] if complete else [])]
     assert re.findall('<h2>(.*?)</h2>', html) == titles
     assert not any(mark in html for mark in ('{{', '{%', '```', '|--', 'None', 'Undefined'))

@@ -4,6 +4,7 @@ import copy
 import pytest
 import timm
 import torch
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
@@ -171,6 +172,59 @@ def test_get_classifiers_lists_all_heads():
     assert heads[0] is net.get_classifier() is net.backbone.fc
     assert len(heads) == 3 and all(h.out_features == 5 for h in heads)
     assert len(make('deit_tiny_distilled_patch16_224').get_classifiers()) == 6
+
+
+def replaced_one_by_one(net):
+    for branch in net.branches:
+        parent, _, name = branch.source.rpartition('.')
+        setattr(net.backbone.get_submodule(parent), name, copy.deepcopy(net.backbone.get_submodule(branch.source)))
+        net.backbone.get_submodule(branch.source)._forward_hooks.clear()
+    return net
+
+
+@pytest.mark.parametrize('convert', [convert_sync_batchnorm, convert_splitbn_model, replaced_one_by_one])
+def test_a_module_that_takes_the_place_of_a_supervised_one_is_tapped_once(convert):
+    net = create_dks_model('mobilenetv3_small_050', num_classes=5, stages=(0, 2))  # BatchNorm puts out what they use
+    net = convert(net.eval()).eval()
+    x = torch.randn(2, 3, 64, 64)
+    afresh = DKSModel(prune(copy.deepcopy(net)), copy.deepcopy(net.branches)).eval()
+    for z, other in zip(net.exits(x), afresh.exits(x), strict=True):
+        assert torch.equal(z, other)
+    assert [len(net.backbone.get_submodule(branch.source)._forward_hooks) for branch in net.branches] == [1, 1]
+    assert not any(module._forward_hooks for module in prune(net).modules())
+
+
+@pytest.mark.parametrize('name, kwargs', [
+    ('test_resnet', dict()), ('test_vit', dict()), ('test_convnext', dict()), ('resnet20_cifar', dict()),
+    ('test_efficientnet', dict(branches='conv'))])
+def test_reset_classifier_renews_every_head_and_nothing_else(name, kwargs):
+    net = create_dks_model(name, num_classes=5, **kwargs).eval()
+    plain = copy.deepcopy(prune(copy.deepcopy(net)))
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    random_state = []
+    for model in (plain, net):
+        torch.manual_seed(1)
+        model.reset_classifier(7, 'avg')
+        random_state.append(torch.get_rng_state())
+    assert torch.equal(*random_state)
+    for key, value in plain.state_dict().items():
+        assert torch.equal(value, net.backbone.state_dict()[key])
+    x = torch.randn(2, *net.pretrained_cfg['input_size'])
+    assert [z.shape for z in net.exits(x)] == [(2, 7)] * 3 and net.num_classes == 7
+    heads = {id(p) for head in net.get_classifiers() for p in head.parameters()}
+    changed = [p for key, p in net.named_parameters() if not (
+        key in before and before[key].shape == p.shape and torch.equal(before[key], p))]
+    assert {id(p) for p in changed} == heads
+    dks_timm.DKSLoss()(net.train()(x), torch.tensor([6, 0]))['loss'].backward()
+    assert all(p.grad is not None for head in net.get_classifiers() for p in head.parameters())
+
+
+def test_reset_classifier_keeps_device_and_precision_and_takes_a_pooling():
+    net = create_dks_model('test_resnet', num_classes=5).to(torch.bfloat16)
+    net.reset_classifier(3, 'max')
+    assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
+    assert net.backbone.global_pool.pool_type == 'max'
+    assert all(branch.template.global_pool.pool_type == 'max' for branch in net.branches)
 
 
 def test_meta_device_allocates_nothing():

@@ -42,6 +42,34 @@ def test_every_flag_of_timm_is_there_with_its_name_type_and_default():
         )
 
 
+@pytest.mark.parametrize('argv, name, value', [
+    (['--log-i', '3'], 'log_interval', 3),
+    (['--initial-c=x.pth'], 'initial_checkpoint', 'x.pth'),
+    (['--drop-c', '0.2'], 'drop_connect', 0.2),
+    (['--data-dir', 'x', '--no-a'], 'no_aug', True),
+])
+def test_an_abbreviation_names_one_flag_of_timms(argv, name, value):
+    args, given, _ = options.parse_args(argv)
+    assert getattr(args, name) == value and name in given
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['--task', 'multilabel'], '--task: a flag of a later timm'),
+    (['--loss=bce'], '--loss: a flag of a later timm'),
+    (['--stop-epoch', '3'], '--stop-epoch: a flag of a later timm'),
+    (['--targ', 'x'], None),
+    (['--warmup', '3'], '--warmup: short for --warmup-'),
+    (['--dks-temp', '3'], '--dks-temp: no such flag; closest: --dks-temperature'),
+    (['--export', 'x'], '--export: no such flag'),
+    (['--train-p', '4'], '--train-p: no such flag; closest: --train-pad'),
+])
+def test_other_abbreviations_and_flags_of_a_later_timm_are_named(argv, message):
+    if message is None:  # timm has one flag that begins so
+        assert options.parse_args(argv)[0].target_key == 'x'
+    else:
+        assert message in refusal(*argv)
+
+
 def test_every_flag_has_a_help_text():
     assert all(a.help for a in options.create_parser()._actions)
 

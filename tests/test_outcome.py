@@ -31,6 +31,13 @@ def test_the_table_of_a_plain_run_has_its_model_alone_and_without_evaluation_its
         '            train loss    train loss', 'backbone        2.5000        1.2500']
 
 
+def test_beside_an_average_the_table_has_the_weights_themselves_where_they_were_evaluated():
+    assert outcome_table(ROWS, ['backbone'], 1, {2: dict(top1=70., loss=0.25)}).splitlines()[2:] == [
+        'model               62.50        0.0160         60.00        0.0167',
+        'without EMA                                     70.00        0.2500',
+    ]
+
+
 def test_an_epoch_that_the_summary_does_not_have_is_not_shown_as_the_best():
     assert 'Best epoch 2' in outcome_table(ROWS, ['backbone'], best_epoch=None)
 

@@ -18,7 +18,7 @@ from PIL import Image
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 import train
-from dks_timm import engine, options
+from dks_timm import cli, engine, options
 
 ROOT = Path(__file__).parents[1]
 TIMM_COLUMNS = ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
@@ -150,6 +150,23 @@ def test_the_exported_model_is_the_best_average_and_loads_with_timm_alone(dks_ru
     top1 = 100 * (predicted == torch.tensor([y for _, y in val])).double().mean().item()
     assert top1 == pytest.approx(float(best['eval_top1']))
     assert timm.models.load_state_dict(root / 'run/model_best.pth.tar').keys() == model.state_dict().keys()
+
+
+def test_an_average_over_more_updates_than_the_run_has_is_warned_of_and_compared_at_the_export(tmp_path, capfd):
+    main(*DIGITS, '--model-ema', '--output', tmp_path, '--experiment', 'run', '--export-dir', tmp_path / 'model')
+    out, err = capfd.readouterr()
+    assert 'WARNING: --model-ema-decay 0.9998: the average is over 5,000 updates, but the run has 90' in err
+    average, plain = (
+        {line.split()[0]: float(line.split()[-2]) for line in out.splitlines()[2:4]}[name]
+        for name in ('model', 'without'))
+    assert plain > 60 > 50 > average == round(float(rows(tmp_path / 'run')[-1]['eval_top1']), 2)
+    best = max(float(row['eval_top1']) for row in rows(tmp_path / 'run'))
+    assert f'WARNING: Exported are the average of the weights (--model-ema), with {best:.2f} % top-1; the other' in err
+
+    assert cli.main(['export', str(tmp_path / 'run/last.pth.tar'), str(tmp_path / 'plain'), '--no-ema']) == 0
+    trained = load_checkpoint_metadata(tmp_path / 'run/last.pth.tar')['state_dict']
+    exported = timm.models.load_state_dict(tmp_path / 'plain/model.safetensors')
+    assert all(torch.equal(exported[name], trained[name]) for name in exported)
 
 
 def test_a_checkpoint_of_a_dks_run_is_safe_to_load_and_holds_the_plain_backbone(dks_run):
