@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 
+import psutil
 import yaml
 
 from .checks import RUNS_CODE, check
@@ -183,6 +184,7 @@ def parse_args(argv=None):
     given = {**recipe, **on_command_line}
     args = argparse.Namespace(**{**defaults, **given})
     del args.config
+    heed_launcher(args, given)
     check(args, given)
 
     timm_names = vars(timm_parser().parse_args([]))
@@ -193,6 +195,51 @@ def parse_args(argv=None):
     # A recipe is for many runs, and does not get to replace what one of them has published.
     args.overwrite_repository = 'overwrite' in on_command_line
     return args, set(given) - {'config'}, yaml.safe_dump(text, default_flow_style=False)
+
+
+def launch_command():
+    """The flags of the `accelerate launch` that started this process, None of none.
+
+    It keeps some to itself, as --gradient_accumulation_steps without DeepSpeed.
+    """
+    try:
+        words = psutil.Process().parent().cmdline()
+    except (AttributeError, psutil.Error):
+        return None
+    if 'launch' not in words or not any(word.startswith('--gradient') for word in words):
+        return None
+    from accelerate.commands.launch import launch_command_parser
+    return launch_command_parser().parse_known_args(words[words.index('launch') + 1:])[0]
+
+
+def heed_launcher(args, given) -> None:
+    """Take over what `accelerate launch` or its configuration say in the environment, where no flag says otherwise.
+
+    Processes, device, affinity, mixed precision, FSDP2 and DeepSpeed are Accelerate's own to read.
+
+    Raises:
+        OptionError: for what cannot be had.
+    """
+    def launcher(name, default=''):
+        return os.environ.get(f'ACCELERATE_{name}', default)
+
+    asked = launch_command()
+    steps = launcher('GRADIENT_ACCUMULATION_STEPS') or str(getattr(asked, 'gradient_accumulation_steps', ''))
+    if steps.isdigit() and int(steps) > 1 and 'grad_accum_steps' not in given:
+        args.grad_accum_steps = int(steps)
+    clipping = getattr(asked, 'gradient_clipping', None)
+    if clipping and 'clip_grad' not in given:
+        args.clip_grad = float(clipping)
+    if launcher('MIXED_PRECISION') == 'fp8' and 'amp' not in given:
+        raise OptionError('accelerate launch --mixed_precision fp8: not supported; use bf16')
+    backend, mode = launcher('DYNAMO_BACKEND', 'NO').lower(), launcher('DYNAMO_MODE', 'default')
+    if backend != 'no' and 'torchcompile' not in given:
+        for name in ('use_fullgraph', 'use_dynamic', 'use_regional_compilation'):
+            if launcher(f'DYNAMO_{name.upper()}').lower() in ('1', 'true'):
+                raise OptionError(f'accelerate launch --dynamo_{name}: not supported; use --torchcompile of train.py')
+        args.torchcompile = backend
+        if 'torchcompile_mode' not in given and mode != 'default':
+            args.torchcompile_mode = mode
 
 
 def read_recipe(path: str, actions: dict) -> dict:

@@ -9,7 +9,7 @@ from typing import Optional
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, TorchDynamoPlugin
 from timm import utils
 
 from . import sharding
@@ -67,6 +67,8 @@ def create_accelerator(args, given) -> Accelerator:
         project_dir=args.output or './output/train',
         # Groups of batches are divided here, as timm does, and not by Accelerate.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        # The launcher's has become --torchcompile.
+        dynamo_plugin=TorchDynamoPlugin(backend='no'),
         kwargs_handlers=[DistributedDataParallelKwargs(
             broadcast_buffers=not args.no_ddp_bb,
             find_unused_parameters=args.dks and args.dks_every > 1,

@@ -44,7 +44,7 @@ def test_every_flag_of_timm_is_there_with_its_name_type_and_default():
 
 @pytest.mark.parametrize('argv, name, value', [
     (['--log-i', '3'], 'log_interval', 3),
-    (['--initial-c=x.pth'], 'initial_checkpoint', 'x.pth'),
+    (['--input-k=png'], 'input_key', 'png'),
     (['--drop-c', '0.2'], 'drop_connect', 0.2),
     (['--data-dir', 'x', '--no-a'], 'no_aug', True),
 ])
@@ -68,6 +68,57 @@ def test_other_abbreviations_and_flags_of_a_later_timm_are_named(argv, message):
         assert options.parse_args(argv)[0].target_key == 'x'
     else:
         assert message in refusal(*argv)
+
+
+@pytest.fixture
+def launcher(monkeypatch):
+    """A function that sets what the launcher says; the rest is what `accelerate launch` says where it is not asked."""
+    def say(**settings):
+        for name, value in {**dict(
+                mixed_precision='no', dynamo_backend='NO', dynamo_mode='default',
+                dynamo_use_fullgraph='False', dynamo_use_dynamic='False', dynamo_use_regional_compilation='False'),
+                **settings}.items():
+            monkeypatch.setenv(f'ACCELERATE_{name.upper()}', value)
+    say()
+    return say
+
+
+def test_what_the_launcher_says_counts_where_no_flag_does(launcher, tmp_path):
+    args, _, _ = options.parse_args(['--dks'])
+    assert (args.grad_accum_steps, args.torchcompile) == (1, None)
+    launcher(gradient_accumulation_steps='4', dynamo_backend='INDUCTOR', dynamo_mode='max-autotune')
+    args, _, text = options.parse_args(['--dks'])
+    assert (args.grad_accum_steps, args.torchcompile, args.torchcompile_mode) == (4, 'inductor', 'max-autotune')
+    assert yaml.safe_load(text)['grad_accum_steps'] == 4  # as is what --config repeats
+    config = recipe(tmp_path, 'torchcompile: eager\n')
+    args, _, _ = options.parse_args(['--grad-accum-steps', '2', '--config', config])
+    assert (args.grad_accum_steps, args.torchcompile, args.torchcompile_mode) == (2, 'eager', None)
+
+
+@pytest.mark.parametrize('name, value', [
+    ('mixed_precision', 'fp8'), ('dynamo_use_fullgraph', 'True'), ('dynamo_use_dynamic', 'true'),
+    ('dynamo_use_regional_compilation', '1')])
+def test_what_the_launcher_says_and_cannot_be_had_is_refused_by_name(name, value, launcher):
+    launcher(dynamo_backend='INDUCTOR', **{name: value})
+    assert f'accelerate launch --{name}' in refusal('--model', 'resnet18')
+
+
+def test_what_the_launcher_keeps_to_itself_is_read_from_its_command(launcher, monkeypatch):
+    class Parent:
+        def cmdline(self):
+            return [sys.executable, '/bin/accelerate', 'launch', '--gradient_accumulation_steps=4',
+                    '--gradient_clipping', '0.5', 'train.py', '--gradient_accumulation_steps', '3']
+
+    monkeypatch.setattr(options.psutil.Process, 'parent', lambda self: Parent())
+    args, _, _ = options.parse_args([])
+    assert (args.grad_accum_steps, args.clip_grad) == (4, 0.5)
+    args, _, _ = options.parse_args(['--grad-accum-steps', '1', '--clip-grad', '2'])
+    assert (args.grad_accum_steps, args.clip_grad) == (1, 2)
+
+
+def test_a_flag_wins_over_a_precision_that_cannot_be_had(launcher):
+    launcher(mixed_precision='fp8')
+    assert options.parse_args(['--amp', '--amp-dtype', 'bfloat16'])[0].amp
 
 
 def test_every_flag_has_a_help_text():
@@ -129,7 +180,7 @@ def test_args_text_is_a_recipe(tmp_path):
 
 
 @pytest.mark.parametrize('argv, words', [
-    (['--dks-stage', '2', '--moddel', 'x'], ['--moddel', '--model']),
+    (['--dks-stages', '2', '--moddel', 'x'], ['--moddel', '--model']),
     (['--epochs', 'ten'], ['--epochs', "'ten'", 'int']),
     (['--train-size-schedule', 'fast'], ['--train-size-schedule', "'fast'", 'progressive']),
     (['--model-kwargs', 'depth'], ['--model-kwargs', "'depth'", 'key=value']),
