@@ -291,6 +291,11 @@ class BranchBuilder:
 
     def build(self, index: int, spec: BranchSpec) -> Branch:
         """Make the branch of one stage, on the default device."""
+        branch = self._build(index, spec)
+        branch.written = self.trace.once[branch.source].written
+        return branch
+
+    def _build(self, index: int, spec: BranchSpec) -> Branch:
         stage = self.stages[index]
         where = dict(stage=index, reason=spec.reason)
         if spec.kind == 'tail':

@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 from timm.layers import BatchNormAct2d, ClassifierHead, LayerNormAct2d, SeparableConvNormAct
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 from .stages import Stage
 from .surgery import Feed, SurgeryError, TailPlan, cut, tensors
@@ -26,8 +27,10 @@ class Branch(nn.Module):
         stage: See Args.
         source: See Args.
         reason: See Args.
+        written: Whether the backbone goes on to work on the features in place, so that the branch needs a copy.
     """
     kind: str
+    written = False
 
     def __init__(self, stage: int, source: str, reason: str):
         super().__init__()
@@ -93,13 +96,19 @@ class Tail(Branch):
         self.recomputes = False
 
     def forward(self, image: torch.Tensor, features: Any) -> torch.Tensor:
+        if self.recomputes and torch.is_grad_enabled():
+            # As a whole: segments of the template would find the features of the last forward, not those of their own.
+            return checkpoint(self._run, image, features, use_reentrant=False)
+        return self._run(image, features)
+
+    def _run(self, image: torch.Tensor, features: Any) -> torch.Tensor:
         feed = self.feed
         feed.image, feed.shapes = image, self.shapes_at(image.shape[-2], image.shape[-1])
         feed.features = tree_map_only(torch.Tensor, torch.clone, features) if self.plan.copies else features
-        logits = self.template(image)
-        if not self.recomputes:
+        try:
+            return self.template(image)
+        finally:
             feed.image = feed.features = None  # keep no activations alive between steps
-        return logits
 
     def shapes_at(self, height: int, width: int) -> Dict[str, Any]:
         size = (height, width)
@@ -118,8 +127,7 @@ class Tail(Branch):
         self.template.reset_classifier(num_classes, *([] if global_pool is None else [global_pool]))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.template.set_grad_checkpointing(enable)
-        self.recomputes = enable  # the features are needed again in the backward pass
+        self.recomputes = enable
 
     def no_weight_decay(self) -> Set[str]:
         return {f'template.{name}' for name in getattr(self.template, 'no_weight_decay', set)()}

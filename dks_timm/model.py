@@ -1,11 +1,13 @@
 """A backbone with supervision branches: all classifiers in one forward, and the plain backbone back at the end."""
 import logging
 import math
+import threading
 from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import timm
 import torch
 import torch.nn as nn
+from timm.layers import set_reentrant_ckpt, use_reentrant_ckpt
 from timm.models import group_parameters
 from timm.optim import auto_group_layers
 from timm.utils import unwrap_model
@@ -21,24 +23,32 @@ __all__ = ['DKSModel', 'create_dks_model', 'prune']
 _logger = logging.getLogger(__name__)
 
 
-class _Taps:
-    """What the tapped modules of a backbone put out during the forward of its DKSModel, by module name."""
+class _Flow(threading.local):
+    """Where outputs of tapped modules go in the forward that a thread runs; nowhere, if it is the backbone's own."""
+    outputs: Optional[Dict[str, Any]] = None
+    ask: Optional[Callable[[str, Any], None]] = None
 
-    def __init__(self):
-        self.open = False
-        self.outputs: Dict[str, Any] = {}
+
+_flow = _Flow()
 
 
 class _Tap:
-    """Forward hook of one module. An object rather than a closure, so that a copied model taps its own backbone."""
+    """Forward hook of one module.
 
-    def __init__(self, taps: _Taps, name: str):
-        self.taps = taps
+    Args:
+        name: Of the module.
+        copies: Whether what it puts out is worked on in place afterwards.
+    """
+
+    def __init__(self, name: str, copies: bool):
         self.name = name
+        self.copies = copies
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.taps.open:
-            self.taps.outputs[self.name] = output
+        if _flow.outputs is not None:
+            _flow.outputs[self.name] = tree_map_only(torch.Tensor, torch.clone, output) if self.copies else output
+        elif _flow.ask is not None:
+            _flow.ask(self.name, output)
 
 
 class _AllLeft(Exception):
@@ -79,7 +89,6 @@ class DKSModel(nn.Module):
         self.stages: Tuple[int, ...] = tuple(branch.stage for branch in branches)
         self._student: Optional[nn.Module] = None
         self.layout: Dict[str, Any] = {}
-        self._taps = _Taps()
         self._tap()
 
     @classmethod
@@ -149,7 +158,22 @@ class DKSModel(nn.Module):
             the deepest; those of branches (n, num_classes), for the first n = ceil(batch_fraction * B) images, and
             none of them without ``branches_on``. In evaluation mode the backbone's logits (B, num_classes).
         """
-        return self.exits(x) if self.training else self.backbone(x)
+        return self.exits(x) if self.training else self._run_backbone(self.backbone, x)
+
+    def _run_backbone(
+            self,
+            module: nn.Module,
+            x: torch.Tensor,
+            outputs: Optional[Dict[str, Any]] = None,
+            ask: Optional[Callable[[str, Any], None]] = None,
+    ) -> torch.Tensor:
+        """Run the backbone, or what wraps it, and say where outputs go; this may be within another such forward."""
+        outer = _flow.outputs, _flow.ask
+        _flow.outputs, _flow.ask = outputs, ask
+        try:
+            return module(x)
+        finally:
+            _flow.outputs, _flow.ask = outer
 
     def exits(self, x: torch.Tensor) -> List[torch.Tensor]:
         """Logits of all classifiers, in either mode.
@@ -163,15 +187,18 @@ class DKSModel(nn.Module):
         """
         if not torch.compiler.is_compiling() and not self._tapped():
             self._tap()
-        taps = self._taps
-        taps.open = self.branches_on or not self.training
-        try:
-            logits = (self._student if self.training and self._student is not None else self.backbone)(x)
-        finally:
-            taps.open = False  # gradient checkpointing calls the modules again in the backward pass
-        features, taps.outputs = taps.outputs, {}
+        module = self._student if self.training and self._student is not None else self.backbone
         if self.training and not self.branches_on:
-            return [logits]
+            return [self._run_backbone(module, x)]
+        features: Dict[str, Any] = {}
+        reentrant = use_reentrant_ckpt()
+        if reentrant:
+            set_reentrant_ckpt(False)  # it would run supervised modules without gradient
+        try:
+            logits = self._run_backbone(module, x, outputs=features)
+        finally:
+            if reentrant:
+                set_reentrant_ckpt(True)
         if self.training and self.batch_fraction < 1:
             x, features = self._first_images(x, features)
         if self.training and x.device.type == 'cpu' and not torch.compiler.is_compiling():
@@ -207,26 +234,26 @@ class DKSModel(nn.Module):
         exits = torch.zeros(len(x), dtype=torch.long, device=x.device)
         early = None  # logits of those that have left
 
-        def ask(index: int, output: Any) -> None:
-            nonlocal early
-            answer = self.branches[index](x, output)
-            leave = (exits == 0) & (answer.float().softmax(dim=-1).amax(dim=-1) >= threshold)
-            early = torch.where(leave[:, None], answer, answer if early is None else early)
-            exits[leave] = index + 1
-            if exits.all():
-                raise _AllLeft
-
         asked = range(len(self.branches)) if branches is None else branches
-        handles = [
-            self.backbone.get_submodule(self.branches[i].source).register_forward_hook(
-                lambda module, args, output, i=i: ask(i, output)) for i in asked]
+
+        def ask(source: str, output: Any) -> None:
+            nonlocal early
+            for index in asked:
+                if self.branches[index].source != source:
+                    continue
+                answer = self.branches[index](x, output)
+                leave = (exits == 0) & (answer.float().softmax(dim=-1).amax(dim=-1) >= threshold)
+                early = torch.where(leave[:, None], answer, answer if early is None else early)
+                exits[leave] = index + 1
+                if exits.all():
+                    raise _AllLeft
+
+        if not self._tapped():
+            self._tap()
         try:
-            logits = self.backbone(x)
+            logits = self._run_backbone(self.backbone, x, ask=ask)
         except _AllLeft:
             return early, exits
-        finally:
-            for handle in handles:
-                handle.remove()
         return (logits if early is None else torch.where(exits[:, None] > 0, early, logits)), exits
 
     def _first_images(self, x: torch.Tensor, features: Dict[str, Any]) -> Tuple[torch.Tensor, Dict[str, Any]]:
@@ -255,8 +282,11 @@ class DKSModel(nn.Module):
 
     def _tap(self) -> None:
         self._untap()
-        for name in {branch.source for branch in self.branches}:
-            self.backbone.get_submodule(name).register_forward_hook(_Tap(self._taps, name))
+        copies = {branch.source: False for branch in self.branches}
+        for branch in self.branches:
+            copies[branch.source] |= branch.written
+        for name, copied in copies.items():
+            self.backbone.get_submodule(name).register_forward_hook(_Tap(name, copied))
 
     def _untap(self) -> None:
         for module in self.backbone.modules():

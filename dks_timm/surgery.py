@@ -8,6 +8,7 @@ with autograd when the tail is planned.
 
 A plan comes from one traced forward on the meta device, and is then carried out on a model with weights.
 """
+import threading
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,6 +50,12 @@ class Call:
     start: int
     end: int = -1
     output: Any = None
+    versions: Tuple[int, ...] = ()
+
+    @property
+    def written(self) -> bool:
+        """Whether the model went on to work on the output in place."""
+        return self.versions != tuple(t._version for t in tensors(self.output))
 
     @property
     def depends_on_input(self) -> bool:
@@ -111,6 +118,7 @@ class Trace:
     def _leave(self, module, args, output):
         call = self._running.pop()
         call.end, call.output = self._tick(), output
+        call.versions = tuple(t._version for t in tensors(output))
 
     def sources(self, stage: Stage) -> List[Call]:
         """Calls whose output can serve as the features of ``stage``, best first.
@@ -232,8 +240,10 @@ class TailPlan:
     written: FrozenSet[str] = frozenset()
 
 
-class Feed:
+class Feed(threading.local):
     """What flows into a tail: the stage's features, and the shapes that stand in for everything before them.
+
+    Each thread has its own, as it may run the same tail.
 
     Args:
         written: Modules whose stand-ins are worked on in place. Those of others take no memory, whatever their size.
@@ -244,6 +254,9 @@ class Feed:
         self.features = None
         self.image = None
         self.shapes: Dict[str, Any] = {}
+
+    def __reduce__(self):
+        return type(self), (self.written,)
 
     def stand_in(self, name: str) -> Any:
         return self._empty(self.shapes[name], name in self.written)

@@ -1,16 +1,20 @@
 """DKSModel: outputs in both modes, pruning, and the questions timm's factories ask."""
 import copy
+import functools
+import threading
 
 import pytest
 import timm
 import torch
-from timm.layers import convert_splitbn_model, convert_sync_batchnorm
+import torch.nn as nn
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_reentrant_ckpt, use_reentrant_ckpt
 from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 
 import dks_timm
 from dks_timm import DKSModel, create_dks_model, prune
+from dks_timm.attach import BranchBuilder, BranchSpec
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -192,6 +196,147 @@ def test_a_module_that_takes_the_place_of_a_supervised_one_is_tapped_once(conver
         assert torch.equal(z, other)
     assert [len(net.backbone.get_submodule(branch.source)._forward_hooks) for branch in net.branches] == [1, 1]
     assert not any(module._forward_hooks for module in prune(net).modules())
+
+
+def in_threads(calls, rounds):
+    """Run calls side by side, each some times. Returns what they gave, or raised."""
+    def repeat(call):
+        for _ in range(rounds):
+            try:
+                found.append(call())
+            except Exception as e:
+                found.append(e)
+
+    found = []
+    threads = [threading.Thread(target=repeat, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@torch.no_grad()
+def test_a_model_answers_several_threads_at_once():
+    net = create_dks_model('test_convnext', num_classes=5).eval()
+
+    def ask(i):
+        return [lambda x: [net(x)], net.exits, lambda x: [net.early_exit(x, 0.)[0]]][i % 3]
+
+    images = [torch.randn(2, 3, 64, 64) for _ in range(6)]
+    expected = [ask(i)(x) for i, x in enumerate(images)]
+
+    def right(i):
+        return all(torch.allclose(z, other, atol=1e-5) for z, other in zip(ask(i)(images[i]), expected[i], strict=True))
+
+    assert in_threads([functools.partial(right, i) for i in range(6)], rounds=10) == [True] * 60
+
+
+def test_replicas_in_threads_train_on_their_own_features():
+    net = create_dks_model('test_convnext', num_classes=5).train()
+    images = [torch.randn(2, 3, 64, 64) for _ in range(2)]
+    expected = [net(x) for x in images]
+
+    def replicate(module):  # as nn.DataParallel, which copies to other devices besides
+        replica = module._replicate_for_data_parallel()
+        for name, parameter in module._parameters.items():
+            object.__setattr__(replica, name, parameter)
+            replica._parameters[name] = parameter
+        for name, child in module._modules.items():
+            replica._modules[name] = replicate(child)
+        return replica
+
+    def right(replica, i):
+        return all(torch.allclose(z, other, atol=1e-5) for z, other in zip(
+            replica(images[i]), expected[i], strict=True))
+
+    found = in_threads([functools.partial(right, replicate(net), i) for i in range(2)], rounds=10)
+    assert found == [True] * 20
+
+
+def test_a_forward_within_a_forward_leaves_its_features_alone():
+    net = create_dks_model('test_resnet', num_classes=5).eval()
+    first, second = torch.randn(2, 3, 64, 64), torch.randn(2, 3, 64, 64)
+    expected = net.exits(first)
+    inner = []
+
+    def another(*_):
+        if not inner:
+            inner.append(None)
+            net(second), net.early_exit(second, 0.)
+            inner.extend(net.exits(second))
+
+    net.backbone.get_submodule(net.branches[0].source).register_forward_hook(another)
+    for z, other in zip(net.exits(first), expected, strict=True):
+        assert torch.equal(z, other)
+    for z, other in zip(net.exits(second), inner[1:], strict=True):
+        assert torch.equal(z, other)
+
+
+@pytest.mark.parametrize('name, size', [('xception41p', 64), ('test_resnet', 64), ('test_vit', 160)])
+def test_two_forwards_before_one_backward_recompute_each_its_own(name, size):
+    net = create_dks_model(name, num_classes=5).train()
+    batches = [torch.randn(2, 3, size, size) for _ in range(2)]
+    loss_fn, target, found = dks_timm.DKSLoss(), torch.tensor([0, 1]), []
+    for enable in (False, True):
+        net.set_grad_checkpointing(enable)
+        loss = sum(loss_fn(net(x), target)['loss'] for x in batches)
+        found.append(torch.autograd.grad(loss, list(net.parameters())))
+    for grad, other in zip(*found, strict=True):
+        assert (grad - other).norm() <= 1e-2 * grad.norm() + 1e-6
+
+
+@pytest.mark.parametrize('name, size', [('test_resnet', 64), ('test_vit', 160)])
+def test_branches_train_the_backbone_under_timms_reentrant_checkpointing(name, size):
+    net = create_dks_model(name, num_classes=5).train()
+    x, found = torch.randn(2, 3, size, size), []
+    set_reentrant_ckpt(True)
+    try:
+        for enable in (False, True):
+            net.set_grad_checkpointing(enable)
+            net.zero_grad()
+            sum(z.square().sum() for z in net(x)[1:]).backward()
+            found.append([p.grad for p in net.backbone.parameters()])
+        assert use_reentrant_ckpt()
+    finally:
+        set_reentrant_ckpt(False)
+    for grad, other in zip(*found, strict=True):
+        assert (grad is None) == (other is None)
+        assert grad is None or (grad - other).norm() <= 1e-3 * grad.norm() + 1e-6
+
+
+class Biased(nn.Module):
+    """Adds to the output of its first stage in place."""
+    num_classes, num_features = 5, 8
+    pretrained_cfg = dict(architecture='biased', num_classes=5, input_size=(3, 32, 32))
+    feature_info = [dict(num_chs=8, reduction=2, module='stage0'), dict(num_chs=8, reduction=4, module='stage1')]
+
+    def __init__(self):
+        super().__init__()
+        self.stage0 = nn.Conv2d(3, 8, 3, 2)
+        self.stage1 = nn.Conv2d(8, 8, 3, 2)
+        self.bias = nn.Parameter(torch.ones(1, 8, 1, 1))
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stage0(x)
+        x += self.bias
+        return self.fc(self.stage1(x).mean((2, 3)))
+
+    def get_classifier(self):
+        return self.fc
+
+
+def test_a_branch_gets_features_as_they_were_before_the_network_writes_into_them(monkeypatch):
+    monkeypatch.setattr('dks_timm.attach.Template.make', lambda self, **overrides: Biased())
+    backbone = Biased().eval()
+    branch = BranchBuilder(backbone).build(0, BranchSpec('tail', 'whole tail'))
+    branch.start_from(backbone)
+    net = DKSModel(backbone, [branch]).eval()
+    with torch.no_grad():
+        whole, tail = net.exits(torch.randn(2, 3, 32, 32))
+    assert branch.written
+    torch.testing.assert_close(tail, whole)
 
 
 @pytest.mark.parametrize('name, kwargs', [
