@@ -97,9 +97,13 @@ class Tail(Branch):
 
     def forward(self, image: torch.Tensor, features: Any) -> torch.Tensor:
         if self.recomputes and torch.is_grad_enabled():
-            # As a whole: segments of the template would find the features of the last forward, not those of their own.
-            return checkpoint(self._run, image, features, use_reentrant=False)
+            return self._run_twice(image, features)
         return self._run(image, features)
+
+    @torch.compiler.disable
+    def _run_twice(self, image: torch.Tensor, features: Any) -> torch.Tensor:
+        # As a whole: segments of the template would find the features of the last forward, not those of their own.
+        return checkpoint(self._run, image, features, use_reentrant=False)
 
     def _run(self, image: torch.Tensor, features: Any) -> torch.Tensor:
         feed = self.feed

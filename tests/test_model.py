@@ -286,6 +286,19 @@ def test_two_forwards_before_one_backward_recompute_each_its_own(name, size):
         assert (grad - other).norm() <= 1e-2 * grad.norm() + 1e-6
 
 
+def test_a_compiled_model_may_recompute():
+    torch.compiler.reset()
+    net = create_dks_model('test_resnet', num_classes=5).train()
+    net.apply(lambda m: m.eval() if isinstance(m, nn.BatchNorm2d) else m)
+    x, found = torch.randn(2, 3, 64, 64), []
+    for enable in (False, True):
+        net.set_grad_checkpointing(enable)
+        module = torch.compile(net, backend='aot_eager') if enable else net
+        found.append(torch.autograd.grad(sum(z.square().sum() for z in module(x)), list(net.parameters())))
+    for grad, other in zip(*found, strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize('name, size', [('test_resnet', 64), ('test_vit', 160)])
 def test_branches_train_the_backbone_under_timms_reentrant_checkpointing(name, size):
     net = create_dks_model(name, num_classes=5).train()
