@@ -50,17 +50,19 @@ if package_dir:
     import dks_timm.models
 torch.set_num_threads(int(num_threads))
 torch.set_float32_matmul_precision(precision)
-x = load_file(x_file)['x']
+model = timm.create_model('local-dir:' + model_dir, pretrained=True).eval()
 with torch.inference_mode():
-    logits = {'timm': timm.create_model('local-dir:' + model_dir, pretrained=True).eval()(x).contiguous()}
-    try:
-        from transformers import AutoModelForImageClassification, TimmWrapperConfig
-        model = AutoModelForImageClassification.from_pretrained(model_dir, dtype=torch.float32).eval()
+    x = load_file(x_file)['x']
+    logits = {'timm': model(x).contiguous()}
+try:
+    from transformers import AutoModelForImageClassification, TimmWrapperConfig
+    model = AutoModelForImageClassification.from_pretrained(model_dir, dtype=torch.float32).eval()
+    with torch.inference_mode():
         logits['transformers'] = model(x).logits.contiguous()
-    except ImportError:
-        pass
-    except Exception as e:
-        print(f'transformers cannot load it: {type(e).__name__}: {e}')
+except ImportError:
+    pass
+except Exception as e:
+    print(f'transformers cannot load it: {type(e).__name__}: {e}')
 save_file(logits, logits_file)
 """
 
@@ -224,7 +226,8 @@ def export_checkpoint(
     evaluated_ema = args['model_ema'] and not args['model_ema_force_cpu']
     is_ema = use_ema and 'state_dict_ema' in state
     if 'state_dict_ema' in state:
-        _say_which_weights(args, is_ema)
+        top1 = args.get('top1_by_ema') or {}
+        _say_which_weights(is_ema, top1.get(is_ema), top1.get(not is_ema), checkpoint)
     described = describe_run(
         args,
         Path(checkpoint).parent,
@@ -306,9 +309,12 @@ def publish(args: argparse.Namespace, trainer: Any, model: nn.Module, data_confi
     best = os.path.join(run_dir, 'model_best.pth.tar')
     try:
         model = trainer.load_best(model)
-        if args.model_ema:
-            saved = load_checkpoint_metadata(best)['args']
-            _say_which_weights(vars(saved), is_ema=not args.model_ema_force_cpu)
+        if trainer.without_ema:
+            kept = {epoch: os.path.join(run_dir, f'checkpoint-{epoch}.pth.tar') for epoch in trainer.without_ema}
+            kept = {epoch: path for epoch, path in kept.items() if os.path.exists(path)}
+            epoch = max(kept, key=lambda epoch: trainer.without_ema[epoch]['top1'], default=None)
+            if epoch is not None and args.eval_metric == 'top1':
+                _say_which_weights(True, saver.best_metric, trainer.without_ema[epoch]['top1'], kept[epoch])
         if args.keep_branches:
             load_checkpoint_branches(model, best, use_ema=args.model_ema and not args.model_ema_force_cpu)
         described = describe_run(
@@ -362,18 +368,25 @@ def _no_ema(args: argparse.Namespace) -> List[str]:
     return ['--no-ema'] if args.model_ema_force_cpu else []
 
 
-def _say_which_weights(args: Mapping[str, Any], is_ema: bool) -> None:
-    """Of a run with an average of its weights: say which are exported, and warn where the others are better."""
+def _say_which_weights(is_ema: bool, top1: Optional[float], others: Optional[float], checkpoint: PathLike) -> None:
+    """Of a run with an average of its weights: say which are exported, and warn where the others are better.
+
+    Args:
+        is_ema: Whether it is the average.
+        top1: Accuracy of what is exported, None if that is not known.
+        others: The best of what is not.
+        checkpoint: Where the others are.
+    """
     names = {True: 'the average of the weights (--model-ema)', False: 'the weights themselves, not their average'}
-    top1 = args.get('top1_by_ema')
-    if not top1:
-        _logger.info(f'Exported are {names[is_ema]}.')
+    text = f'Exported are {names[is_ema]}'
+    if top1 is None or others is None:
+        _logger.info(f'{text}.')
         return
-    text = f'Exported are {names[is_ema]}, with {top1[is_ema]:.2f} % top-1; the other has {top1[not is_ema]:.2f} %'
-    if top1[not is_ema] > top1[is_ema] + 1:
-        _logger.warning(f'{text} and is exported by `dks-timm export CHECKPOINT DIR{" --no-ema" * is_ema}`')
+    text += f', with {top1:.2f} % top-1; the other has {others:.2f} %'
+    if others > top1 + 1:
+        _logger.warning(f'{text}: dks-timm export {checkpoint} DIR{" --no-ema" * is_ema}')
     else:
-        _logger.info(text)
+        _logger.info(f'{text}.')
 
 
 def _fail(subject: str, error: Exception, where: str, command: str):
