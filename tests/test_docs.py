@@ -303,7 +303,7 @@ def test_links_and_pictures_lead_somewhere(page):
 @pytest.mark.parametrize('page', named([ROOT / 'README.md', ROOT / 'docs/method.md']))
 def test_accuracies_are_those_of_the_results(page):
     quoted = set(re.findall(r'[+\d.]+ ± [\d.]+', page.read_text()))
-    assert len(quoted) >= 9 and quoted <= set(re.findall(r'[+\d.]+ ± [\d.]+', RESULTS.read_text()))
+    assert len(quoted) >= 4 and quoted <= set(re.findall(r'[+\d.]+ ± [\d.]+', RESULTS.read_text()))
 
 
 def test_the_index_lists_every_page():
