@@ -95,12 +95,12 @@ def main():
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--rounds', type=int, default=20, metavar='N', help='turns of each form')
     args = parser.parse_args()
-    clock = 'CPU time of one thread' if args.device == 'cpu' else 'time on the GPU'
+    clock = 'CPU time of one thread' if args.device == 'cpu' else 'Time on the GPU'
     names = ('ours', 'compiled', 'kl_div', 'published')
     lines = [
         f'# The loss on a {"CPU" if args.device == "cpu" else "GPU"}', '',
         'Forward and backward in float32, by `python benchmarks/loss.py`, which defines the forms. M classifiers, C '
-        f'classes, a batch of B. {clock.capitalize()} in ms, the median of {args.rounds} turns, and the most memory in '
+        f'classes, a batch of B. {clock} in ms, the median of {args.rounds} turns, and the most memory in '
         'MiB that is held beside logits and gradients.', '', f'{describe_machine(args.device, 1)}.', '',
         f'| M | C | B | {" | ".join(f"{name}, {unit}" for unit in ("ms", "MiB") for name in names)} |',
         '|' + '---:|' * (3 + 2 * len(names))]
