@@ -292,7 +292,7 @@ def test_hostile_names_of_classes_and_folders_stay_names(tmp_path, monkeypatch):
     assert yaml.safe_load(head)['model-index'][0]['results'][0]['dataset']['name'] == hostile
     prose = ''.join(re.split('(?m)^```', body)[::2])  # without the blocks of code
     headings = [line for line in prose.splitlines() if line.startswith('# ')]
-    assert headings == [r'# a \| b # c ``` &lt;script> {{ 7 * 1111 }}']
+    assert headings == [r'# test_resnet on a \| b # c ``` &lt;script> {{ 7 * 1111 }}']
     assert '<script>' not in prose and '7777' not in body
     tables = [line.replace(r'\|', '') for line in prose.splitlines() if line.startswith('|')]
     assert {line.count('|') for line in tables} == {3, 5}
