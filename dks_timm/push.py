@@ -20,7 +20,6 @@ from huggingface_hub import ModelCard, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .card import local_name
 from .errors import why
 
 __all__ = [
@@ -264,6 +263,7 @@ def _card_for(folder: Path, repo_id: str, revision: Optional[str]) -> str:
 
     A name that someone chose stays.
     """
+    from .card import local_name  # brings torch along, for which the process that talks to the Hub would wait
     source = f'hf-hub:{repo_id}' + (f'@{revision}' if revision else '')
     pipeline = f"model='{repo_id}'" + (f", revision='{revision}'" if revision else '')
     card = ModelCard.load(folder / 'README.md')
