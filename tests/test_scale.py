@@ -464,7 +464,7 @@ def test_deepspeeds_settings_come_from_the_flags():
 def test_deepspeed_configs_that_contradict_flags_or_cannot_work_are_refused(monkeypatch, name, value, words):
     monkeypatch.setenv(name, value)
     with pytest.raises(errors.OptionError) as e:
-        sharding.accelerator_kwargs('DeepSpeed', options.parse_args([])[0], None)
+        sharding.accelerator_kwargs('DeepSpeed', options.parse_args(['--grad-accum-steps', '3'])[0], None)
     assert all(word in str(e.value) for word in words), e.value
 
 
