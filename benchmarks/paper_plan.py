@@ -63,8 +63,7 @@ METHODS = dict(
 THREE = ('baseline', 'ds', 'dks')
 OTHERS = ('to_backbone_t3', 'to_backbone', 'dks_t3', 'ensemble', 'ensemble_t3', 'dks_late',
           'dks_budget_1.3', 'ds_budget_1.3')
-# The best of OTHERS in the first row, which the longer and the other experiments compare with. It was seen after
-# 24 epochs of seed 0, where to_backbone_t3 was the only one known (../results/README.md).
+# The one of OTHERS that the longer and the other experiments compare with, until the first row says which is best.
 BEST = ('to_backbone_t3',)
 
 # What is run where nothing is chosen, and in which order: row, methods, seeds, epochs (None: the recipe's).
