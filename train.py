@@ -9,13 +9,13 @@ import sys
 from dks_timm import errors, options
 
 
+@errors.exit_out_of_memory()
 def main(argv=None):
     # Parse. What needs torch is imported after it, so that --help and a mistyped flag answer at once.
     with errors.exit_on_bad_input():
         args, given, args_text = options.parse_args(argv)
         from timm.data import resolve_data_config
         from timm.layers import set_fast_norm
-        from timm.optim import create_optimizer_v2, optimizer_kwargs
 
         from dks_timm import build, card, checkpoints, data, engine, faults, hub, processes
 
@@ -38,9 +38,7 @@ def main(argv=None):
         loaders = data.create_loaders(args, dataset_train, dataset_eval, data_config, model, accelerator.device)
         task = build.create_task(args, model, accelerator.device)
         build.set_learning_rate(args, batch_size=loaders[-1])
-        with errors.naming(f'--opt {args.opt}', Exception):
-            optimizer = create_optimizer_v2(
-                task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+        optimizer = build.create_optimizer(args, task.get_trainable_module())
         names = ['backbone', *(f'stage{stage}' for stage in model.stages)] if args.dks else ['backbone']
         trainer = engine.Trainer(args, accelerator, task, optimizer, loaders, names, resume)
         if trainer.finished:

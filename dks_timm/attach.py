@@ -5,7 +5,7 @@ import logging
 import math
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import models  # noqa: F401  (registers its networks with timm)
 from .branches import Branch, ConvBranch, Layout, Tail
+from .errors import InputError, out_of_memory, why, works
 from .stages import Stage, list_stages
 from .surgery import TRACE_BATCH, SurgeryError, TailPlan, Trace, plan_tail, shapes, without_fast_norm
 
@@ -117,6 +118,19 @@ class BranchSpec:
     widens: bool = True
 
 
+def run_bare(architecture: str, run: Callable = nn.Module.__call__) -> None:
+    """Make a timm model and run it without further settings, to tell whether it is these that do not work."""
+    for device in ('meta', 'cpu'):  # some forwards read the values of tensors, and the meta device has none
+        try:
+            with torch.device(device):
+                model = timm.create_model(architecture).eval()
+                run(model, torch.zeros(TRACE_BATCH, *model.pretrained_cfg['input_size']))
+            return
+        except Exception:
+            if device == 'cpu':
+                raise
+
+
 @dataclass
 class BranchBuilder:
     """Makes branches for the stages of a backbone.
@@ -133,7 +147,7 @@ class BranchBuilder:
         device: Device of the traces.
 
     Raises:
-        ValueError: The model has no classifier, or does not put out logits.
+        ValueError: The model has no classifier, does not put out logits, or does not take images of this size.
     """
     backbone: nn.Module
     model_kwargs: Dict[str, Any] = field(default_factory=dict)
@@ -145,9 +159,9 @@ class BranchBuilder:
         self.template = Template.of(backbone, self.model_kwargs)
         name = self.template.architecture
         if not hasattr(backbone, 'get_classifier'):
-            raise ValueError(f'{name} cannot classify: it is an encoder that timm has no classifier for.')
+            raise InputError(f'{name} cannot classify: it is an encoder that timm has no classifier for.')
         if not backbone.num_classes:
-            raise ValueError(f'{name} has no classifier (num_classes is 0); give it one with num_classes.')
+            raise InputError(f'{name} has no classifier (num_classes is 0); give it one with num_classes.')
         kwargs = self.template.kwargs
         channels, *size = backbone.pretrained_cfg['input_size']
         self.in_chans = kwargs.get('in_chans') or getattr(backbone, 'in_chans', None) or channels
@@ -158,15 +172,15 @@ class BranchBuilder:
         self._traces: Dict[str, Trace] = {}
         self._blanks: Dict[str, nn.Module] = {}
         try:
-            self.device = 'meta'
             self.trace = self._trace_backbone()
-        except RuntimeError:
-            # Some forwards read the values of tensors, and the meta device has none.
-            self.device = 'cpu'
-            self.trace = self._trace_backbone()
+        except Exception as e:
+            if out_of_memory(e) or not works(lambda: run_bare(name, Trace)):
+                raise
+            height, width = self.image_size
+            raise InputError(f'{name} does not run on images of {height} x {width}: {why(e)}') from e
         output = self.trace.calls[0].output
         if not isinstance(output, torch.Tensor) or output.shape != (TRACE_BATCH, backbone.num_classes):
-            raise ValueError(
+            raise InputError(
                 f'{name} cannot classify: its output in training mode is {shapes(output)} instead of logits '
                 f'(B, {backbone.num_classes}).')
 
@@ -174,12 +188,15 @@ class BranchBuilder:
         return torch.zeros(TRACE_BATCH, self.in_chans, *self.image_size, device=self.device)
 
     def _trace_backbone(self) -> Trace:
-        if self.device == 'meta':
-            model = copy_without_weights(self.backbone)
-        else:
+        try:
+            self.device = 'meta'
+            return Trace(copy_without_weights(self.backbone), self.image())
+        except RuntimeError:
+            # Some forwards read the values of tensors, and the meta device has none.
+            self.device = 'cpu'
             with torch.device(self.device):
                 model = self.template.make()
-        return Trace(model, self.image())
+            return Trace(model, self.image())
 
     def attach(
             self,
@@ -203,7 +220,7 @@ class BranchBuilder:
                 cheapest branches.
         """
         if kind not in BRANCH_KINDS:
-            raise ValueError(f"branches is '{kind}'; choose from {', '.join(BRANCH_KINDS)}.")
+            raise InputError(f"branches is '{kind}'; choose from {', '.join(BRANCH_KINDS)}.")
         ladders = [self._ladder(self.stages[i], kind, (overrides or {}).get(i)) for i in indices]
         if budget is not None:
             specs = self._fit(indices, ladders, budget)
@@ -235,7 +252,7 @@ class BranchBuilder:
         except SurgeryError as e:
             if kind == 'tail':
                 given = f' with {_listed(overrides)}' if overrides else ''
-                raise ValueError(
+                raise InputError(
                     f"branches='tail' does not fit {name}{given}: {e}; branches='conv' does.") from e
             _logger.warning(f'{name}, stage {stage}: conv branch, because {e}.')
             return [replace(spec, reason=f'no tail: {e}') for spec in convs]
@@ -259,7 +276,7 @@ class BranchBuilder:
                 cheaper[n] = next(below, None)
             cheaper = {n: rung for n, rung in cheaper.items() if rung is not None}
             if not cheaper:
-                raise ValueError(
+                raise InputError(
                     f'budget is {budget}, but the cheapest branches on stages {", ".join(map(str, indices))} of '
                     f'{self.template.architecture} need {math.ceil(total() * 100) / 100}; give at least that, or fewer '
                     'stages.')
@@ -330,7 +347,15 @@ class BranchBuilder:
         key = (stage, spec.keep_every, given)
         if key not in self._plans:
             if given not in self._traces:
-                self._traces[given] = Trace(self._blank(spec.overrides), self.image())
+                try:
+                    self._traces[given] = Trace(self._blank(spec.overrides), self.image())
+                except SurgeryError:
+                    raise
+                except Exception as e:
+                    if not spec.overrides or out_of_memory(e):
+                        raise
+                    name = self.template.architecture
+                    raise InputError(f'branch_kwargs has {given}; {name} cannot be made with {given}: {why(e)}') from e
             plan = plan_tail(self._traces[given], lambda: self._blank(spec.overrides), stage, spec.keep_every)
             source = self.trace.sources(stage)[plan.rank]
             if shapes(source.output) != plan.features:
@@ -344,12 +369,8 @@ class BranchBuilder:
         """A template to plan with, on this builder's ``device``: copied, since making it anew takes far longer."""
         given = _listed(overrides)
         if given not in self._blanks:
-            try:
-                with torch.device(self.device):
-                    self._blanks[given] = self.template.make(**overrides)
-            except TypeError as e:
-                given = _listed({k: v for k, v in {**self.model_kwargs, **overrides}.items() if v is not None})
-                raise ValueError(f'{self.template.architecture} cannot be made with {given}: {e}') from e
+            with torch.device(self.device):
+                self._blanks[given] = self.template.make(**overrides)
         return copy.deepcopy(self._blanks[given])
 
 

@@ -1,22 +1,24 @@
 """From flags to model, task and learning rate, each as timm's trainer makes it."""
 import logging
 from copy import deepcopy
+from functools import partial
 
 import timm
 import torch
 from timm import task as tasks
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.loss import create_classification_loss
-from timm.models import NaFlexVit
-from timm.optim import get_optimizer_info
+from timm.models import NaFlexVit, resolve_model_input_args
+from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwargs
 
+from .attach import run_bare
 from .checks import mixup_active
 from .data import model_dtype
-from .errors import UNREADABLE, OptionError, closest, flag, naming
+from .errors import OptionError, closest, flag, naming
 from .exits import exit_flops
 from .inspection import training_cost
 from .loss import DKSLoss
-from .model import create_dks_model
+from .model import add_branches
 from .task import DKSDistillationTask, DKSTask
 
 _logger = logging.getLogger(__name__)
@@ -26,19 +28,36 @@ def check_model_name(name: str, flag: str = 'MODEL') -> None:
     """Refuse a model that timm does not have."""
     if ':' not in name and not timm.is_model(name.partition('.')[0]):
         raise OptionError(f'{flag} {name}: timm has no such model{closest(name, timm.list_models())}')
+    with naming(f'{flag} {name}', Exception, without=lambda: _architecture('resnet18')):
+        _architecture(name)
+
+
+def _architecture(name: str) -> str:
+    """Name of the architecture of a model, from its config.json where that is published."""
+    return resolve_model_input_args(name)['model_name']
+
+
+def naming_model(subject: str, name: str):
+    """Name a model in what timm raises about it, where its architecture without further settings works."""
+    return naming(subject, Exception, without=lambda: run_bare(_architecture(name)))
 
 
 def check_names(args) -> None:
-    """Refuse a model or an optimizer that timm does not have."""
+    """Refuse a model or an optimizer that timm does not have, and a compiler that torch does not have."""
     check_model_name(args.model, '--model')
     if args.kd_model_name is not None:
         check_model_name(args.kd_model_name, '--kd-model-name')
     optimizer = args.opt.lower().removeprefix('lookahead_')
-    try:
-        get_optimizer_info(optimizer)
-    except ValueError:
-        names = timm.optim.list_optimizers()
-        raise OptionError(f'--opt {args.opt}: timm has no such optimizer{closest(optimizer, names)}') from None
+    with naming(f'--opt {args.opt}', AssertionError, ImportError):  # of one that needs a GPU or another package
+        try:
+            get_optimizer_class(optimizer)
+        except ValueError:
+            names = timm.optim.list_optimizers()
+            raise OptionError(f'--opt {args.opt}: timm has no such optimizer{closest(optimizer, names)}') from None
+    if args.torchcompile:
+        mode = f' --torchcompile-mode {args.torchcompile_mode}' if args.torchcompile_mode else ''
+        with naming(f'--torchcompile {args.torchcompile}{mode}', RuntimeError):
+            torch.compile(lambda: None, backend=args.torchcompile, mode=args.torchcompile_mode)  # looked up, not run
 
 
 def create_model(args):
@@ -66,42 +85,59 @@ def create_model(args):
         subject += f' with --initial-checkpoint {args.initial_checkpoint}, which should hold its weights'
     if args.pretrained_path:
         subject += f' with --pretrained-path {args.pretrained_path}, which should hold its weights'
-    with naming(subject, AssertionError, *UNREADABLE):
-        if args.dks:
-            model = create_dks_model(
+    with naming_model(subject, args.model):
+        model = timm.create_model(args.model, **kwargs)
+    if args.dks:
+        with naming(subject):
+            model = add_branches(
+                model,
                 args.model,
-                stages=args.dks_stages,
-                branches=args.dks_branches,
-                branch_kwargs=args.dks_branch_kwargs,
-                budget=args.dks_budget,
-                image_size=image_size,
-                batch_fraction=args.dks_batch_fraction,
-                **kwargs,
+                args.pretrained,
+                args.dks_stages,
+                args.dks_branches,
+                args.dks_branch_kwargs,
+                args.dks_budget,
+                image_size,
+                args.dks_batch_fraction,
+                {k: v for k, v in kwargs.items() if k != 'pretrained'},
             )
-            _logger.info(model.describe())
-            if args.dks_batch_fraction < 1 or args.dks_every > 1:
-                cost = training_cost(model, kwargs['in_chans'])
-                if cost is not None:
-                    _logger.info(
-                        f'Training forward, on average: {1 + (cost - 1) / args.dks_every:.2f}x the FLOPs of the '
-                        'backbone.')
-        else:
-            model = timm.create_model(args.model, **kwargs)
+        _logger.info(model.describe())
+        if args.dks_batch_fraction < 1 or args.dks_every > 1:
+            cost = training_cost(model, kwargs['in_chans'])
+            if cost is not None:
+                _logger.info(
+                    f'Training forward, on average: {1 + (cost - 1) / args.dks_every:.2f}x the FLOPs of the backbone.')
 
-    heads = model.get_classifiers() if args.dks else model.get_classifier()
-    for head in heads if isinstance(heads, (list, tuple)) else [heads]:
-        with torch.no_grad(), naming(f'--head-init-scale, --head-init-bias with --model {args.model}', AttributeError):
-            if args.head_init_scale is not None:
-                head.weight.mul_(args.head_init_scale)
-                head.bias.mul_(args.head_init_scale)
-            if args.head_init_bias is not None:
-                head.bias.fill_(args.head_init_bias)
+    _set_heads(args, model)
     if args.grad_checkpointing:
-        with naming(f'--grad-checkpointing with --model {args.model}', AssertionError, AttributeError):
+        subject = f'--grad-checkpointing with --model {args.model}'
+        if not hasattr(model, 'set_grad_checkpointing'):
+            raise OptionError(f'{subject}: cannot recompute activations; leave the flag out')
+        with naming(subject, AssertionError):  # timm's word for a model that cannot
             model.set_grad_checkpointing(enable=True)
     if args.naflex_loader and not isinstance(model, NaFlexVit):
         raise OptionError(f'--naflex-loader: --model {args.model} does not take patch sequences; use a naflexvit model')
     return model
+
+
+def _set_heads(args, model):
+    """Scale and bias the classifiers as --head-init-scale and --head-init-bias say."""
+    for name in ('head_init_scale', 'head_init_bias'):
+        value = getattr(args, name)
+        if value is None:
+            continue
+        heads = model.get_classifiers() if args.dks else model.get_classifier()
+        for head in heads if isinstance(heads, (list, tuple)) else [heads]:
+            weight, bias = getattr(head, 'weight', None), getattr(head, 'bias', None)
+            if bias is None or weight is None:
+                raise OptionError(f'{flag(name)} {value}: the classifier of --model {args.model} has no '
+                                  'weight and bias of its own; leave the flag out')
+            with torch.no_grad():
+                if name == 'head_init_bias':
+                    bias.fill_(value)
+                else:
+                    weight.mul_(value)
+                    bias.mul_(value)
 
 
 def _subject(args) -> str:
@@ -130,11 +166,13 @@ def place_model(args, model, input_size, device):
 
 def _check_input_size(args, model, input_size):
     """Refuse images that the model does not take, by one that it evaluates."""
+    channels = input_size[0]
     model.eval()
-    for height, width in [input_size[1:], *((size, size) for size in args.train_img_sizes or ())]:
-        size = (input_size[0], height, width)
-        with naming(f'{_subject(args)}: input size {size}', Exception), torch.no_grad():
-            model(torch.zeros(1, *size))
+    with torch.no_grad():
+        for size in [input_size[1:], *((size, size) for size in args.train_img_sizes or ())]:
+            subject = f'{_subject(args)}: input size {(channels, *size)}'
+            with naming_model(subject, args.model):
+                model(torch.zeros(1, channels, *size))
     model.train()
 
 
@@ -189,15 +227,19 @@ def create_task(args, model, device):
 
 
 def _create_distillation_task(args, student, criterion, common):
+    subject = f'--kd-model-name {args.kd_model_name}'
+    with naming_model(subject, args.kd_model_name):
+        teacher = tasks.DistillationTeacher(
+            args.kd_model_name, student.num_classes, student.in_chans, device=common['device'], dtype=common['dtype'])
     common = dict(
         student_model=student,
-        teacher_model=args.kd_model_name,
+        teacher_model=teacher,
         criterion=criterion,
         distill_loss_weight=args.distill_loss_weight,
         task_loss_weight=args.task_loss_weight,
         **common,
     )
-    with naming(f'--kd-model-name {args.kd_model_name}', *UNREADABLE):
+    with naming(subject, ValueError):  # of a student or teacher that the task has no use for
         if args.kd_distill_type == 'feature':
             return tasks.FeatureDistillationTask(
                 student_feature_dim=args.kd_student_feature_dim,
@@ -229,6 +271,14 @@ def _create_dks_loss(args, criterion, num_classifiers):
         direction=args.dks_direction,
         temperature=args.dks_temperature,
     )
+
+
+def create_optimizer(args, module):
+    """Create the optimizer of the module that is trained."""
+    kwargs = optimizer_kwargs(cfg=args)
+    of_any = {k: v for k, v in kwargs.items() if k not in ('momentum', 'eps', 'betas', 'foreach')}
+    with naming(f'--opt {args.opt}', Exception, without=partial(create_optimizer_v2, module, **of_any)):
+        return create_optimizer_v2(module, **kwargs, **args.opt_kwargs)
 
 
 def set_learning_rate(args, batch_size: float) -> None:

@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import __version__
 from .charts import curves_svg
-from .errors import printable, why
+from .errors import InputError, printable, why
 from .models import ARCHITECTURES
 from .options import check_types, create_parser
 from .runs import best_epoch, dataset_name, read_summary, run_settings
@@ -188,25 +188,28 @@ def baseline(settings: Mapping[str, Any], folder: PathLike) -> Dict[str, Any]:
     Raises:
         ValueError: If it is no such run.
     """
+    misfit = f'baseline {str(folder)!r} is no folder of a run, with args.yaml and summary.csv'
     try:
-        defaults = vars(create_parser().parse_args([]))
-        mine = {**defaults, **settings}
-        theirs = yaml.safe_load(Path(folder, 'args.yaml').read_text())
-        theirs = {**defaults, **check_types(str(folder), theirs)}
-        epochs = read_summary(Path(folder, 'summary.csv'))
+        theirs = dict(yaml.safe_load(Path(folder, 'args.yaml').read_text()))
     except Exception as e:  # YAML raises what it likes
-        raise ValueError(
-            f'baseline {str(folder)!r} is no folder of a run, with args.yaml and summary.csv: {why(e)}') from e
+        raise InputError(f'{misfit}: {why(e)}') from e
+    defaults = vars(create_parser().parse_args([]))
+    mine = {**defaults, **settings}
+    try:
+        theirs = {**defaults, **check_types(str(folder), theirs)}
+    except InputError as e:
+        raise InputError(f'{misfit}: {e}') from e
+    epochs = read_summary(Path(folder, 'summary.csv'))
     for name, of in (
             ('model', lambda args: args['model']),
             ('data', dataset_name),
             ('evaluation split', lambda args: args['val_split']),
     ):
         if of(mine) != of(theirs):
-            raise ValueError(f'baseline {str(folder)!r} has {name} {of(theirs)!r}, this run {of(mine)!r}')
+            raise InputError(f'baseline {str(folder)!r} has {name} {of(theirs)!r}, this run {of(mine)!r}')
     best = best_epoch(epochs, theirs['eval_metric'])
     if best is None:
-        raise ValueError(f'baseline {str(folder)!r} has no evaluated epoch in its summary.csv')
+        raise InputError(f'baseline {str(folder)!r} has no evaluated epoch in its summary.csv')
     mine, other = run_settings(mine), run_settings(theirs)
     differ = sorted(k for k in mine.keys() | other.keys() if mine.get(k) != other.get(k) and not k.startswith('dks'))
     return dict(

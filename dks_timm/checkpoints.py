@@ -16,7 +16,7 @@ from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch.utils._pytree import tree_map_only
 
-from .errors import OptionError, why
+from .errors import OptionError, out_of_memory, why
 
 _logger = logging.getLogger(__name__)
 
@@ -81,6 +81,16 @@ def damage(path) -> str:
     return ''
 
 
+def holds_weights(checkpoint) -> bool:
+    """Whether what a checkpoint calls weights, or all of it where it has no names for its parts, is tensors by name."""
+    if not isinstance(checkpoint, dict):
+        return False
+    names = ('state_dict', 'state_dict_ema', 'model', 'model_ema')
+    return all(
+        isinstance(weights, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in weights.items())
+        for weights in [checkpoint[name] for name in names if name in checkpoint] or [checkpoint])
+
+
 def load(path, args, task, optimizer, scaler):
     """Load a checkpoint of ours or timm's.
 
@@ -97,6 +107,12 @@ def load(path, args, task, optimizer, scaler):
     checkpoint = load_checkpoint_metadata(path)
     if not isinstance(checkpoint, dict):
         raise OptionError(f'--resume {path}: holds a {type(checkpoint).__name__}; give a checkpoint of a run')
+    misfit = (
+        f'--resume {path}: holds weights of {checkpoint.get("arch", "another model")} that do not fit '
+        f'--model {args.model} with {args.num_classes} classes; resume with the model it was made by'
+    )
+    if not holds_weights(checkpoint):
+        raise OptionError(misfit)
     seconds = getattr(checkpoint.get('args'), 'train_seconds', 0.)
     saver = checkpoint.get('saver')
     run = saver.get('run') if isinstance(saver, dict) and not args.no_resume_opt else None
@@ -107,11 +123,10 @@ def load(path, args, task, optimizer, scaler):
             optimizer=None if args.no_resume_opt else optimizer,
             loss_scaler=None if args.no_resume_opt else scaler,
         )
-    except (AttributeError, KeyError, RuntimeError, TypeError):
-        raise OptionError(
-            f'--resume {path}: holds weights of {checkpoint.get("arch", "another model")} that do not fit '
-            f'--model {args.model} with {args.num_classes} classes; resume with the model it was made by'
-        ) from None
+    except (KeyError, RuntimeError) as e:
+        if out_of_memory(e):
+            raise
+        raise OptionError(misfit) from None
     except ValueError as e:
         hint = '; --no-resume-opt loads the weights only' if 'parameter group' in str(e) else ''
         raise OptionError(f'--resume {path}: {e}{hint}') from None

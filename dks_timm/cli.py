@@ -5,7 +5,7 @@ import sys
 from typing import Optional, Sequence
 
 from .checks import check_numbers
-from .errors import UNREADABLE, naming, one_line
+from .errors import ExportError, InputError, PushError, flag, naming, one_line
 from .options import Parser, add_branch_flags, add_card_flags, add_hub_flags, add_thrift_flags
 from .timm_flags import ParseKwargs
 
@@ -80,32 +80,36 @@ def _report(args: argparse.Namespace):
 
 
 def _inspect(args: argparse.Namespace):
-    from .build import check_model_name
-    from .inspection import format_inspection, inspect_model
+    from .build import check_model_name, naming_model
+    from .inspection import backbone_without_weights, format_inspection, inspect_model
 
     check_numbers(args)
     check_model_name(args.model)
     given = f' with --model-kwargs {args.model_kwargs}' if args.model_kwargs else ''
-    with naming(f'MODEL {args.model}{given}', *UNREADABLE):
+    subject = f'MODEL {args.model}{given}'
+    of_timm = dict(img_size=args.img_size, num_classes=args.num_classes, in_chans=args.in_chans)
+    for name in of_timm.keys() & args.model_kwargs.keys():
+        raise InputError(f'--model-kwargs {name}={args.model_kwargs[name]}: use {flag(name)}')
+    of_timm.update(args.model_kwargs)
+    with naming_model(subject, args.model):
+        backbone_without_weights(args.model, **of_timm)
+    with naming(subject):
         found = inspect_model(
             args.model,
             stages=args.dks_stages,
             branches=args.dks_branches,
             branch_kwargs=args.dks_branch_kwargs,
             budget=args.dks_budget,
-            img_size=args.img_size,
-            num_classes=args.num_classes,
-            in_chans=args.in_chans,
             batch_fraction=args.dks_batch_fraction,
             every=args.dks_every,
-            **args.model_kwargs,
+            **of_timm,
         )
     print(json.dumps(found, indent=2) if args.json else format_inspection(found))
 
 
 def _export(args: argparse.Namespace):
     from .hub import export_checkpoint
-    from .push import PushError, check_request, finishing_line
+    from .push import check_request, finishing_line
 
     if args.push_to_hub:
         check_request(args.push_to_hub, args.hub_revision)
@@ -123,7 +127,7 @@ def _export(args: argparse.Namespace):
     if args.push_to_hub:
         try:
             _push(args, out_dir)
-        except (PushError, ValueError):
+        except (InputError, PushError):
             line = finishing_line(out_dir, args.push_to_hub, args.hub_private, args.hub_revision, args.overwrite)
             print(f'The model is in {out_dir}. To push it: {line}', file=sys.stderr)
             raise
@@ -146,12 +150,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command.
 
     Returns:
-        Exit code: 0; 2 for bad arguments; 3 where a push did not get through; 1 where the command itself failed.
+        Exit code: 0; 2 for bad input; 3 where a push did not get through; 1 where an exported model was not kept.
     """
     try:
         args = _create_parser().parse_args(argv)
         args.run(args)
-    except (ValueError, RuntimeError, OSError) as e:
+    except (ExportError, InputError, PushError) as e:
         print(f'dks-timm: error: {one_line(e)}', file=sys.stderr)
-        return 2 if isinstance(e, ValueError) else 3 if type(e).__name__ == 'PushError' else 1
+        return 2 if isinstance(e, InputError) else 3 if isinstance(e, PushError) else 1
     return 0

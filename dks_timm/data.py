@@ -1,6 +1,7 @@
 """timm's datasets and loaders, wired as in timm's trainer."""
 import logging
 import warnings
+from functools import partial
 
 import torch
 from timm.data import (
@@ -157,10 +158,13 @@ def create_loaders(args, train, val, data_config, model, device):
     create = _create_naflex_loaders if args.naflex_loader else _create_image_loaders
     if args.data_on_device:
         create = _create_device_loaders
+    if args.aa:
+        of_training = partial(create_transform, data_config['input_size'], is_training=True)
+        with naming(f'--aa {args.aa}', Exception, without=of_training):
+            of_training(auto_augment=args.aa)
     patch_size = model.get_patch_size() if hasattr(model, 'get_patch_size') else (16, 16)
-    with naming('data loader', AssertionError, RuntimeError, TypeError):
-        loader_train, loader_eval, mixup_fn = create(
-            args, train, val, data_config, {**common, **augmentation}, {**common, **evaluation}, patch_size)
+    loader_train, loader_eval, mixup_fn = create(
+        args, train, val, data_config, {**common, **augmentation}, {**common, **evaluation}, patch_size)
     if not len(loader_train):
         raise OptionError(f'--batch-size {args.batch_size}: the training split does not fill one batch')
     for dataset in (train, val):

@@ -69,11 +69,9 @@ class Trainer:
             if resume:
                 load_task_ema_checkpoint(task, resume)
         if args.torchcompile:
-            mode = f' --torchcompile-mode {args.torchcompile_mode}' if args.torchcompile_mode else ''
-            with naming(f'--torchcompile {args.torchcompile}{mode}', RuntimeError):
-                task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
-                if task.has_ema():
-                    task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
+            task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+            if task.has_ema():
+                task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
         self.without_ema = {}  # evaluations by epoch, where the average's are the ones that count
         self.eval_model = task.get_eval_model()
         processes.share(facts={
@@ -90,7 +88,7 @@ class Trainer:
 
         batches = len(self.loader_train)
         self.updates_per_epoch = -(-batches // args.grad_accum_steps)
-        with naming(f'--sched {args.sched}', AssertionError):
+        with naming(f'--sched {args.sched}', AssertionError, ValueError):  # timm's checks of its arguments
             self.scheduler, self.num_epochs = create_scheduler_v2(
                 self.optimizer,
                 **scheduler_kwargs(args, decreasing_metric=self.eval_metric == 'loss'),

@@ -1,4 +1,4 @@
-"""What is wrong with a given input, as one line that names the flag, the value and what would do.
+"""Bad input: recognised where it is checked, and answered with one line. Every other error keeps its traceback.
 
 Nothing here imports torch or timm at module level: a mistyped flag is answered at once.
 """
@@ -11,6 +11,7 @@ import pickle
 import reprlib
 import struct
 import sys
+import traceback
 
 from safetensors import SafetensorError
 
@@ -42,11 +43,23 @@ def why(error: Exception, most: int = 400) -> str:
     return text
 
 
-class OptionError(ValueError):
+class InputError(ValueError):
+    """A bad argument of a function of this package. The message begins with its name."""
+
+
+class OptionError(InputError):
     """A bad invocation. The message names the flag, the value given and what would do, in one line."""
 
     def __init__(self, message):
         super().__init__(one_line(message))
+
+
+class ExportError(RuntimeError):
+    """A written model is not what it should be, and was not kept."""
+
+
+class PushError(RuntimeError):
+    """The Hub could not be reached, or did not take the files. Nothing is lost: the same push may work later."""
 
 
 class SharedError(OptionError):
@@ -97,22 +110,57 @@ _ARGUMENTS = dict(
 )
 
 
-@contextlib.contextmanager
-def naming(subject: str, *more_errors):
-    """Let a library's complaint about bad input leave as an OptionError that names the flag and value at fault.
+def works(function) -> bool:
+    """Whether a function raises nothing."""
+    try:
+        function()
+    except Exception:
+        return False
+    return True
 
-    A complaint of this package begins with the argument it is about: that one's flag is named instead.
+
+@contextlib.contextmanager
+def naming(subject: str, *errors, without=None):
+    """Let bad input leave as an OptionError that names its flag and value.
+
+    An InputError begins with the argument that it is about: that one's flag is named in place of the subject.
+
+    Args:
+        subject: Flag and value.
+        *errors: What a library raises where they are at fault. Running out of memory is never the input's fault.
+        without: Does the same without the value. Where that fails as well, the error is none of the value's.
     """
     try:
         yield
     except OptionError:
         raise
-    except (ValueError, *more_errors) as e:
-        text = why(e)
-        argument, _, rest = text.partition(' ')
-        if argument in _ARGUMENTS:
-            raise OptionError(f'{_ARGUMENTS[argument]} {rest}') from e
-        raise OptionError(f'{subject}: {text}') from e
+    except InputError as e:
+        argument, _, rest = why(e).partition(' ')
+        raise OptionError(f'{_ARGUMENTS[argument]} {rest}' if argument in _ARGUMENTS else f'{subject}: {e}') from e
+    except errors as e:
+        if out_of_memory(e) or without and not works(without):
+            raise
+        raise OptionError(f'{subject}: {why(e)}') from e
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether there was not enough memory, of the machine or of its device."""
+    import torch
+    from accelerate.utils.memory import should_reduce_batch_size
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or should_reduce_batch_size(error)
+
+
+@contextlib.contextmanager
+def exit_out_of_memory():
+    """Where memory runs out, end with exit code 1, the traceback, and the flags that need less of it."""
+    try:
+        yield
+    except Exception as e:
+        if not out_of_memory(e):
+            raise
+        traceback.print_exc()
+        sys.exit('train.py: out of memory; give a smaller --batch-size (--validation-batch-size where it evaluates), '
+                 'smaller images (--img-size), --grad-checkpointing, or a smaller --model')
 
 
 def erase_bar() -> str:
@@ -140,7 +188,7 @@ def _share(refusal: str) -> None:
 
 @contextlib.contextmanager
 def exit_on_bad_input():
-    """End with exit code 2 and one line where the input is at fault; on every node, one process says it.
+    """End with exit code 2 and one line where bad input was recognised; on every node, one process says it.
 
     Log lines and warnings wait until all is known to be well, so that a refusal is all there is to read.
     """
@@ -153,12 +201,12 @@ def exit_on_bad_input():
             yield
         except SharedError:
             raise
-        except ValueError as e:
+        except InputError as e:
             _share(str(e))
             raise
         else:
             _share('')
-    except ValueError as e:
+    except InputError as e:
         waiting.buffer.clear()
         if int(os.environ.get('LOCAL_RANK', 0)) == 0:
             print(f'train.py: error: {one_line(e)}', file=sys.stderr)

@@ -22,9 +22,10 @@ from timm.data.loader import adapt_to_chs
 from timm.models import get_model_input_config, load_checkpoint, save_for_hf
 from timm.utils import load_checkpoint_metadata, unwrap_model
 
-from .build import create_model
+from .build import check_model_name, create_model
 from .card import FACTS, METADATA, baseline, describe_run, write_card
-from .errors import UNREADABLE, naming, why
+from .checkpoints import holds_weights
+from .errors import UNREADABLE, ExportError, InputError, naming, why
 from .model import DKSModel, create_dks_model, prune
 from .models import ARCHITECTURES
 from .options import check_types, create_parser
@@ -83,13 +84,13 @@ def check_export_dir(out_dir: PathLike, overwrite: bool = False) -> Path:
     out_dir = Path(out_dir)
     existing = next(p for p in (out_dir, *out_dir.absolute().parents) if p.exists())
     if not existing.is_dir():
-        raise ValueError(f'out_dir is {str(out_dir)!r}, but {str(existing)!r} is a file; choose another folder')
+        raise InputError(f'out_dir is {str(out_dir)!r}, but {str(existing)!r} is a file; choose another folder')
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f'out_dir is {str(out_dir)!r}, which is not writable; choose another folder')
+        raise InputError(f'out_dir is {str(out_dir)!r}, which is not writable; choose another folder')
     if out_dir.is_dir() and not overwrite:
         found = [p.name for p in sorted(out_dir.iterdir()) if p.name in FILES or p.suffix in ('.safetensors', '.bin')]
         if found:
-            raise ValueError(
+            raise InputError(
                 f'out_dir {str(out_dir)!r} already holds {", ".join(found)}; choose another folder or set overwrite')
     return out_dir
 
@@ -146,16 +147,19 @@ def export(
     unknown = sorted(set(card) - {*METADATA, *FACTS})
     if unknown:
         accepted = ', '.join(sorted((*METADATA, *FACTS)))
-        raise ValueError(f'card has {", ".join(map(str, unknown))}; it takes {accepted}')
+        raise InputError(f'card has {", ".join(map(str, unknown))}; it takes {accepted}')
     if label_names is not None and len(label_names) > model.num_classes:
-        raise ValueError(f'label_names has {len(label_names)} names; the model has {model.num_classes} classes')
+        raise InputError(f'label_names has {len(label_names)} names; the model has {model.num_classes} classes')
     if isinstance(net, DKSModel):
         card = {'dks': True, 'branches': net.describe(), **card}
     elif keep_branches:
-        raise ValueError(f'keep_branches needs a network with branches, not a {type(net).__name__}')
+        raise InputError(f'keep_branches needs a network with branches, not a {type(net).__name__}')
 
     created = not out_dir.exists()
-    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f'out_dir is {str(out_dir)!r}, which cannot be made: {e.strerror}; choose another') from e
     try:
         # Inside the folder, because that is the file system where the files have to end up.
         with tempfile.TemporaryDirectory(prefix='.export-', dir=out_dir) as work_dir:
@@ -207,18 +211,21 @@ def export_checkpoint(
     """
     check_export_dir(out_dir, overwrite)
     if not Path(checkpoint).is_file():
-        raise ValueError(f'checkpoint is {str(checkpoint)!r}, but there is no such file')
+        raise InputError(f'checkpoint is {str(checkpoint)!r}, but there is no such file')
     try:
         state = load_checkpoint_metadata(str(checkpoint))
     except UNREADABLE as e:
-        raise ValueError(f'checkpoint {str(checkpoint)!r} cannot be read: {why(e)}') from e
+        raise InputError(f'checkpoint {str(checkpoint)!r} cannot be read: {why(e)}') from e
     if not isinstance(state, dict) or not isinstance(state.get('args'), argparse.Namespace):
-        raise ValueError(f'checkpoint {str(checkpoint)!r} does not say how its model was made; give one of a run')
+        raise InputError(f'checkpoint {str(checkpoint)!r} does not say how its model was made; give one of a run')
     subject = f'checkpoint {str(checkpoint)!r}'
     args = {**vars(create_parser().parse_args([])), **check_types(subject, vars(state['args']))}
+    if not holds_weights(state):
+        raise InputError(f'{subject} holds no weights by name; give one of a run')
     no_weights = {'pretrained': False, 'pretrained_path': None, 'initial_checkpoint': ''}
+    check_model_name(args['model'], f'{subject}: model')
     net = create_model(argparse.Namespace(**{**args, **no_weights}))
-    with naming(subject, *UNREADABLE):
+    with naming(subject, RuntimeError):  # torch's word for weights of another model
         load_checkpoint(prune(net), str(checkpoint), use_ema=use_ema, filter_fn=_without_aux_bn)
         if keep_branches and isinstance(net, DKSModel):
             load_checkpoint_branches(net, str(checkpoint), use_ema)
@@ -301,8 +308,8 @@ def publish(args: argparse.Namespace, trainer: Any, model: nn.Module, data_confi
         data_config: The run's preprocessing.
 
     Raises:
-        SystemExit: With code 3, after a word on what is left to do, if something went wrong. The checkpoints are there
-            all the same, and the exported folder if it was the push.
+        SystemExit: With code 3, after a word on what is left to do, if the model or the Hub did not take it. The
+            checkpoints are there all the same, and the exported folder if it was the push.
     """
     run_dir, saver = trainer.output_dir, trainer.saver
     out_dir = args.export_dir or os.path.join(run_dir, 'export')
@@ -390,7 +397,10 @@ def _say_which_weights(is_ema: bool, top1: Optional[float], others: Optional[flo
 
 
 def _fail(subject: str, error: Exception, where: str, command: str):
+    """Say what is left to do, and end; where the program is at fault, by its error."""
     print(f'train.py: error: {subject}: {why(error)}\n{where}\n    {command}', file=sys.stderr)
+    if not isinstance(error, (ExportError, InputError, OSError, PushError)):
+        raise error
     raise SystemExit(3)
 
 
@@ -473,12 +483,12 @@ def _verify(net_or_model: nn.Module, model_dir: Path):
     )
     if loader.returncode:
         reason = loader.stderr.strip().rpartition('\n')[-1]
-        raise RuntimeError(f'The exported model was not kept, because timm cannot load it: {reason}')
+        raise ExportError(f'The exported model was not kept, because timm cannot load it: {reason}')
     found = load_file(logits_file)
     loaded = found['timm']
     if loaded.shape != expected.shape or not torch.allclose(loaded, expected, rtol=0, atol=0, equal_nan=True):
         difference = (loaded - expected).abs().max().item() if loaded.shape == expected.shape else float('nan')
-        raise RuntimeError(
+        raise ExportError(
             'The exported model was not kept, because timm loads it with other logits than it was exported with '
             f'(largest difference {difference:.3g}). If it was changed after it was made, '
             'give the arguments that timm.create_model makes it with as model_args.'
@@ -491,4 +501,4 @@ def _verify(net_or_model: nn.Module, model_dir: Path):
         with torch.random.fork_rng(devices=[]):
             _, *loaded = _logits(create_dks_model(f'local-dir:{model_dir}', pretrained=True), x)
         if not all(torch.equal(a, b) for a, b in zip(loaded, of_branches, strict=True)):
-            raise RuntimeError('The exported model was not kept, because its branches load with other logits')
+            raise ExportError('The exported model was not kept, because its branches load with other logits')

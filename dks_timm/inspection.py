@@ -16,6 +16,13 @@ from .stages import resolve_stages
 __all__ = ['format_inspection', 'inspect_model', 'training_cost']
 
 
+def backbone_without_weights(model_name: str, img_size: Optional[int] = None, **timm_kwargs: Any) -> nn.Module:
+    """The plain model on the meta device, as :func:`inspect_model` looks at it."""
+    size = dict(img_size=img_size) if img_size else {}
+    with torch.device('meta'):
+        return timm.create_model(**resolve_model_input_args(model_name, size, **timm_kwargs))
+
+
 def inspect_model(
         model_name: str,
         stages: Optional[Sequence[int]] = None,
@@ -44,10 +51,7 @@ def inspect_model(
         ValueError: See :meth:`dks_timm.DKSModel.from_timm`.
     """
     check_batch_fraction(batch_fraction)
-    size = dict(img_size=img_size) if img_size else {}
-    resolved = resolve_model_input_args(model_name, size, **timm_kwargs)
-    with torch.device('meta'):
-        backbone = timm.create_model(**resolved)
+    backbone = backbone_without_weights(model_name, img_size, **timm_kwargs)
     supervised = resolve_stages(backbone, stages)
     builder = BranchBuilder(backbone, timm_kwargs, img_size)
     with torch.device(builder.device):

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 from . import published
 from .attach import BranchBuilder
 from .branches import Branch
+from .errors import InputError
 from .stages import list_stages, resolve_stages
 
 __all__ = ['DKSModel', 'create_dks_model', 'prune']
@@ -230,7 +231,7 @@ class DKSModel(nn.Module):
             ValueError: The model is in training mode.
         """
         if self.training:
-            raise ValueError('early_exit needs the model in evaluation mode; call eval() first.')
+            raise InputError('early_exit needs the model in evaluation mode; call eval() first.')
         exits = torch.zeros(len(x), dtype=torch.long, device=x.device)
         early = None  # logits of those that have left
 
@@ -262,7 +263,7 @@ class DKSModel(nn.Module):
 
         def first(tensor: torch.Tensor) -> torch.Tensor:
             if tensor.shape[:1] != (batch_size,):
-                raise ValueError(
+                raise InputError(
                     f'batch_fraction {self.batch_fraction}: features of this model have shape {tuple(tensor.shape)}, '
                     f'in which {batch_size} images do not come first; use 1')
             return tensor[:count]
@@ -392,7 +393,7 @@ class DKSModel(nn.Module):
 
 def check_batch_fraction(batch_fraction: float) -> None:
     if not 0 < batch_fraction <= 1:
-        raise ValueError(f'batch_fraction is {batch_fraction}; it must be above 0 and at most 1.')
+        raise InputError(f'batch_fraction is {batch_fraction}; it must be above 0 and at most 1.')
 
 
 def split_branch_kwargs(branch_kwargs: Dict[str, Any], stages: Sequence[int]) -> Dict[int, Dict[str, Any]]:
@@ -405,7 +406,7 @@ def split_branch_kwargs(branch_kwargs: Dict[str, Any], stages: Sequence[int]) ->
         elif prefix.isdigit() and int(prefix) in found:
             found[int(prefix)][name] = value
         else:
-            raise ValueError(
+            raise InputError(
                 f"branch_kwargs has '{key}', but the supervised stages are {', '.join(map(str, stages))}; "
                 f"write '{stages[0]}.{name}' for stage {stages[0]} alone, or '{name}' for all.")
     return found
@@ -446,6 +447,15 @@ def create_dks_model(
         ValueError: See :meth:`DKSModel.from_timm`.
     """
     backbone = timm.create_model(model_name, pretrained=pretrained, **timm_kwargs)
+    return add_branches(
+        backbone, model_name, pretrained, stages, branches, branch_kwargs, budget, image_size, batch_fraction,
+        timm_kwargs)
+
+
+def add_branches(
+        backbone, model_name, pretrained, stages, branches, branch_kwargs, budget, image_size, batch_fraction,
+        timm_kwargs) -> DKSModel:
+    """The rest of :func:`create_dks_model`, for a backbone that timm has made of its arguments."""
     layout = None
     if stages is None and branches == 'auto' and not branch_kwargs and budget is None:
         layout = published.read_layout(model_name, timm_kwargs.get('cache_dir'))

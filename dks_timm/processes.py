@@ -28,7 +28,7 @@ def create_accelerator(args, given) -> Accelerator:
     engine = sharding.requested()
     sharding.check(engine, args)
     for module in args.device_modules or ():
-        with naming(f'--device-modules {module}', Exception):
+        with naming(f'--device-modules {module}', ImportError):
             importlib.import_module(module)
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -60,20 +60,21 @@ def create_accelerator(args, given) -> Accelerator:
             flag = f'--log-with {tracker}' if tracker in args.log_with else '--log-wandb'
             raise OptionError(f'{flag}: {tracker} is not installed; pip install {tracker}')
 
-    accelerator = Accelerator(
-        **sharding.accelerator_kwargs(engine, args, precision),
-        cpu=on_cpu,
-        log_with=trackers or None,
-        project_dir=args.output or './output/train',
-        # Groups of batches are divided here, as timm does, and not by Accelerate.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        # The launcher's has become --torchcompile.
-        dynamo_plugin=TorchDynamoPlugin(backend='no'),
-        kwargs_handlers=[DistributedDataParallelKwargs(
-            broadcast_buffers=not args.no_ddp_bb,
-            find_unused_parameters=args.dks and args.dks_every > 1,
-        )],
-    )
+    with naming('accelerate launch', ValueError):  # of a precision or backend that is not to be had
+        accelerator = Accelerator(
+            **sharding.accelerator_kwargs(engine, args, precision),
+            cpu=on_cpu,
+            log_with=trackers or None,
+            project_dir=args.output or './output/train',
+            # Groups of batches are divided here, as timm does, and not by Accelerate.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            # The launcher's has become --torchcompile.
+            dynamo_plugin=TorchDynamoPlugin(backend='no'),
+            kwargs_handlers=[DistributedDataParallelKwargs(
+                broadcast_buffers=not args.no_ddp_bb,
+                find_unused_parameters=args.dks and args.dks_every > 1,
+            )],
+        )
     sharding.confirm(engine, accelerator)
     if accelerator.device.type == 'cpu' and accelerator.mixed_precision == 'fp16':
         raise OptionError('--amp-dtype float16: not on a CPU; use --amp-dtype bfloat16')

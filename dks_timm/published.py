@@ -11,10 +11,13 @@ import torch
 import torch.nn as nn
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models import parse_model_name
 from timm.models._hub import hf_split
 from timm.utils import load_checkpoint_metadata
+
+from .errors import InputError, why
 
 __all__ = [
     'BRANCH_CONFIG', 'BRANCH_WEIGHTS', 'load_branches', 'load_checkpoint_branches', 'plain_tensors', 'read_layout',
@@ -47,11 +50,11 @@ def save_branches(net: nn.Module, folder: Path) -> None:
         ValueError: If the network does not know how its branches were made, or JSON cannot hold it.
     """
     if not net.layout:
-        raise ValueError('keep_branches needs a network made by create_dks_model or DKSModel.from_timm')
+        raise InputError('keep_branches needs a network made by create_dks_model or DKSModel.from_timm')
     try:
         config = json.dumps(net.layout, indent=2)
     except TypeError as e:
-        raise ValueError(f'keep_branches cannot write branch_kwargs {net.layout["branch_kwargs"]}: {e}') from e
+        raise InputError(f'keep_branches cannot write branch_kwargs {net.layout["branch_kwargs"]}: {e}') from e
     save_file(plain_tensors(net.branches.state_dict()), folder / BRANCH_WEIGHTS)
     (folder / BRANCH_CONFIG).write_text(config)
 
@@ -89,9 +92,9 @@ def read_layout(model_name: str, cache_dir: Optional[str] = None) -> Optional[Di
         layout = {key: config[key] for key in _LAYOUT}
         foreign = _SOURCES & {key.rpartition('.')[2] for key in layout['branch_kwargs']}
     except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise ValueError(f'{BRANCH_CONFIG} of {model_name} is not one of a published network: {e!r}') from e
+        raise InputError(f'{BRANCH_CONFIG} of {model_name} is not one of a published network: {e!r}') from e
     if foreign:
-        raise ValueError(f'{BRANCH_CONFIG} of {model_name} has branch_kwargs that are not accepted: {sorted(foreign)}')
+        raise InputError(f'{BRANCH_CONFIG} of {model_name} has branch_kwargs that are not accepted: {sorted(foreign)}')
     return layout
 
 
@@ -101,15 +104,18 @@ def load_branches(net: nn.Module, model_name: str, cache_dir: Optional[str] = No
     A tensor of another shape stays as it is, freshly initialised: above all a classifier for other classes.
 
     Raises:
-        ValueError: If they are the weights of other branches.
+        ValueError: If they cannot be read, or are the weights of other branches.
     """
     path = _find(model_name, BRANCH_WEIGHTS, cache_dir)
     if path is None:
-        raise ValueError(f'{model_name} has {BRANCH_CONFIG}, but no {BRANCH_WEIGHTS}')
-    own, given = net.branches.state_dict(), load_file(path)
+        raise InputError(f'{model_name} has {BRANCH_CONFIG}, but no {BRANCH_WEIGHTS}')
+    try:
+        own, given = net.branches.state_dict(), load_file(path)
+    except SafetensorError as e:
+        raise InputError(f'{BRANCH_WEIGHTS} of {model_name} cannot be read: {why(e)}') from e
     if own.keys() != given.keys():
         differ = sorted(own.keys() ^ given.keys())
-        raise ValueError(f'{BRANCH_WEIGHTS} of {model_name} holds other branches than {BRANCH_CONFIG}: {differ[:3]}')
+        raise InputError(f'{BRANCH_WEIGHTS} of {model_name} holds other branches than {BRANCH_CONFIG}: {differ[:3]}')
     fresh = [name for name in own if own[name].shape != given[name].shape]
     if fresh:
         _logger.info(f'{model_name} was trained with other shapes; in its branches start fresh: {", ".join(fresh)}.')
@@ -123,8 +129,9 @@ def load_checkpoint_branches(net: nn.Module, path: str, use_ema: bool = True) ->
         ValueError: If it holds no branches, or others.
     """
     checkpoint = load_checkpoint_metadata(path)
-    state = checkpoint['task_state_ema' if use_ema and 'task_state_ema' in checkpoint else 'task_state']
-    own, given = net.branches.state_dict(), state['branches']
+    state = checkpoint.get('task_state_ema') if use_ema else None
+    state = state or checkpoint.get('task_state') or {}
+    own, given = net.branches.state_dict(), state.get('branches', {})
     if {k for k in own.keys() ^ given.keys() if '.aux_bn.' not in k}:
-        raise ValueError(f'checkpoint {path!r} holds other branches than its run would make now')
+        raise InputError(f'checkpoint {path!r} holds other branches than its run would make now')
     net.branches.load_state_dict({name: given.get(name, tensor) for name, tensor in own.items()})

@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .errors import why
+from .errors import InputError, PushError, why
 
 __all__ = [
     'FILES', 'BackgroundPush', 'PushError', 'check_repository', 'check_request', 'finishing_line', 'push_folder',
@@ -42,10 +42,6 @@ _COMMAND = 'import sys; sys.path.append(sys.argv.pop(1)); from dks_timm.cli impo
 FILES = ('model.safetensors', 'branches.safetensors', 'dks_config.json', 'curves.svg', 'README.md', 'config.json')
 
 
-class PushError(RuntimeError):
-    """The Hub could not be reached, or did not take the files. Nothing is lost: the same push may work later."""
-
-
 def check_request(repo_id: str, revision: Optional[str] = None) -> None:
     """Check what can be checked without the Hub.
 
@@ -58,11 +54,11 @@ def check_request(repo_id: str, revision: Optional[str] = None) -> None:
     except HFValidationError:
         good = False
     if not good:
-        raise ValueError(f'repo_id {repo_id!r} is not the name of a repository; give owner/name')
+        raise InputError(f'repo_id {repo_id!r} is not the name of a repository; give owner/name')
     if revision is not None and not re.fullmatch(r'(tag:)?[\w.][\w./-]*', revision):
-        raise ValueError(f'revision {revision!r} is not a name; give a branch, or tag:NAME')
+        raise InputError(f'revision {revision!r} is not a name; give a branch, or tag:NAME')
     if not get_token():
-        raise ValueError(f'repo_id {repo_id!r} needs a login: run `hf auth login`, or set HF_TOKEN')
+        raise InputError(f'repo_id {repo_id!r} needs a login: run `hf auth login`, or set HF_TOKEN')
 
 
 def check_repository(
@@ -122,22 +118,25 @@ def push_folder(
     folder = Path(folder)
     missing = [name for name in ('config.json', 'model.safetensors', 'README.md') if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f'folder {str(folder)!r} is not an exported model: it has no {", ".join(missing)}')
+        raise InputError(f'folder {str(folder)!r} is not an exported model: it has no {", ".join(missing)}')
     check_request(repo_id, revision)
     size = sum((folder / name).stat().st_size for name in FILES if (folder / name).is_file())
     if timeout is None:
         timeout = 300 + size / 5e5
     branch, tag = parse_revision(revision)
     try:
-        readme, message = _card_for(folder, repo_id, tag or branch), _commit_message(folder)
-    except Exception as e:
-        raise ValueError(f'folder {str(folder)!r} is not an exported model: {why(e)}') from e
+        config, card = json.loads((folder / 'config.json').read_text()), ModelCard.load(folder / 'README.md')
+        classes = f'{config["architecture"]} with {config["num_classes"]} classes'
+    except Exception as e:  # YAML raises what it likes
+        raise InputError(f'folder {str(folder)!r} is not an exported model: {why(e)}') from e
+    results = card.data.eval_results or []
+    measured = [f'{r.metric_name} {r.metric_value:.2f} on {r.dataset_name} ({r.dataset_split})' for r in results[:1]]
     pushed = _ask(
         'push', timeout,
         repo_id=repo_id,
         folder=str(folder.absolute()),
-        readme=readme,
-        message=message,
+        readme=_pushed_card(card, config['architecture'], repo_id, tag or branch),
+        message=': '.join([classes, *measured]),
         private=private,
         revision=revision,
         overwrite=overwrite,
@@ -258,16 +257,14 @@ def parse_revision(revision: Optional[str]) -> Tuple[Optional[str], Optional[str
     return (None if name in ('', 'main') else name), None
 
 
-def _card_for(folder: Path, repo_id: str, revision: Optional[str]) -> str:
-    """The folder's card with the model's place on the Hub, where it says how to load it, and its name there.
+def _pushed_card(card: ModelCard, architecture: str, repo_id: str, revision: Optional[str]) -> str:
+    """A card with the model's place on the Hub, where it says how to load it, and its name there.
 
     A name that someone chose stays.
     """
     from .card import local_name  # brings torch along, for which the process that talks to the Hub would wait
     source = f'hf-hub:{repo_id}' + (f'@{revision}' if revision else '')
     pipeline = f"model='{repo_id}'" + (f", revision='{revision}'" if revision else '')
-    card = ModelCard.load(folder / 'README.md')
-    architecture = json.loads((folder / 'config.json').read_text())['architecture']
     given, name = local_name(architecture, card.data.eval_results, card.data.datasets), repo_id.rpartition('/')[2]
     if card.data.model_name == given:
         card.data.model_name = name
@@ -278,13 +275,6 @@ def _card_for(folder: Path, repo_id: str, revision: Optional[str]) -> str:
         re.sub(r"(?<='image-classification', )model='[^'\n]+'(, revision='[^'\n]+')?", lambda match: pipeline,
                re.sub(r"(?:local-dir|hf-hub):[^'\n]+?(?='| --pretrained)", lambda match: source, text))
         for text in sections)
-
-
-def _commit_message(folder: Path) -> str:
-    config = json.loads((folder / 'config.json').read_text())
-    results = ModelCard.load(folder / 'README.md').data.eval_results or []
-    measured = [f'{r.metric_name} {r.metric_value:.2f} on {r.dataset_name} ({r.dataset_split})' for r in results[:1]]
-    return ': '.join([f'{config["architecture"]} with {config["num_classes"]} classes', *measured])
 
 
 def _ask(action: str, timeout: float, quiet: bool = False, **request: Any) -> Any:
@@ -306,7 +296,7 @@ def _ask(action: str, timeout: float, quiet: bool = False, **request: Any) -> An
     answers = [json.loads(line) for line in out.rpartition('\n')[0].splitlines() if line.startswith('{')]
     answer = answers[-1] if answers else {}
     if 'refused' in answer:
-        raise ValueError(answer['refused'])
+        raise InputError(answer['refused'])
     if 'failed' in answer:
         raise PushError(answer['failed'])
     if 'result' not in answer:

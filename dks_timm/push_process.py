@@ -6,6 +6,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, Optional
@@ -57,6 +58,8 @@ def serve() -> None:
             report(refused=f'repo_id {repo_id!r}: the token may not write there; use one with write access to it, '
                            'or another repository')
         else:
+            if isinstance(e, (AttributeError, NameError, TypeError)):
+                traceback.print_exc()  # an error of the program
             report(failed=_reason(e))
     os._exit(0)  # whatever threads of the client still wait for
 

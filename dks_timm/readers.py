@@ -8,6 +8,7 @@ import numbers
 import os
 import re
 import sys
+import tarfile
 from contextlib import suppress
 
 import numpy as np
@@ -261,7 +262,7 @@ def create(args, prefix: str, is_training: bool, **kwargs):
     class_map = _load_class_map(args, '' if name else root) if args.class_map else None
     split_flag = f'--{prefix}-split {split}'
     subject = f'--dataset {args.dataset}, {split_flag}' if args.dataset else f'--data-dir {args.data_dir}, {split_flag}'
-    with naming(subject, Exception):  # readers, and the packages behind them, raise whatever they like
+    with naming(subject, *_complaints(name)):
         try:
             if not name:
                 dataset = ImageDataset('', reader=_create_folder_reader(args, root, class_map))
@@ -377,6 +378,15 @@ def _load_class_map(args, root: str) -> ClassMap:
     if not class_map:
         raise OptionError(f'--class-map {path}: is empty; {wanted}')
     return class_map
+
+
+def _complaints(name: str):
+    """What readers raise, and the packages behind them, where data is not there or other than the flags say."""
+    found = (AssertionError, LookupError, OSError, RuntimeError, ValueError, tarfile.TarError)
+    if name in ('hfds', 'hfids'):
+        from datasets.exceptions import DatasetsError
+        found += (DatasetsError,)
+    return found
 
 
 def _check_class_map(args, missing):

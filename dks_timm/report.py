@@ -10,6 +10,7 @@ from jinja2 import Environment
 
 from . import __version__
 from .charts import STYLE, Line, chart, clean, color, number, picture
+from .errors import InputError, naming
 from .runs import Group, Run, dataset_name, differing, group_runs, read_run
 from .sections import describe, duration, percent, top1_of
 
@@ -32,7 +33,7 @@ def write_report(folders: Sequence[PathLike], out_dir: Optional[PathLike] = None
         The page.
 
     Raises:
-        ValueError: A folder is that of no run, or ``out_dir`` holds another page.
+        ValueError: A folder is that of no run, or ``out_dir`` holds another page or cannot be written to.
     """
     runs = [read_run(folder) for folder in {Path(folder).resolve(): folder for folder in folders}.values()]
     names = [run.name for run in runs]
@@ -42,18 +43,19 @@ def write_report(folders: Sequence[PathLike], out_dir: Optional[PathLike] = None
     out_dir = Path(out_dir or (runs[0].folder / 'report' if len(runs) == 1 else 'report'))
     page = out_dir / _PAGE
     if out_dir.exists() and not out_dir.is_dir():
-        raise ValueError(f'--output {out_dir}: is a file; give a folder')
+        raise InputError(f'--output {out_dir}: is a file; give a folder')
     earlier = page.read_text(encoding='utf-8', errors='replace') if page.exists() else ''
     if earlier and '<meta name="generator" content="dks_timm' not in earlier:
-        raise ValueError(f'--output {out_dir}: holds an {_PAGE} that is no report; give another folder')
+        raise InputError(f'--output {out_dir}: holds an {_PAGE} that is no report; give another folder')
 
     text, pictures = _render(runs)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for old in re.findall(r'href="([\w.-]+\.svg)"', earlier):  # of other runs, perhaps
-        (out_dir / old).unlink(missing_ok=True)
-    for name, svg in pictures.items():
-        (out_dir / f'{name}.svg').write_text(svg, encoding='utf-8')
-    page.write_text(text, encoding='utf-8')
+    with naming(f'--output {out_dir}', OSError):
+        out_dir.mkdir(parents=True, exist_ok=True)
+        for old in re.findall(r'href="([\w.-]+\.svg)"', earlier):  # of other runs, perhaps
+            (out_dir / old).unlink(missing_ok=True)
+        for name, svg in pictures.items():
+            (out_dir / f'{name}.svg').write_text(svg, encoding='utf-8')
+        page.write_text(text, encoding='utf-8')
     return page
 
 

@@ -8,7 +8,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import yaml
 
-from .errors import UNREADABLE, OptionError
+from .errors import UNREADABLE, InputError, OptionError
 from .options import check_types, create_parser
 
 __all__ = ['Group', 'Run', 'best_epoch', 'dataset_name', 'group_runs', 'read_run', 'read_summary', 'run_settings']
@@ -147,14 +147,14 @@ def read_run(folder: PathLike) -> Run:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f'RUN {folder}: {"not a folder" if folder.exists() else "no such folder"}; give the folder of '
+        raise InputError(f'RUN {folder}: {"not a folder" if folder.exists() else "no such folder"}; give the folder of '
                          'a run, the one with its args.yaml')
     checkpoints = sorted(folder.glob('*.pth.tar'))
     if not checkpoints and not any((folder / name).is_file() for name in ('args.yaml', 'summary.csv')):
         inside = sorted(p.parent.name for p in folder.glob('*/args.yaml'))
         hint = f'it holds the runs {", ".join(inside[:5])}{", ..." * (len(inside) > 5)}; give those' if inside else (
             'give the folder of a run, the one with its args.yaml')
-        raise ValueError(f'RUN {folder}: has no args.yaml, summary.csv or checkpoint; {hint}')
+        raise InputError(f'RUN {folder}: has no args.yaml, summary.csv or checkpoint; {hint}')
     epochs, notes = _read_epochs(folder / 'summary.csv')
     noted = _read_checkpoints(folder, notes)
     settings = _read_settings(folder / 'args.yaml', notes)

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_m
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
-from .errors import OptionError, flag
+from .errors import OptionError, flag, naming
 
 FSDP2 = 'FSDP2'
 DEEPSPEED = 'DeepSpeed'
@@ -221,6 +221,9 @@ class Shards:
             torch.distributed.broadcast(tensor.data, 0)
         resumed = optimizer.state_dict()
         self.groups: List[List[nn.Parameter]] = [group['params'] for group in optimizer.param_groups]
+        if engine == FSDP2:
+            with naming('accelerate config', ValueError):  # names a class of blocks that the model does not have
+                accelerator.state.fsdp_plugin.set_auto_wrap_policy(module)
         task.trainable_module, self.optimizer = accelerator.prepare(module, optimizer)
         if engine == DEEPSPEED and precision(accelerator) == 'bf16':
             if not getattr(task.trainable_module, 'torch_autocast_enabled', bool)():

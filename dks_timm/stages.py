@@ -8,6 +8,8 @@ from typing import List, Optional, Sequence, Tuple
 
 import torch.nn as nn
 
+from .errors import InputError
+
 __all__ = ['Stage', 'list_stages', 'resolve_stages']
 
 
@@ -38,7 +40,7 @@ def list_stages(model: nn.Module) -> List[Stage]:
     """
     feature_info = getattr(model, 'feature_info', None)
     if not feature_info:
-        raise ValueError(f'{type(model).__name__} has no feature_info, so its stages are unknown; use a timm model.')
+        raise InputError(f'{type(model).__name__} has no feature_info, so its stages are unknown; use a timm model.')
     entries = getattr(feature_info, 'info', feature_info)
     return [Stage(i, str(e['module']), e['num_chs'], e['reduction']) for i, e in enumerate(entries)]
 
@@ -68,20 +70,20 @@ def resolve_stages(model: nn.Module, stages: Optional[Sequence[int]] = None) -> 
     count = len(available)
     menu = 'stages: ' + ', '.join(str(s) for s in available[:-1])
     if count < 2:
-        raise ValueError(f'{type(model).__name__} has a single stage, so there is none before its last to supervise.')
+        raise InputError(f'{type(model).__name__} has a single stage, so there is none before its last to supervise.')
     if stages is None:
         return _default_stages(available)
     if len(stages) == 0:
-        raise ValueError(f'stages is empty, but DKS needs at least two classifiers; choose at least one of the {menu}')
+        raise InputError(f'stages is empty, but DKS needs at least two classifiers; choose at least one of the {menu}')
     resolved = []
     for stage in stages:
         if isinstance(stage, bool) or not isinstance(stage, int) or not -count <= stage < count:
-            raise ValueError(f'stages has {stage!r}, which this model does not have; choose from the {menu}')
+            raise InputError(f'stages has {stage!r}, which this model does not have; choose from the {menu}')
         index = stage % count
         if index == count - 1:
-            raise ValueError(
+            raise InputError(
                 f'stages has {stage}, the last one, where the backbone has its own classifier; choose from the {menu}')
         if index in resolved:
-            raise ValueError(f'stages has {stage} twice; choose different ones from the {menu}')
+            raise InputError(f'stages has {stage} twice; choose different ones from the {menu}')
         resolved.append(index)
     return tuple(sorted(resolved))

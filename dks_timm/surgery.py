@@ -20,6 +20,7 @@ import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .errors import InputError
 from .stages import Stage
 
 __all__ = ['TRACE_BATCH', 'Call', 'Feed', 'SurgeryError', 'TailPlan', 'Trace', 'cut', 'plan_tail', 'without_fast_norm']
@@ -27,7 +28,7 @@ __all__ = ['TRACE_BATCH', 'Call', 'Feed', 'SurgeryError', 'TailPlan', 'Trace', '
 TRACE_BATCH = 2
 
 
-class SurgeryError(ValueError):
+class SurgeryError(InputError):
     """This architecture cannot be run from the given stage on; the message says why."""
 
 

@@ -6,6 +6,7 @@ import torch.nn as nn
 from timm.task import ClassificationTask, TrainingTask
 from timm.utils import unwrap_model
 
+from .errors import InputError
 from .loss import DKSLoss
 from .model import DKSModel
 
@@ -42,7 +43,7 @@ class DKSTask(ClassificationTask):
         loss_fn = DKSLoss() if loss_fn is None else loss_fn
         loss_fn.resolve_weights(1 + len(net.branches))
         if every < 1:
-            raise ValueError(f'every is {every}; it must be at least 1.')
+            raise InputError(f'every is {every}; it must be at least 1.')
         super().__init__(net, loss_fn, device=device, dtype=dtype, verbose=verbose)
         self.every = every
         self.start_epoch = start_epoch
@@ -130,13 +131,13 @@ class DKSTask(ClassificationTask):
         net = unwrap_model(self.get_trainable_module(ema=ema))
         if net is not None:
             if not task_state or 'branches' not in task_state:
-                raise ValueError(
+                raise InputError(
                     'the checkpoint holds no branches, so training with DKS cannot resume from it: '
                     'use --initial-checkpoint to start from its backbone'
                 )
             stages = tuple(task_state['stages'])
             if stages != net.stages:
-                raise ValueError(f'the checkpoint has branches on stages {stages}, the model on {net.stages}')
+                raise InputError(f'the checkpoint has branches on stages {stages}, the model on {net.stages}')
             if strict:
                 _check_fit(net.backbone, state_dict, 'backbone')
                 _check_fit(net.branches, task_state['branches'], 'branches')
@@ -222,7 +223,7 @@ class DKSDistillationTask(DKSTask):
         net = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
         if getattr(net, 'projection', None) is not None:
             if 'projection' not in state:
-                raise ValueError("the checkpoint holds no projection to the teacher's features")
+                raise InputError("the checkpoint holds no projection to the teacher's features")
             net.projection.load_state_dict(state['projection'], strict=strict)
 
 
@@ -242,7 +243,7 @@ def _check_fit(module: nn.Module, state_dict: Dict[str, Any], name: str) -> None
     theirs, ours = ({k: tuple(v.shape) for k, v in state.items()} for state in (state_dict, module.state_dict()))
     for key in {**ours, **theirs}:
         if theirs.get(key) != ours.get(key):
-            raise ValueError(
+            raise InputError(
                 f"the checkpoint does not fit the model's {name}: {key} is {theirs.get(key, 'missing')} in the "
                 f"checkpoint and {ours.get(key, 'missing')} in the model"
             )

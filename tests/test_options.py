@@ -263,7 +263,7 @@ def test_a_refusal_is_one_line_and_exit_code_2(capfd):
     import logging
     with pytest.raises(SystemExit) as e, errors.exit_on_bad_input():
         logging.getLogger('timm').info('Data processing configuration')
-        raise ValueError('--model x:\n no such model')
+        raise errors.OptionError('--model x:\n no such model')
     assert e.value.code == 2
     assert capfd.readouterr().err == 'train.py: error: --model x: no such model\n'
 
@@ -271,5 +271,5 @@ def test_a_refusal_is_one_line_and_exit_code_2(capfd):
 def test_only_one_process_of_a_node_tells_of_a_refusal(capfd, monkeypatch):
     monkeypatch.setenv('LOCAL_RANK', '1')
     with pytest.raises(SystemExit), errors.exit_on_bad_input():
-        raise ValueError('no')
+        raise errors.OptionError('no')
     assert capfd.readouterr().err == ''
