@@ -155,11 +155,12 @@ class BranchBuilder:
 
     def __post_init__(self):
         backbone = self.backbone
+        if not hasattr(backbone, 'get_classifier'):
+            name = backbone.pretrained_cfg['architecture']
+            raise InputError(f'{name} cannot classify: it is an encoder that timm has no classifier for.')
         self.stages = list_stages(backbone)
         self.template = Template.of(backbone, self.model_kwargs)
         name = self.template.architecture
-        if not hasattr(backbone, 'get_classifier'):
-            raise InputError(f'{name} cannot classify: it is an encoder that timm has no classifier for.')
         if not backbone.num_classes:
             raise InputError(f'{name} has no classifier (num_classes is 0); give it one with num_classes.')
         kwargs = self.template.kwargs
@@ -174,7 +175,7 @@ class BranchBuilder:
         try:
             self.trace = self._trace_backbone()
         except Exception as e:
-            if out_of_memory(e) or not works(lambda: run_bare(name, Trace)):
+            if out_of_memory(e) or not works(lambda: run_bare(name, _trace)):
                 raise
             height, width = self.image_size
             raise InputError(f'{name} does not run on images of {height} x {width}: {why(e)}') from e
@@ -190,7 +191,7 @@ class BranchBuilder:
     def _trace_backbone(self) -> Trace:
         try:
             self.device = 'meta'
-            return Trace(copy_without_weights(self.backbone), self.image())
+            return _trace(self.backbone, self.image())
         except RuntimeError:
             # Some forwards read the values of tensors, and the meta device has none.
             self.device = 'cpu'
@@ -349,10 +350,11 @@ class BranchBuilder:
             if given not in self._traces:
                 try:
                     self._traces[given] = Trace(self._blank(spec.overrides), self.image())
+                    self._traces[given].sources(stage)
                 except SurgeryError:
                     raise
                 except Exception as e:
-                    if not spec.overrides or out_of_memory(e):
+                    if not spec.overrides or out_of_memory(e) or not works(lambda: self._blank({})):
                         raise
                     name = self.template.architecture
                     raise InputError(f'branch_kwargs has {given}; {name} cannot be made with {given}: {why(e)}') from e
@@ -372,6 +374,10 @@ class BranchBuilder:
             with torch.device(self.device):
                 self._blanks[given] = self.template.make(**overrides)
         return copy.deepcopy(self._blanks[given])
+
+
+def _trace(model: nn.Module, image: torch.Tensor) -> Trace:
+    return Trace(copy_without_weights(model) if image.is_meta else model, image)
 
 
 def _listed(kwargs: Dict[str, Any]) -> str:

@@ -87,6 +87,8 @@ def create_model(args):
         subject += f' with --pretrained-path {args.pretrained_path}, which should hold its weights'
     with naming_model(subject, args.model):
         model = timm.create_model(args.model, **kwargs)
+    if not hasattr(model, 'get_classifier'):
+        raise OptionError(f'{subject}: has no classifier to train')
     if args.dks:
         with naming(subject):
             model = add_branches(
@@ -229,8 +231,17 @@ def create_task(args, model, device):
 def _create_distillation_task(args, student, criterion, common):
     subject = f'--kd-model-name {args.kd_model_name}'
     with naming_model(subject, args.kd_model_name):
-        teacher = tasks.DistillationTeacher(
-            args.kd_model_name, student.num_classes, student.in_chans, device=common['device'], dtype=common['dtype'])
+        teacher = timm.create_model(
+            args.kd_model_name,
+            pretrained=True,
+            num_classes=student.num_classes,
+            in_chans=student.in_chans,
+            device=common['device'],
+            dtype=common['dtype'],
+        )
+    if args.kd_distill_type == 'token' and not hasattr(student, 'set_distilled_training'):
+        raise OptionError(
+            f'--kd-distill-type token: --model {args.model} has no distillation token; use logit or feature')
     common = dict(
         student_model=student,
         teacher_model=teacher,
@@ -239,17 +250,16 @@ def _create_distillation_task(args, student, criterion, common):
         task_loss_weight=args.task_loss_weight,
         **common,
     )
-    with naming(subject, ValueError):  # of a student or teacher that the task has no use for
-        if args.kd_distill_type == 'feature':
-            return tasks.FeatureDistillationTask(
-                student_feature_dim=args.kd_student_feature_dim,
-                teacher_feature_dim=args.kd_teacher_feature_dim,
-                **common,
-            )
-        if args.kd_distill_type == 'token':
-            return tasks.TokenDistillationTask(
-                distill_type=args.kd_token_distill_type, temperature=args.kd_temperature, **common)
-        return tasks.LogitDistillationTask(loss_type=args.kd_loss_type, temperature=args.kd_temperature, **common)
+    if args.kd_distill_type == 'feature':
+        return tasks.FeatureDistillationTask(
+            student_feature_dim=args.kd_student_feature_dim,
+            teacher_feature_dim=args.kd_teacher_feature_dim,
+            **common,
+        )
+    if args.kd_distill_type == 'token':
+        return tasks.TokenDistillationTask(
+            distill_type=args.kd_token_distill_type, temperature=args.kd_temperature, **common)
+    return tasks.LogitDistillationTask(loss_type=args.kd_loss_type, temperature=args.kd_temperature, **common)
 
 
 def _create_dks_loss(args, criterion, num_classifiers):

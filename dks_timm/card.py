@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import __version__
 from .charts import curves_svg
-from .errors import InputError, printable, why
+from .errors import InputError, naming, printable, why
 from .models import ARCHITECTURES
 from .options import check_types, create_parser
 from .runs import best_epoch, dataset_name, read_summary, run_settings
@@ -164,7 +164,9 @@ def describe_run(
     if card['started_from']:
         card.update(base_model=card['started_from'].partition('@')[0], base_model_relation='finetune')
     if baseline_dir:
-        card['baseline'] = baseline(yaml.safe_load(Path(run_dir, 'args.yaml').read_text()), baseline_dir)
+        with naming(f'--card-baseline {baseline_dir}', OSError):
+            settings = yaml.safe_load(Path(run_dir, 'args.yaml').read_text())
+        card['baseline'] = baseline(settings, baseline_dir)
     if len(epochs) > 1 and metrics and row == best_epoch(epochs, args['eval_metric']):
         training['chosen among the epochs by'] = f'{args["eval_metric"]} on the split {args["val_split"]}'
     return dict(

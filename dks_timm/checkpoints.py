@@ -3,8 +3,10 @@ import csv
 import io
 import logging
 import os
+import pickle
 import shutil
 import zipfile
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional
@@ -16,12 +18,14 @@ from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch.utils._pytree import tree_map_only
 
-from .errors import OptionError, out_of_memory, why
+from .errors import InputError, OptionError, out_of_memory, why
 
 _logger = logging.getLogger(__name__)
 
 # What checkpoints of a run are called.
 PATTERNS = ('last.pth.tar', 'checkpoint-*.pth.tar', 'recovery-*.pth.tar')
+# What reading a checkpoint raises that is not whole, or none.
+_DAMAGED = (EOFError, LookupError, RuntimeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)
 
 
 def find_resume(args, args_text: str) -> str:
@@ -76,19 +80,18 @@ def damage(path) -> str:
         load_checkpoint_metadata(path)
     except OSError as e:
         raise OptionError(f'--resume {path}: {e.strerror or e}') from None
-    except Exception as e:  # a flipped byte can make anything of the file
+    except _DAMAGED as e:
+        if out_of_memory(e):
+            raise
         return why(e, 200)
     return ''
 
 
-def holds_weights(checkpoint) -> bool:
-    """Whether what a checkpoint calls weights, or all of it where it has no names for its parts, is tensors by name."""
-    if not isinstance(checkpoint, dict):
-        return False
-    names = ('state_dict', 'state_dict_ema', 'model', 'model_ema')
-    return all(
-        isinstance(weights, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in weights.items())
-        for weights in [checkpoint[name] for name in names if name in checkpoint] or [checkpoint])
+def holds_weights(checkpoint: dict, ema: bool = False) -> bool:
+    """Whether what timm loads of a checkpoint, perhaps of the average, is tensors by name."""
+    names = ('state_dict_ema', 'model_ema') * ema + ('state_dict', 'model')
+    weights = next((checkpoint[name] for name in names if checkpoint.get(name) is not None), checkpoint)
+    return isinstance(weights, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in weights.items())
 
 
 def load(path, args, task, optimizer, scaler):
@@ -111,8 +114,12 @@ def load(path, args, task, optimizer, scaler):
         f'--resume {path}: holds weights of {checkpoint.get("arch", "another model")} that do not fit '
         f'--model {args.model} with {args.num_classes} classes; resume with the model it was made by'
     )
-    if not holds_weights(checkpoint):
+    if not holds_weights(checkpoint) or args.model_ema and not holds_weights(checkpoint, ema=True):
         raise OptionError(misfit)
+    for name, kind in dict(epoch=int, version=int, optimizer=dict).items():
+        if not isinstance(checkpoint.get(name, kind()), kind) and not (args.no_resume_opt and name == 'optimizer'):
+            found = type(checkpoint[name]).__name__
+            raise OptionError(f'--resume {path}: its {name} is a {found}, not a {kind.__name__}')
     seconds = getattr(checkpoint.get('args'), 'train_seconds', 0.)
     saver = checkpoint.get('saver')
     run = saver.get('run') if isinstance(saver, dict) and not args.no_resume_opt else None
@@ -123,13 +130,14 @@ def load(path, args, task, optimizer, scaler):
             optimizer=None if args.no_resume_opt else optimizer,
             loss_scaler=None if args.no_resume_opt else scaler,
         )
-    except (KeyError, RuntimeError) as e:
-        if out_of_memory(e):
-            raise
-        raise OptionError(misfit) from None
-    except ValueError as e:
-        hint = '; --no-resume-opt loads the weights only' if 'parameter group' in str(e) else ''
-        raise OptionError(f'--resume {path}: {e}{hint}') from None
+    except InputError as e:
+        raise OptionError(f'--resume {path}: {e}') from e
+    except (RuntimeError, ValueError) as e:  # torch's, where names or shapes are other ones
+        if 'loading state_dict' in str(e):
+            raise OptionError(misfit) from e
+        if 'parameter group' in str(e):
+            raise OptionError(f'--resume {path}: {e}; --no-resume-opt loads the weights only') from e
+        raise
     return epoch, seconds, tree_map_only(torch.Tensor, torch.clone, run)  # the file is mapped, not read
 
 
@@ -198,7 +206,7 @@ class Output:
         """Call a function that writes; returns what it does, or None."""
         try:
             result = write(*args, **kwargs)
-        except (OSError, RuntimeError) as e:
+        except OSError as e:
             if not self.failure:
                 _logger.warning(f'{name} cannot be written ({e}); training goes on, and the next one is tried.')
             self.failure = f'{name}: {e}'

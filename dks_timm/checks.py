@@ -38,6 +38,7 @@ RANGES = {
     'crop_pct': (0.05, 2),
     'layer_decay': (0, 1),
     'aug_splits': (0, 64),
+    'train_size_schedule_spread': (0, None),
     'seed': (0, 2 ** 32 - 1),
     **dict.fromkeys(
         ('workers', 'recovery_interval', 'start_epoch', 'warmup_epochs', 'cooldown_epochs', 'lr', 'lr_base', 'mixup',
@@ -48,7 +49,7 @@ RANGES = {
     **dict.fromkeys(
         ('hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'mixup_prob',
          'mixup_switch_prob', 'momentum', 'smoothing', 'drop', 'drop_path', 'drop_block', 'drop_connect',
-         'model_ema_decay', 'dks_batch_fraction'), (0, 1)),
+         'model_ema_decay', 'dks_batch_fraction', 'train_size_random_mix'), (0, 1)),
 }
 ABOVE_ZERO = ('kd_temperature', 'dks_temperature', 'dks_batch_fraction', 'std', 'ratio', 'decay_epochs', 'lr_cycle_mul')
 # Pillow's modes that timm's transforms take, with their channels.
@@ -163,6 +164,8 @@ def check(args, given) -> None:
         values, choices = getattr(args, name), getattr(args, of)
         refuse(values is not None and choices is not None and len(values) != len(choices),
                f'{flag(name)} {values}: needs one value for each of {flag(of)} {choices}')
+        refuse(name.endswith('_probs') and values is not None and not sum(values),
+               f'{flag(name)} {values}: must add up to more than 0')
 
     if args.train_pad is not None:
         for name in ('no_aug', 'train_crop_mode', 'scale', 'ratio', 'train_img_sizes', 'naflex_loader'):

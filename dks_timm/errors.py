@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 
 # What reading a file can raise that is no checkpoint, or not a whole one.
 UNREADABLE = (
-    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
-    TypeError, ValueError, SafetensorError, pickle.PickleError, struct.error)
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError,
+    ValueError, SafetensorError, pickle.PickleError, struct.error)
 
 
 def printable(text) -> str:
@@ -144,10 +144,10 @@ def naming(subject: str, *errors, without=None):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether there was not enough memory, of the machine or of its device."""
-    import torch
-    from accelerate.utils.memory import should_reduce_batch_size
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or should_reduce_batch_size(error)
+    """Whether there was not enough memory, of the machine or of its device; of the latter, only the text says so."""
+    texts = ('out of memory', "can't allocate memory", 'cannot allocate memory', 'not enough memory')
+    said = isinstance(error, (OSError, RuntimeError)) and any(text in str(error).lower() for text in texts)
+    return said or isinstance(error, MemoryError)
 
 
 @contextlib.contextmanager

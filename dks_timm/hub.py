@@ -25,6 +25,7 @@ from timm.utils import load_checkpoint_metadata, unwrap_model
 from .build import check_model_name, create_model
 from .card import FACTS, METADATA, baseline, describe_run, write_card
 from .checkpoints import holds_weights
+from .checks import check_numbers
 from .errors import UNREADABLE, ExportError, InputError, naming, why
 from .model import DKSModel, create_dks_model, prune
 from .models import ARCHITECTURES
@@ -212,15 +213,14 @@ def export_checkpoint(
     check_export_dir(out_dir, overwrite)
     if not Path(checkpoint).is_file():
         raise InputError(f'checkpoint is {str(checkpoint)!r}, but there is no such file')
-    try:
+    with naming(f'checkpoint {str(checkpoint)!r} cannot be read', *UNREADABLE):
         state = load_checkpoint_metadata(str(checkpoint))
-    except UNREADABLE as e:
-        raise InputError(f'checkpoint {str(checkpoint)!r} cannot be read: {why(e)}') from e
     if not isinstance(state, dict) or not isinstance(state.get('args'), argparse.Namespace):
         raise InputError(f'checkpoint {str(checkpoint)!r} does not say how its model was made; give one of a run')
     subject = f'checkpoint {str(checkpoint)!r}'
     args = {**vars(create_parser().parse_args([])), **check_types(subject, vars(state['args']))}
-    if not holds_weights(state):
+    check_numbers(argparse.Namespace(**args))
+    if not holds_weights(state, ema=use_ema):
         raise InputError(f'{subject} holds no weights by name; give one of a run')
     no_weights = {'pretrained': False, 'pretrained_path': None, 'initial_checkpoint': ''}
     check_model_name(args['model'], f'{subject}: model')

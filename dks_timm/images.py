@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from timm.data import ImageDataset, IterableImageDataset
 
-from .errors import DataError, printable, why
+from .errors import DataError, out_of_memory, printable, why
 
 _logger = logging.getLogger(__name__)
 
@@ -48,12 +48,14 @@ class BadImages:
         """Name a bad image, once in a worker.
 
         Raises:
-            DataError: if it is one too many.
+            DataError: if it is one too many. Where there is no memory left for it, that error.
         """
         self.in_a_row += 1
         name, reason = printable(name), why(error, 300)
         self.warn(name, f'Bad image {name}: {reason}; {self.then}.')
         if self.in_a_row > self.most:
+            if isinstance(error, Exception) and out_of_memory(error):
+                raise error
             raise DataError(
                 f'--max-bad-images {self.most}: {self.in_a_row} images in a row cannot be read, the last is {name} '
                 f'({reason}); repair or remove them, or allow more'

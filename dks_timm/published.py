@@ -130,8 +130,7 @@ def load_checkpoint_branches(net: nn.Module, path: str, use_ema: bool = True) ->
     """
     checkpoint = load_checkpoint_metadata(path)
     state = checkpoint.get('task_state_ema') if use_ema else None
-    state = state or checkpoint.get('task_state') or {}
-    own, given = net.branches.state_dict(), state.get('branches', {})
+    own, given = net.branches.state_dict(), (state or checkpoint.get('task_state') or {}).get('branches', {})
     if {k for k in own.keys() ^ given.keys() if '.aux_bn.' not in k}:
         raise InputError(f'checkpoint {path!r} holds other branches than its run would make now')
     net.branches.load_state_dict({name: given.get(name, tensor) for name, tensor in own.items()})

@@ -124,18 +124,21 @@ def push_folder(
     if timeout is None:
         timeout = 300 + size / 5e5
     branch, tag = parse_revision(revision)
+    from .card import local_name  # brings torch along, for which the process that talks to the Hub would wait
     try:
         config, card = json.loads((folder / 'config.json').read_text()), ModelCard.load(folder / 'README.md')
         classes = f'{config["architecture"]} with {config["num_classes"]} classes'
+        results = card.data.eval_results or []
+        measured = [
+            f'{r.metric_name} {r.metric_value:.2f} on {r.dataset_name} ({r.dataset_split})' for r in results[:1]]
+        given = local_name(config['architecture'], results, card.data.datasets)
     except Exception as e:  # YAML raises what it likes
         raise InputError(f'folder {str(folder)!r} is not an exported model: {why(e)}') from e
-    results = card.data.eval_results or []
-    measured = [f'{r.metric_name} {r.metric_value:.2f} on {r.dataset_name} ({r.dataset_split})' for r in results[:1]]
     pushed = _ask(
         'push', timeout,
         repo_id=repo_id,
         folder=str(folder.absolute()),
-        readme=_pushed_card(card, config['architecture'], repo_id, tag or branch),
+        readme=_pushed_card(card, given, repo_id, tag or branch),
         message=': '.join([classes, *measured]),
         private=private,
         revision=revision,
@@ -257,15 +260,14 @@ def parse_revision(revision: Optional[str]) -> Tuple[Optional[str], Optional[str
     return (None if name in ('', 'main') else name), None
 
 
-def _pushed_card(card: ModelCard, architecture: str, repo_id: str, revision: Optional[str]) -> str:
+def _pushed_card(card: ModelCard, given: str, repo_id: str, revision: Optional[str]) -> str:
     """A card with the model's place on the Hub, where it says how to load it, and its name there.
 
-    A name that someone chose stays.
+    A name that someone chose, and not the export, stays.
     """
-    from .card import local_name  # brings torch along, for which the process that talks to the Hub would wait
     source = f'hf-hub:{repo_id}' + (f'@{revision}' if revision else '')
     pipeline = f"model='{repo_id}'" + (f", revision='{revision}'" if revision else '')
-    given, name = local_name(architecture, card.data.eval_results, card.data.datasets), repo_id.rpartition('/')[2]
+    name = repo_id.rpartition('/')[2]
     if card.data.model_name == given:
         card.data.model_name = name
     sections = re.split(r'(?m)^(?=## )', str(card).replace(f'\n# {given}\n', f'\n# {name}\n', 1))

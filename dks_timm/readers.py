@@ -21,7 +21,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.data.readers.targets import get_field, has_field
 
-from .errors import OptionError, closest, flag, naming
+from .errors import OptionError, closest, flag, naming, out_of_memory
 from .images import Images, Stream, Synthetic
 
 _logger = logging.getLogger(__name__)
@@ -370,6 +370,8 @@ def _load_class_map(args, root: str) -> ClassMap:
     try:
         class_map = ClassMap(load_class_map(path, root))
     except Exception as e:  # what unpickling raises is anyone's guess
+        if out_of_memory(e):
+            raise
         raise OptionError(f'--class-map {path}: {" ".join(str(e).split())}; {wanted}') from e
     class_map.pop('', None)  # of an empty line
     for name, index in class_map.items():
@@ -384,8 +386,9 @@ def _complaints(name: str):
     """What readers raise, and the packages behind them, where data is not there or other than the flags say."""
     found = (AssertionError, LookupError, OSError, RuntimeError, ValueError, tarfile.TarError)
     if name in ('hfds', 'hfids'):
+        import yaml
         from datasets.exceptions import DatasetsError
-        found += (DatasetsError,)
+        found += (DatasetsError, yaml.YAMLError)
     return found
 
 

@@ -176,7 +176,10 @@ def read_run(folder: PathLike) -> Run:
 def _read_settings(path: Path, notes: List[str]) -> Optional[Dict[str, Any]]:
     try:
         text = path.read_text(encoding='utf-8')
-        settings = yaml.safe_load(text)
+        try:
+            settings = yaml.safe_load(text)
+        except Exception as e:  # YAML raises what it likes
+            raise yaml.YAMLError from e
         if isinstance(settings, dict):
             if not text.endswith('\n'):
                 notes.append('args.yaml does not end with a line break: it may be cut off.')

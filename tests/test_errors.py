@@ -1,4 +1,6 @@
 """Whose error it is: bad input ends in one line, an error of the program in its traceback, and memory by its flags."""
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +10,9 @@ import pytest
 import timm
 import torch
 from test_train import main
+from timm.utils import CheckpointSaver
 
-from dks_timm import attach, build, cli, data, errors, hub, inspection, push, readers
+from dks_timm import attach, build, checkpoints, cli, data, errors, hub, images, inspection, push, readers
 from dks_timm.model import DKSModel
 from dks_timm.task import DKSTask
 
@@ -19,8 +22,11 @@ RESNET = timm.models.resnet.ResNet
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    """Flags of a run on a few images."""
+    """Flags of a run on a few images, in a folder that also has a teacher, and data that is not whole."""
     monkeypatch.chdir(tmp_path)
+    timm.models.save_for_hf(timm.create_model('test_resnet', num_classes=2), tmp_path / 'teacher')
+    bad_inputs.make_data(tmp_path / 'bad')
+    bad_inputs.write('bad/data/train/a/0.png', 'no image')(tmp_path)
     return bad_inputs.Case('').command(bad_inputs.make_data(tmp_path))
 
 
@@ -52,7 +58,10 @@ MISTAKES = [
     (readers, 'ImageDataset', TypeError('a bug'), []),
     (data, 'create_loader', AssertionError('a bug'), []),
     (data, 'create_transform', ValueError('a bug'), ['--aa', 'rand-m9']),
+    (images.BadImages, 'warn', ValueError('a bug'), ['--data-dir', 'bad/data']),
     (timm.task.ClassificationTask, '__init__', ValueError('a bug'), []),
+    (timm.task.LogitDistillationTask, '__init__', ValueError('a bug'), ['--kd-model-name', 'local-dir:teacher']),
+    (CheckpointSaver, 'save_checkpoint', RuntimeError('a bug'), []),
     (timm.task.ClassificationTask, 'compile', RuntimeError('a bug'), ['--torchcompile', 'eager']),
     (timm.task.ClassificationTask, 'forward', ValueError('a bug'), []),
     (hub, 'check_publishing', ValueError('a bug'), []),
@@ -134,6 +143,30 @@ def test_out_of_memory_names_what_needs_less(command, monkeypatch, capfd, owner,
     assert 'Traceback' in capfd.readouterr().err
 
 
+@pytest.mark.parametrize('error', OUT_OF_MEMORY, ids=lambda e: type(e).__name__)
+def test_a_checkpoint_is_not_damaged_where_there_is_no_memory_for_it(command, tmp_path, monkeypatch, error):
+    main(*command)
+    left = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
+    breaking(monkeypatch, checkpoints, 'load_checkpoint_metadata', error)
+    with pytest.raises(SystemExit, match='out of memory'):
+        main(*command, '--resume', 'auto', '--epochs', '2')
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')} == left
+
+
+def test_images_are_not_bad_where_there_is_no_memory_for_them(command, monkeypatch):
+    breaking(monkeypatch, images.BadImages, 'convert', MemoryError())
+    with pytest.raises(SystemExit, match='out of memory'):
+        main(*command)
+
+
+@pytest.mark.parametrize('error', [
+    *OUT_OF_MEMORY, OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), RuntimeError('CUDA error: out of memory'),
+    RuntimeError('unable to mmap 96 bytes from file <x>: Cannot allocate memory (12)')], ids=str)
+def test_the_ways_in_which_memory_runs_out(error):
+    assert errors.out_of_memory(error)
+    assert not errors.out_of_memory(RuntimeError('a bug'))
+
+
 def test_memory_that_there_is_not(command):
     """The real thing: a classifier that is larger than the address space."""
     out = subprocess.run(
@@ -143,6 +176,46 @@ def test_memory_that_there_is_not(command):
 
 
 # What names bad input
+
+
+@pytest.mark.parametrize(('flags', 'words'), [
+    ('--train-img-sizes 32 48 --train-size-probs 0 0', '--train-size-probs [0.0, 0.0]: must add up to more than 0'),
+    ('--train-img-sizes 32 --train-size-random-mix 5', '--train-size-random-mix 5.0: must be at most 1'),
+    ('--aa rand-w9', '--aa rand-w9: AssertionError: Unknown RandAugment'),
+    ('--opt bnbadam', '--opt bnbadam: '),
+    ('--model-kwargs features_only=True', "'features_only': True}: has no classifier to train"),
+    ('--model-kwargs channels=[1,2]', "'channels': [1, 2]}: input size (3, 32, 32): "),
+    ('--dks --model-kwargs channels=[1,2]', "'channels': [1, 2]}: test_resnet does not run on images of 32 x 32: "),
+    ('--dks --model test_vit --dks-branch-kwargs depth=0', '--dks-branch-kwargs has depth=0; test_vit cannot be made'),
+    ('--model test_vit --dks --img-size 8', 'test_vit does not run on images of 8 x 8'),
+    ('--kd-model-name local-dir:teacher --kd-distill-type token', '--model test_resnet has no distillation token'),
+])
+def test_bad_input_is_named(command, capfd, monkeypatch, flags, words):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)  # bnbadam wants a GPU, and a package
+    with pytest.raises(SystemExit) as e:
+        main(*command, *flags.split())
+    line, = capfd.readouterr().err.splitlines()
+    assert e.value.code == 2 and words in line, line
+
+
+def test_a_part_of_a_checkpoint_that_is_not_loaded_may_be_anything(command, tmp_path):
+    main(*command)
+    checkpoint = torch.load(tmp_path / 'out/x/last.pth.tar', weights_only=False)
+    torch.save({**checkpoint, 'model': 'test_resnet', 'state_dict_ema': None}, tmp_path / 'odd.pth')
+    main(*command, '--epochs', '2', '--experiment', 'y', '--resume', tmp_path / 'odd.pth')
+    assert cli.main(['export', str(tmp_path / 'odd.pth'), str(tmp_path / 'm')]) == 0
+
+
+@pytest.mark.parametrize(('part', 'value'), [('epoch', 'x'), ('version', None), ('optimizer', [1])])
+def test_a_part_of_another_type_is_named(command, tmp_path, capfd, part, value):
+    main(*command)
+    checkpoint = torch.load(tmp_path / 'out/x/last.pth.tar', weights_only=False)
+    torch.save({**checkpoint, part: value}, tmp_path / 'odd.pth')
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as e:
+        main(*command, '--epochs', '2', '--experiment', 'y', '--resume', tmp_path / 'odd.pth')
+    assert e.value.code == 2
+    assert f'--resume {tmp_path}/odd.pth: its {part} is a {type(value).__name__}' in capfd.readouterr().err
 
 
 def test_an_argument_of_the_package_is_named_by_its_flag():

@@ -188,7 +188,7 @@ def test_a_model_is_named_after_architecture_and_data_and_once_pushed_after_its_
     card = {**CARD, 'model_name': chosen} if chosen else CARD
     export(tmp_path / 'x', exported[0], card=card, results=exported[2], data_config=DATA_CONFIG)
     written = ModelCard.load(tmp_path / 'x/README.md')
-    pushed = ModelCard(push._pushed_card(written, 'test_resnet', 'someone/something', 'v1'))
+    pushed = ModelCard(push._pushed_card(written, 'test_resnet on digits', 'someone/something', 'v1'))
     for found, name in ((ModelCard.load(tmp_path / 'x/README.md'), 'test_resnet on digits'), (pushed, 'something')):
         assert found.data.model_name == (chosen or name)
         assert f'# {chosen or name}\n' in found.text
