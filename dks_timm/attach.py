@@ -126,7 +126,7 @@ def run_bare(architecture: str, run: Callable = nn.Module.__call__) -> None:
                 model = timm.create_model(architecture).eval()
                 run(model, torch.zeros(TRACE_BATCH, *model.pretrained_cfg['input_size']))
             return
-        except Exception:
+        except RuntimeError:
             if device == 'cpu':
                 raise
 

@@ -78,11 +78,11 @@ def damage(path) -> str:
         if part:
             return f'the checksum of {part} is wrong'
         load_checkpoint_metadata(path)
-    except OSError as e:
-        raise OptionError(f'--resume {path}: {e.strerror or e}') from None
-    except _DAMAGED as e:
+    except (OSError, *_DAMAGED) as e:
         if out_of_memory(e):
             raise
+        if isinstance(e, OSError):
+            raise OptionError(f'--resume {path}: {e.strerror or e}') from None
         return why(e, 200)
     return ''
 

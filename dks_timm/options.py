@@ -147,6 +147,8 @@ def spell_out(argv, parser: Parser):
         if word == '--':
             return words + argv[i:]
         name, equals, value = word.partition('=')
+        if value == '--':  # Python's argparse loses it, and hands on an empty list
+            raise OptionError(f'{word}: is no value; give one')
         if name.startswith('--') and name not in known:
             if name in NOT_YET:
                 raise OptionError(f'{name}: a flag of a later timm, which train.py does not have yet')

@@ -301,14 +301,14 @@ def create(args, prefix: str, is_training: bool, **kwargs):
         finally:
             if not name and class_map is not None:
                 _check_class_map(args, class_map.missing)
-        reader = dataset.reader if hasattr(dataset, 'reader') else ReaderTorch(dataset)
-        if name in ('hfds', 'hfids'):
-            _check_huggingface(args, reader, split_flag)
-        elif name == 'wds':
-            _check_shards(args, reader, split_flag)
-        elif name == 'tfds':
-            _check_field('--input-key', reader.input_key, reader.builder.info.features)
-            _check_field('--target-key', reader.target_key, reader.builder.info.features)
+    reader = dataset.reader if hasattr(dataset, 'reader') else ReaderTorch(dataset)
+    if name in ('hfds', 'hfids'):
+        _check_huggingface(args, reader, split_flag)
+    elif name == 'wds':
+        _check_shards(args, reader, split_flag)
+    elif name == 'tfds':
+        _check_field('--input-key', reader.input_key, reader.builder.info.features)
+        _check_field('--target-key', reader.target_key, reader.builder.info.features)
     if isinstance(dataset, IterableImageDataset):
         return Stream(reader, args.max_bad_images)
     return Images(reader, img_mode, args.max_bad_images)
@@ -414,7 +414,7 @@ def _check_huggingface(args, reader, split_flag):
         if reader.dataset.select_columns(input_key)[0][input_key] is None:  # timm adds an empty one where it is missing
             _check_field('--input-key', input_key, set(features) - {input_key})
     else:
-        with naming(split_flag, OSError, RuntimeError):
+        with naming(split_flag, *_complaints('hfids')):
             stream = reader.builder.as_streaming_dataset(split=reader.split)
             features = stream.features or next(iter(stream), {})
         input_key, target_key = reader.input_key, reader.target_key

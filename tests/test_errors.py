@@ -49,6 +49,7 @@ MISTAKES = [
     (RESNET, 'get_classifier', AttributeError('a bug'), ['--head-init-scale', '0.5']),
     (DKSModel, 'from_timm', ValueError('a bug'), ['--dks']),
     (attach, 'plan_tail', TypeError('a bug'), ['--dks']),
+    (attach, 'copy_without_weights', TypeError('a bug'), ['--dks']),
     (attach.Trace, '__init__', AttributeError('a bug'), ['--dks', '--img-size', '64']),
     (DKSTask, '__init__', TypeError('a bug'), ['--dks']),
     (build, 'DKSLoss', ValueError('a bug'), ['--dks']),

@@ -259,6 +259,10 @@ def test_a_wrong_recipe_is_refused_with_its_key_and_value(tmp_path, text, words)
     assert '\n' not in message
 
 
+def test_two_dashes_are_no_value():
+    assert refusal('--model', 'resnet18', '--smoothing=--') == '--smoothing=--: is no value; give one'
+
+
 def test_a_refusal_is_one_line_and_exit_code_2(capfd):
     import logging
     with pytest.raises(SystemExit) as e, errors.exit_on_bad_input():
