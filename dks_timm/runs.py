@@ -176,10 +176,7 @@ def read_run(folder: PathLike) -> Run:
 def _read_settings(path: Path, notes: List[str]) -> Optional[Dict[str, Any]]:
     try:
         text = path.read_text(encoding='utf-8')
-        try:
-            settings = yaml.safe_load(text)
-        except Exception as e:  # YAML raises what it likes
-            raise yaml.YAMLError from e
+        settings = yaml.safe_load(text)
         if isinstance(settings, dict):
             if not text.endswith('\n'):
                 notes.append('args.yaml does not end with a line break: it may be cut off.')
@@ -187,7 +184,7 @@ def _read_settings(path: Path, notes: List[str]) -> Optional[Dict[str, Any]]:
         notes.append('args.yaml holds no arguments.')
     except FileNotFoundError:
         notes.append('There is no args.yaml: settings are unknown.')
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except Exception:  # YAML raises what it likes
         notes.append('args.yaml cannot be read: settings are unknown.')
     return None
 
