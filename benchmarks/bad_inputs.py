@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs the list of bad inputs (tests/bad_inputs.py), each in a process of its own, and writes down what each gets.
+"""Run the bad inputs of tests/helpers/bad_inputs.py, each in a process of its own, and write down what each gets.
 
     python benchmarks/bad_inputs.py --results results/reliability/bad_inputs.md
 
@@ -19,11 +19,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
-import bad_inputs  # noqa: E402
 import timm.data  # noqa: E402,F401
+from helpers import bad_inputs  # noqa: E402
 
 import train  # noqa: E402
-from dks_timm import cli, engine, hub  # noqa: E402,F401
+from dks_timm import cli  # noqa: E402,F401
+from dks_timm.publishing import export  # noqa: E402,F401
+from dks_timm.training import loop  # noqa: E402,F401
 
 MEANING = {
     bad_inputs.RAN: 'trained through', bad_inputs.ENDED: 'ended on the way, saying why', bad_inputs.REFUSED: 'refused'}
@@ -109,7 +111,7 @@ def main():
         results.write_text('\n'.join([
             '# Bad inputs, and what each gets', '',
             '`python benchmarks/bad_inputs.py --results results/reliability/bad_inputs.md` runs the list in',
-            'tests/bad_inputs.py, each input in a process of its own.',
+            'tests/helpers/bad_inputs.py, each input in a process of its own.',
             f'{len(rows)} inputs: {summary}. Of no file did code run, no run ended in a traceback.'
             if not bad else f'**Not as they should: {", ".join(bad)}.**', '',
             '`DIR` is the folder of the case. Where a run trains, the last column has its warnings of the input.', '',

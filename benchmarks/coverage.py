@@ -31,7 +31,7 @@ def cover(name):
     import timm
     import torch
 
-    from dks_timm.inspection import inspect_model
+    from dks_timm.method.cost import inspect_model
 
     torch.set_num_threads(1)
     started = time.process_time()

@@ -38,7 +38,7 @@ def launch(output, processes, fault=None):
     if fault:
         runs = Path(output, 'runs.json')
         runs.write_text(json.dumps([dict(argv=flags, fault=fault)]))
-        script = [ROOT / 'tests/several_runs.py', Path(output, 'out.pt'), runs]
+        script = [ROOT / 'tests/helpers/several_runs.py', Path(output, 'out.pt'), runs]
     return subprocess.Popen(
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes),
          *map(str, script)],

@@ -23,7 +23,7 @@ import torch
 import yaml
 from timm.utils import load_checkpoint_metadata
 
-from dks_timm.readers import ReaderDigits
+from dks_timm.training.readers import ReaderDigits
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = dict(DDP='multi_gpu', FSDP2='fsdp2', DeepSpeed='deepspeed_zero2')

@@ -153,7 +153,7 @@ def measure(case, variant, args):
         '--model', model, '--img-size', size, '--batch-size', batch, '--device', args.device, '--opt', 'momentum',
         '--lr', '0.001', *VARIANTS[variant], *args.flags]
     turns = Turns(Step(flags), args.updates, args.turns)
-    logging.getLogger('dks_timm.progress').addHandler(turns)
+    logging.getLogger('dks_timm.training.console').addHandler(turns)
     samples = int(batch) * (args.updates * (args.turns + 2) + 1)
     said = io.StringIO()
     with (

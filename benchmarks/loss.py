@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from step import ROOT, describe_machine, in_own_process, peak_growth
 
-from dks_timm import DKSLoss, processes
+from dks_timm import DKSLoss
+from dks_timm.training import distributed
 
 # Classifiers, classes, batch size.
 SETTINGS = ((3, 10, 256), (3, 1000, 64), (3, 1000, 256), (3, 1000, 1024), (3, 21841, 256), (6, 1000, 256))
@@ -71,7 +72,7 @@ def measure(setting, device, rounds):
     classifiers, classes, batch_size = setting
     if device == 'cpu':
         torch.set_num_threads(1)
-        processes.keep_freed_memory()  # as train.py does
+        distributed.keep_freed_memory()  # as train.py does
     logits = [(2 * torch.randn(batch_size, classes, device=device)).requires_grad_() for _ in range(classifiers)]
     target = torch.randint(classes, (batch_size,), device=device)
     forms = dict(ours=ours, compiled=torch.compile(ours, dynamic=False), kl_div=kl_div, published=published)

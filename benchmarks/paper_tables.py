@@ -121,10 +121,10 @@ def squared_error(values) -> float:
 @functools.cache
 def forward_flops(row: str, *flags: str):
     """FLOPs of the plain model's forward of one image, and of a training forward over them, on average."""
-    from dks_timm import options
-    from dks_timm.inspection import inspect_model
+    from dks_timm.method.cost import inspect_model
+    from dks_timm.training import config
     flags = [flag.format(third=0) for flag in flags]  # branches run from the start, whenever the synergy begins
-    args, *_ = options.parse_args(['--config', str(RECIPES / f'{row}.yaml'), *flags])
+    args, *_ = config.parse_args(['--config', str(RECIPES / f'{row}.yaml'), *flags])
     inspected = inspect_model(
         args.model, stages=args.dks_stages, branches=args.dks_branches, branch_kwargs=args.dks_branch_kwargs,
         budget=args.dks_budget, batch_fraction=args.dks_batch_fraction, every=args.dks_every,

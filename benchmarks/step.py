@@ -41,7 +41,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from dks_timm import build, options, processes, sharding
+from dks_timm.training import build, config, distributed, sharding
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {  # batch size on a CPU, on a GPU
@@ -75,8 +75,8 @@ class Step:
     """
 
     def __init__(self, flags):
-        self.args, given, _ = options.parse_args(['--opt', 'momentum', '--lr', '0.001', *flags])
-        self.accelerator = processes.create_accelerator(self.args, given)
+        self.args, given, _ = config.parse_args(['--opt', 'momentum', '--lr', '0.001', *flags])
+        self.accelerator = distributed.create_accelerator(self.args, given)
         self.device = self.accelerator.device
         self.model = build.create_model(self.args)
         self.args.num_classes = self.model.num_classes

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import dks_timm
-from dks_timm import build, options
+from dks_timm.training import build, config
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {
@@ -156,7 +156,7 @@ class Costs:
     """
 
     def __init__(self, recipe):
-        self.args = options.parse_args(['--config', str(recipe), '--dks', '--num-classes', '1000'])[0]
+        self.args = config.parse_args(['--config', str(recipe), '--dks', '--num-classes', '1000'])[0]
         with torch.device('meta'):
             model = build.create_model(self.args)
             image = torch.empty(1, 3, self.args.img_size, self.args.img_size)

@@ -5,14 +5,14 @@ __version__ = '0.1.0'
 
 # Public name -> the module that defines it. Loaded on first use, so that `import dks_timm` costs nothing.
 _PUBLIC = {
-    'DKSModel': 'model',
-    'create_dks_model': 'model',
-    'prune': 'model',
-    'DKSLoss': 'loss',
-    'synergy_loss': 'loss',
-    'DKSTask': 'task',
-    'export': 'hub',
-    'push_to_hub': 'push',
+    'DKSModel': 'method.model',
+    'create_dks_model': 'method.model',
+    'prune': 'method.model',
+    'DKSLoss': 'method.loss',
+    'synergy_loss': 'method.loss',
+    'DKSTask': 'method.task',
+    'export': 'publishing.export',
+    'push_to_hub': 'publishing.push',
 }
 
 __all__ = ['__version__', *_PUBLIC]

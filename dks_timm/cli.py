@@ -4,10 +4,10 @@ import json
 import sys
 from typing import Optional, Sequence
 
-from .checks import check_numbers
 from .errors import ExportError, InputError, PushError, flag, naming, one_line
-from .options import Parser, add_branch_flags, add_card_flags, add_hub_flags, add_thrift_flags
-from .timm_flags import ParseKwargs
+from .training.checks import check_numbers
+from .training.config import Parser, add_branch_flags, add_card_flags, add_hub_flags, add_thrift_flags
+from .training.flags import ParseKwargs
 
 
 def _create_parser() -> Parser:
@@ -74,14 +74,14 @@ def _create_parser() -> Parser:
 
 
 def _report(args: argparse.Namespace):
-    from .report import write_report
+    from .runs.report import write_report
 
     print(write_report(args.runs, args.output))
 
 
 def _inspect(args: argparse.Namespace):
-    from .build import check_model_name, naming_model
-    from .inspection import backbone_without_weights, format_inspection, inspect_model
+    from .method.cost import backbone_without_weights, format_inspection, inspect_model
+    from .training.build import check_model_name, naming_model
 
     check_numbers(args)
     check_model_name(args.model)
@@ -108,8 +108,8 @@ def _inspect(args: argparse.Namespace):
 
 
 def _export(args: argparse.Namespace):
-    from .hub import export_checkpoint
-    from .push import check_request, finishing_line
+    from .publishing.export import export_checkpoint
+    from .publishing.push import check_request, finishing_line
 
     if args.push_to_hub:
         check_request(args.push_to_hub, args.hub_revision)
@@ -134,7 +134,7 @@ def _export(args: argparse.Namespace):
 
 
 def _push(args: argparse.Namespace, folder=None):
-    from .push import push_folder
+    from .publishing.push import push_folder
 
     print(push_folder(
         folder or args.folder,

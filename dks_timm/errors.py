@@ -179,13 +179,6 @@ class LogFormatter(logging.Formatter):
         return erase_bar() + (text if record.levelno == logging.INFO else f'{record.levelname}: {text}')
 
 
-def _share(refusal: str) -> None:
-    """Tell the other processes, once this one has joined them."""
-    if 'dks_timm.processes' in sys.modules:
-        from .processes import share
-        share(refusal)
-
-
 @contextlib.contextmanager
 def exit_on_bad_input():
     """End with exit code 2 and one line where bad input was recognised; on every node, one process says it.
@@ -197,15 +190,7 @@ def exit_on_bad_input():
     logging.basicConfig(level=level, handlers=[waiting], force=True)
     logging.captureWarnings(True)
     try:
-        try:
-            yield
-        except SharedError:
-            raise
-        except InputError as e:
-            _share(str(e))
-            raise
-        else:
-            _share('')
+        yield
     except InputError as e:
         waiting.buffer.clear()
         if int(os.environ.get('LOCAL_RANK', 0)) == 0:

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.pop('TIMM_DATASET_MAX_RETRIES', None)  # it sets a default
 
-from dks_timm import cli, options  # noqa: E402
+from dks_timm import cli  # noqa: E402
+from dks_timm.training import config  # noqa: E402
 
 # Section -> its objects, each with its name for users and the methods to show.
 PUBLIC = {
@@ -43,10 +44,10 @@ PUBLIC = {
         'dks_timm.push_to_hub': (),
     },
     'For extensions': {
-        'dks_timm.branches.Branch': ('forward', 'get_classifier', 'set_grad_checkpointing', 'no_weight_decay'),
-        'dks_timm.stages.list_stages': (),
-        'dks_timm.stages.resolve_stages': (),
-        'dks_timm.stages.Stage': (),
+        'dks_timm.method.branches.Branch': ('forward', 'get_classifier', 'set_grad_checkpointing', 'no_weight_decay'),
+        'dks_timm.method.stages.list_stages': (),
+        'dks_timm.method.stages.resolve_stages': (),
+        'dks_timm.method.stages.Stage': (),
     },
 }
 NOTE = '<!-- Written by docs/generate.py; change the docstrings or the parser, not this page. -->'
@@ -145,7 +146,7 @@ def flags_table(actions) -> list:
 
 
 def flags_page() -> str:
-    parser = options.create_parser()
+    parser = config.create_parser()
     lines = [
         NOTE, '', '# Flags', '',
         'Every flag of `train.py`, from its parser: timm\'s with their names and defaults, and those of this package. '

@@ -10,6 +10,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import numpy as np
 import pytest
 import torch
+from helpers import bad_inputs
 
 
 @pytest.fixture(autouse=True)
@@ -27,3 +28,11 @@ def logging_as_it_was():
     yield
     logging.root.handlers[:] = handlers
     logging.root.setLevel(level)
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A case's own folder, where a run leaves no trace but in ``out``."""
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'cache'))
+    monkeypatch.chdir(tmp_path)
+    return bad_inputs.make_data(tmp_path)

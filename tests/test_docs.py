@@ -18,16 +18,17 @@ import timm
 import torch.distributed.run
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
-from documents import PAGES, ROOT, anchors, blocks, inline_code, links
-from hub_server import HubServer
+from helpers.documents import PAGES, ROOT, anchors, blocks, inline_code, links
+from helpers.hub_server import HubServer, use
+from helpers.train import image_folder
+from helpers.train import main as train
 from safetensors.torch import save
 from sklearn.utils import Bunch
-from test_push import use
-from test_train import image_folder
-from test_train import main as train
 
 import dks_timm
-from dks_timm import cli, hub, options
+from dks_timm import cli
+from dks_timm.publishing import export
+from dks_timm.training import config
 
 # What stands for the reader's own things.
 PLACEHOLDERS = {
@@ -69,7 +70,7 @@ def exported(tmp_path_factory):
     """The folder of a small network for ten classes, with its branches."""
     folder = tmp_path_factory.mktemp('exported')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hub, '_verify', lambda *args: None)
+        patch.setattr(export, '_verify', lambda *args: None)
         net = dks_timm.create_dks_model('test_resnet', num_classes=10)
         dks_timm.export(folder, net, keep_branches=True)
     return folder
@@ -92,7 +93,7 @@ def workplace(exported, timms_weights, tmp_path, monkeypatch):
     few = Bunch(images=digits.images[:200], target=digits.target[:200])
     monkeypatch.setattr(sklearn.datasets, 'load_digits', lambda: few)
     # tests/test_hub.py has the check of an export, a process that takes seconds to start.
-    monkeypatch.setattr(hub, '_verify', lambda *args: None)
+    monkeypatch.setattr(export, '_verify', lambda *args: None)
     monkeypatch.chdir(tmp_path)
     with HubServer() as server:
         use(server, monkeypatch, tmp_path / 'home')
@@ -139,7 +140,7 @@ def check_command(words):
     if '--help' in words:
         return
     if script == 'train.py':
-        options.parse_args(arguments)
+        config.parse_args(arguments)
     elif script is not None:
         text = (ROOT / script).read_text()
         assert all(f"'{word}'" in text for word in arguments if word.startswith('--')), f'{script} has no such flag'
@@ -159,7 +160,7 @@ def run_command(words):
     words = all_filled_in(words)
     script, arguments = script_of(words)
     if script == 'train.py':
-        args, _, _ = options.parse_args(arguments)
+        args, _, _ = config.parse_args(arguments)
         kept, drop = [], False
         for word in arguments:
             drop = word in LEFT_OUT or drop and not word.startswith('-')
@@ -274,7 +275,7 @@ def test_commands_in_running_text_are_right(page, monkeypatch):
 
 
 def known_flags():
-    parsers = [options.create_parser(), launch_command_parser(), torch.distributed.run.get_args_parser()]
+    parsers = [config.create_parser(), launch_command_parser(), torch.distributed.run.get_args_parser()]
     commands = cli._create_parser()._subparsers._group_actions[0].choices.values()
     found = {o for parser in chain(parsers, commands) for a in parser._actions for o in a.option_strings}
     for script in (ROOT / 'benchmarks').glob('*.py'):
@@ -329,5 +330,5 @@ def test_the_api_page_has_every_public_name():
 
 def test_every_flag_has_a_row():
     rows = (ROOT / 'docs/flags.md').read_text()
-    assert all(f'`{o}' in rows for a in options.create_parser()._actions for o in a.option_strings if o not in (
+    assert all(f'`{o}' in rows for a in config.create_parser()._actions for o in a.option_strings if o not in (
         '-h', '--help'))

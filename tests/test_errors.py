@@ -5,16 +5,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bad_inputs
 import pytest
 import timm
 import torch
-from test_train import main
+from helpers import bad_inputs
+from helpers.train import main
 from timm.utils import CheckpointSaver
 
-from dks_timm import attach, build, checkpoints, cli, data, errors, hub, images, inspection, push, readers
-from dks_timm.model import DKSModel
-from dks_timm.task import DKSTask
+from dks_timm import cli, errors
+from dks_timm.method import cost, plan
+from dks_timm.method.model import DKSModel
+from dks_timm.method.task import DKSTask
+from dks_timm.publishing import export, push
+from dks_timm.training import build, checkpoint, data, images, readers
 
 ROOT = Path(__file__).parents[1]
 RESNET = timm.models.resnet.ResNet
@@ -48,9 +51,9 @@ MISTAKES = [
     (RESNET, 'set_grad_checkpointing', AttributeError('a bug'), ['--grad-checkpointing']),
     (RESNET, 'get_classifier', AttributeError('a bug'), ['--head-init-scale', '0.5']),
     (DKSModel, 'from_timm', ValueError('a bug'), ['--dks']),
-    (attach, 'plan_tail', TypeError('a bug'), ['--dks']),
-    (attach, 'copy_without_weights', TypeError('a bug'), ['--dks']),
-    (attach.Trace, '__init__', AttributeError('a bug'), ['--dks', '--img-size', '64']),
+    (plan, 'plan_tail', TypeError('a bug'), ['--dks']),
+    (plan, 'copy_without_weights', TypeError('a bug'), ['--dks']),
+    (plan.Trace, '__init__', AttributeError('a bug'), ['--dks', '--img-size', '64']),
     (DKSTask, '__init__', TypeError('a bug'), ['--dks']),
     (build, 'DKSLoss', ValueError('a bug'), ['--dks']),
     (build, 'create_optimizer_v2', TypeError('a bug'), []),
@@ -65,7 +68,7 @@ MISTAKES = [
     (CheckpointSaver, 'save_checkpoint', RuntimeError('a bug'), []),
     (timm.task.ClassificationTask, 'compile', RuntimeError('a bug'), ['--torchcompile', 'eager']),
     (timm.task.ClassificationTask, 'forward', ValueError('a bug'), []),
-    (hub, 'check_publishing', ValueError('a bug'), []),
+    (export, 'check_publishing', ValueError('a bug'), []),
 ]
 
 
@@ -87,7 +90,7 @@ def test_a_mistake_has_exit_code_1_and_a_traceback_that_ends_with_it(command):
 
 @pytest.mark.parametrize(('owner', 'name', 'argv'), [
     (timm, 'create_model', ['inspect', 'test_resnet', '--model-kwargs', 'layers=[1,1,1,1]']),
-    (inspection, 'BranchBuilder', ['inspect', 'test_resnet']),
+    (cost, 'BranchBuilder', ['inspect', 'test_resnet']),
     (push, 'check_request', ['push', 'm', 'me/model']),
 ])
 @pytest.mark.parametrize('kind', [AttributeError, OSError, RuntimeError, ValueError])
@@ -103,7 +106,7 @@ def test_a_mistake_of_a_command_leaves_as_it_is(tmp_path, monkeypatch, owner, na
 
 
 def test_a_mistake_in_publishing_tells_how_to_go_on_and_leaves_as_it_is(command, monkeypatch, capfd):
-    breaking(monkeypatch, hub, 'describe_run', mistake := KeyError('a bug'))
+    breaking(monkeypatch, export, 'describe_run', mistake := KeyError('a bug'))
     with pytest.raises(KeyError) as e:
         main(*command, '--export-dir', 'm')
     assert e.value is mistake
@@ -111,7 +114,7 @@ def test_a_mistake_in_publishing_tells_how_to_go_on_and_leaves_as_it_is(command,
 
 
 def test_an_export_that_was_not_kept_is_no_mistake(command, monkeypatch, capfd):
-    breaking(monkeypatch, hub, 'export', errors.ExportError('The exported model was not kept'))
+    breaking(monkeypatch, export, 'export', errors.ExportError('The exported model was not kept'))
     with pytest.raises(SystemExit) as e:
         main(*command, '--export-dir', 'm')
     assert e.value.code == 3
@@ -148,7 +151,7 @@ def test_out_of_memory_names_what_needs_less(command, monkeypatch, capfd, owner,
 def test_a_checkpoint_is_not_damaged_where_there_is_no_memory_for_it(command, tmp_path, monkeypatch, error):
     main(*command)
     left = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
-    breaking(monkeypatch, checkpoints, 'load_checkpoint_metadata', error)
+    breaking(monkeypatch, checkpoint, 'load_checkpoint_metadata', error)
     with pytest.raises(SystemExit, match='out of memory'):
         main(*command, '--resume', 'auto', '--epochs', '2')
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')} == left

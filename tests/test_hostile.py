@@ -8,22 +8,22 @@ import pickle
 import random
 import re
 
-import bad_inputs
 import pytest
 import torch
 import yaml
-from bad_inputs import VALUES, WORDS, Payload, make_data, saved, write
+from helpers import bad_inputs
+from helpers.bad_inputs import VALUES, WORDS, Payload, make_data, saved, write
+from helpers.train import main
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_bad_data import root  # noqa: F401
-from test_train import main
 
-from dks_timm import checkpoints, checks, engine, errors, options, readers
-from dks_timm.images import Images
+from dks_timm import errors
+from dks_timm.training import checkpoint, checks, config, loop, readers
+from dks_timm.training.images import Images
 
 # Flags by name, but for the one that prints help and ends.
-ACTIONS = {a.dest: a for a in options.create_parser()._actions if a.dest != 'help'}
+ACTIONS = {a.dest: a for a in config.create_parser()._actions if a.dest != 'help'}
 
 
 def examples(count):
@@ -58,7 +58,7 @@ def refusal(argv):
     """Parse a command line; the message where it is refused. Any other exception is a failure."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            options.parse_args(argv)
+            config.parse_args(argv)
     except errors.OptionError as e:
         assert str(e) and str(e).isprintable() and len(str(e)) < 1100
         return str(e)
@@ -161,7 +161,7 @@ def build_and_end(folder, argv, dks):
         with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context(
         ) as patch:
             patch.chdir(folder)  # where flags such as --output name one of their own
-            patch.setattr(engine.Trainer, 'fit', lambda *_: (_ for _ in ()).throw(SystemExit(0)))
+            patch.setattr(loop.Trainer, 'fit', lambda *_: (_ for _ in ()).throw(SystemExit(0)))
             main(*common, *argv)
     except SystemExit as e:
         assert e.code in (0, 2)
@@ -310,8 +310,8 @@ def test_resume_auto_passes_over_a_checkpoint_that_would_run_code(trained, caplo
     write('out/other/args.yaml', b'\xff\xfe')(trained)
     try:
         for argv in (['--experiment', 'x'], ['--experiment', '']):
-            args, _, text = options.parse_args(bad_inputs.Case('', ['--resume', 'auto', *argv]).command(trained))
-            found = checkpoints.find_resume(args, text)
+            args, _, text = config.parse_args(bad_inputs.Case('', ['--resume', 'auto', *argv]).command(trained))
+            found = checkpoint.find_resume(args, text)
             assert found == str(trained / 'out/x/last.pth.tar') or not args.experiment
         assert f'{newest} is not complete (holds something other than plain weights' in caplog.text
     finally:
@@ -329,5 +329,5 @@ def test_a_payload_would_run_where_it_is_unpickled(tmp_path):
 
 
 def test_code_of_a_dataset_is_not_trusted_unless_the_command_line_says_so():
-    assert options.parse_args([])[0].dataset_trust_remote_code is False
-    assert options.parse_args(['--dataset-trust-remote-code'])[0].dataset_trust_remote_code is True
+    assert config.parse_args([])[0].dataset_trust_remote_code is False
+    assert config.parse_args(['--dataset-trust-remote-code'])[0].dataset_trust_remote_code is True

@@ -19,7 +19,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch.nn.functional import kl_div, log_softmax, softmax
 
 import dks_timm
-from dks_timm import options
+from dks_timm.training import config
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / 'benchmarks'))
@@ -95,7 +95,7 @@ def test_every_row_has_a_recipe_and_every_listed_command_parses(capsys):
         section, method, _, seed, *_ = line.split()
         argv = shlex.split(line[line.index(' python train.py ') + len(' python train.py '):])
         argv = [str(ROOT / a) if a.startswith('recipes/') else a for a in argv]
-        args, _, _ = options.parse_args(argv)
+        args, _, _ = config.parse_args(argv)
         row = Path(argv[argv.index('--config') + 1]).stem
         assert section == (row if args.epochs == paper_plan.recipe(row)['epochs'] else f'{row}_{args.epochs}_epochs')
         assert (args.seed, args.experiment, args.resume) == (int(seed), f'{section}-{method}-{seed}', 'auto')
@@ -111,7 +111,7 @@ def test_every_row_has_a_recipe_and_every_listed_command_parses(capsys):
 
 def optimizer_of(row):
     """The row's settings and, for a convolution with BatchNorm, its optimizer."""
-    args, _, _ = options.parse_args(['--config', str(paper.RECIPES / f'{row}.yaml'), '--data-dir', 'DIR'])
+    args, _, _ = config.parse_args(['--config', str(paper.RECIPES / f'{row}.yaml'), '--data-dir', 'DIR'])
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
     return args, create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
 
@@ -160,7 +160,7 @@ def test_the_papers_rows_train_with_its_settings(row, batch, decay, rates):
 
 def gradients(method, logits):
     """Of a method's synergy at the logits of three classifiers, the backbone's first."""
-    args, _, _ = options.parse_args(['--data-dir', 'DIR', *paper.METHODS[method][1]])
+    args, _, _ = config.parse_args(['--data-dir', 'DIR', *paper.METHODS[method][1]])
     weight = torch.tensor(args.dks_synergy_weight).reshape(-1, 3)
     return torch.autograd.grad(
         dks_timm.synergy_loss(logits, weight, args.dks_direction, args.dks_temperature), logits)

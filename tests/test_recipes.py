@@ -21,7 +21,8 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 import train
-from dks_timm import build, cli, options
+from dks_timm import cli
+from dks_timm.training import build, config
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(p for p in (ROOT / 'recipes').rglob('*.yaml') if 'accelerate' not in p.parts)
@@ -65,7 +66,7 @@ def commands(path):
 @functools.cache
 def dks_args(path):
     """The arguments of the recipe's last command, with --dks where the recipe leaves it to the command line."""
-    args, _, _ = options.parse_args([*commands(path)[-1], '--dks'])
+    args, _, _ = config.parse_args([*commands(path)[-1], '--dks'])
     args.rank, args.world_size, args.pretrained = 0, 1, False
     return args
 
@@ -85,7 +86,7 @@ def at_the_root(monkeypatch):
 def test_its_commands_name_this_recipe_and_parse(path):
     for argv in commands(path):
         assert Path(argv[argv.index('--config') + 1]) == path.relative_to(ROOT)
-        args, given, _ = options.parse_args(argv)
+        args, given, _ = config.parse_args(argv)
         assert set(yaml.safe_load(path.read_text())) <= given
         assert args.dataset == 'digits' or args.data_dir == 'DIR'
 
@@ -115,7 +116,7 @@ def test_it_builds_model_loss_optimizer_and_schedule(path):
 def test_without_dks_it_is_a_plain_timm_recipe(path, tmp_path):
     plain = tmp_path / 'plain.yaml'
     plain.write_text(''.join(line for line in path.open() if not line.startswith('dks')))
-    args, given, _ = options.parse_args(['--config', str(plain)])
+    args, given, _ = config.parse_args(['--config', str(plain)])
     assert not args.dks
     assert set(yaml.safe_load(path.read_text())) - given <= {
         'dks', 'dks_budget', 'dks_stages', 'dks_synergy_weight', 'dks_branches', 'dks_branch_kwargs'}
@@ -151,7 +152,7 @@ def test_its_cost_is_what_inspect_computes_with_its_flags(path):
 def test_its_batch_learning_rate_and_epochs_are_those_of_its_header(path):
     batch, gpus, per_gpu, accumulated, lr = said(
         path, r'batch +(\d+) = (\d+) GPUs? x (\d+)(?: x (\d+) accumulated)?, learning rate ([\de.-]+);')
-    args, _, _ = options.parse_args(commands(path)[-1])
+    args, _, _ = config.parse_args(commands(path)[-1])
     assert (args.batch_size, args.grad_accum_steps) == (int(per_gpu), int(accumulated or 1))
     assert int(batch) == int(gpus) * args.batch_size * args.grad_accum_steps
     args.world_size = int(gpus)
@@ -165,7 +166,7 @@ def test_its_batch_learning_rate_and_epochs_are_those_of_its_header(path):
 
 @pytest.mark.parametrize('path', named(p for p in IMAGENET if p.name.startswith('paper')))
 def test_a_paper_row_is_baseline_deep_supervision_and_dks_by_its_commands(path):
-    variants = [options.parse_args(argv)[0] for argv in commands(path)]
+    variants = [config.parse_args(argv)[0] for argv in commands(path)]
     assert [(v.dks, v.dks_direction) for v in variants] == [(False, 'both'), (True, 'none'), (True, 'both')]
     for v in variants:
         del v.dks, v.dks_direction
@@ -179,8 +180,8 @@ def test_binary_cross_entropy_and_synergy_count_alike(path):
     logits = [torch.randn(4, 1000) for _ in range(3)]
     target = torch.rand(4, 1000)
     given = ['--config', str(path)]
-    mean, _, _ = options.parse_args(given)
-    summed, _, _ = options.parse_args([*given, '--bce-sum', '--dks-synergy-weight', '1'])
+    mean, _, _ = config.parse_args(given)
+    summed, _, _ = config.parse_args([*given, '--bce-sum', '--dks-synergy-weight', '1'])
     losses = [
         build._create_dks_loss(args, build.create_criterion(args), 3)(logits, target)['loss']
         for args in (mean, summed)]

@@ -1,69 +1,27 @@
 """train.py from end to end: what a run leaves behind, how it resumes, and what it refuses."""
-import csv
-import logging
 import os
 import re
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
 import yaml
-from accelerate.state import AcceleratorState
-from PIL import Image
+from helpers.train import ROOT, image_folder, main, rows, two_processes
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-import train
-from dks_timm import cli, engine, options
+from dks_timm import cli
+from dks_timm.training import config, loop
 
-ROOT = Path(__file__).parents[1]
 TIMM_COLUMNS = ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
 DIGITS = [
     '--dataset', 'digits', '--num-classes', '10', '--model', 'test_resnet', '--img-size', '32', '--device', 'cpu',
     '--workers', '0', '-b', '32', '--opt', 'adamw', '--lr', '2e-3', '--warmup-epochs', '1', '--hflip', '0',
     '--scale', '0.8', '1', '--color-jitter', '0', '--epochs', '2',
 ]
-
-
-def main(*argv):
-    """Run train.py in this process and leave no trace of it in there."""
-    handlers, level = logging.root.handlers[:], logging.root.level
-    try:
-        train.main([str(a) for a in argv])
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        logging.root.handlers[:] = handlers
-        logging.root.setLevel(level)
-
-
-def two_processes(*argv):
-    """Run train.py in two processes that torchrun connects over gloo."""
-    launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    out = subprocess.run(
-        [*launcher, ROOT / 'train.py', *map(str, argv)],
-        cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=600)
-    assert out.returncode == 0, out.stderr
-
-
-def rows(folder):
-    with open(folder / 'summary.csv', newline='') as f:
-        return list(csv.DictReader(f))
-
-
-def image_folder(root, classes=2, count=8, size=32):
-    """Noise images in train/ and validation/, the same in both."""
-    rng = np.random.default_rng(0)
-    for label in range(classes):
-        for i in range(count):
-            image = Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
-            for split in ('train', 'validation'):
-                (root / split / str(label)).mkdir(parents=True, exist_ok=True)
-                image.save(root / split / str(label) / f'{i}.png')
-    return root
 
 
 @pytest.fixture(scope='module')
@@ -141,8 +99,8 @@ def test_the_exported_model_is_the_best_average_and_loads_with_timm_alone(dks_ru
     model = eval(load.partition('=')[2]).eval()
     best = max(rows(root / 'run'), key=lambda row: float(row['eval_top1']))
     train_transform = dict(is_training=False, **timm.data.resolve_data_config(model=model))
-    from dks_timm.data import create_datasets
-    args, _, _ = options.parse_args(DIGITS)
+    from dks_timm.training.data import create_datasets
+    args, _, _ = config.parse_args(DIGITS)
     _, val = create_datasets(args)
     val.transform = timm.data.create_transform(**train_transform)
     with torch.inference_mode():
@@ -238,7 +196,7 @@ def test_resume_passes_over_a_checkpoint_that_is_not_complete(noise, tmp_path, c
 def test_the_same_seed_gives_the_same_weights_and_batches_with_dks_and_without(noise, tmp_path, monkeypatch):
     seen = {}
 
-    class Recorder(engine.Trainer):
+    class Recorder(loop.Trainer):
         def fit(self, on_best=None):
             module = self.task.get_trainable_module()
             seen['weights'] = {k: v.clone() for k, v in getattr(module, 'backbone', module).state_dict().items()}
@@ -249,7 +207,7 @@ def test_the_same_seed_gives_the_same_weights_and_batches_with_dks_and_without(n
             seen['batches'].append((x, y))
             return super()._to_device(x, y)
 
-    monkeypatch.setattr(engine, 'Trainer', Recorder)
+    monkeypatch.setattr(loop, 'Trainer', Recorder)
     argv = [a for a in noise if a != '--no-aug'] + ['--output', tmp_path, '--drop', '0.2', '--reprob', '0.5']
     main(*argv)
     plain = dict(seen)
@@ -452,5 +410,5 @@ def test_dks_can_start_from_the_backbone_of_a_plain_run(noise, tmp_path):
 
 @pytest.mark.parametrize('recipe', sorted((ROOT / 'recipes').glob('*.yaml')), ids=lambda path: path.stem)
 def test_every_recipe_parses(recipe):
-    args, _, _ = options.parse_args(['--config', str(recipe)])
+    args, _, _ = config.parse_args(['--config', str(recipe)])
     assert timm.is_model(args.model)

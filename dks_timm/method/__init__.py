@@ -1,0 +1,1 @@
+"""Deeply-supervised Knowledge Synergy itself: losses, stages, branches, the model; torch and timm alone."""

@@ -1,0 +1,249 @@
+"""DKS in timm's own training loop."""
+from typing import Any, Dict, List, Optional
+
+import torch
+import torch.nn as nn
+from timm.task import ClassificationTask, TrainingTask
+from timm.utils import unwrap_model
+
+from ..errors import InputError
+from .loss import DKSLoss
+from .model import DKSModel
+
+
+class DKSTask(ClassificationTask):
+    """Train all classifiers of a DKSModel; evaluate and save its plain backbone.
+
+    The trainable module is the DKSModel, the eval model its backbone. So the `state_dict` of a checkpoint is that of
+    the timm model, which `timm.create_model(checkpoint_path=...)` loads, and the branches are in its `task_state`.
+
+    Args:
+        net: The model to train.
+        loss_fn: Loss of the list of logits, DKSLoss() when None.
+        device: Device of the task's own buffers; the model stays where it is.
+        dtype: Dtype of the task's own buffers.
+        verbose: Log what the task sets up.
+        every: Run the branches in one of so many updates; the others train the backbone by its labels alone.
+        start_epoch: First epoch with synergy; before it, every classifier learns from the labels alone.
+
+    Raises:
+        ValueError: The weights of the loss are for another number of classifiers, or `every` is below 1.
+    """
+
+    def __init__(
+            self,
+            net: DKSModel,
+            loss_fn: Optional[DKSLoss] = None,
+            device: Optional[torch.device] = None,
+            dtype: Optional[torch.dtype] = None,
+            verbose: bool = True,
+            every: int = 1,
+            start_epoch: int = 0,
+    ):
+        loss_fn = DKSLoss() if loss_fn is None else loss_fn
+        loss_fn.resolve_weights(1 + len(net.branches))
+        if every < 1:
+            raise InputError(f'every is {every}; it must be at least 1.')
+        super().__init__(net, loss_fn, device=device, dtype=dtype, verbose=verbose)
+        self.every = every
+        self.start_epoch = start_epoch
+
+    def begin_update(self, epoch: int, num_updates: int) -> None:
+        """Decide what the next update trains. Without a call, every update trains all classifiers with synergy.
+
+        Args:
+            epoch: Epoch of the update.
+            num_updates: Updates before it, counted from the beginning of the run.
+        """
+        unwrap_model(self.trainable_module).branches_on = num_updates % self.every == 0
+        self.criterion.synergy_on = epoch >= self.start_epoch
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, Any]:
+        """Forward pass through backbone and branches, and the DKS loss.
+
+        Args:
+            input: Images (B, C, H, W).
+            target: Class indices (B,), or dense targets (B, num_classes).
+
+        Returns:
+            A dictionary: 'loss', a scalar, the only entry to call ``backward`` on; 'output', the backbone's logits
+            (B, num_classes); 'logits', the list of all logits, the backbone's first and, where the branches have not
+            run, alone; 'ce' (M,) and 'synergy' (M, M), the reports of :class:`dks_timm.DKSLoss`, without 'synergy'
+            where the branches have not run.
+        """
+        logits = self.trainable_module(input)
+        return {**self._loss(logits, target), 'output': logits[0], 'logits': logits}
+
+    def _loss(self, logits: List[torch.Tensor], target: torch.Tensor) -> Dict[str, torch.Tensor]:
+        return self.criterion(logits, target) if len(logits) > 1 else self.criterion.forward_backbone(*logits, target)
+
+    def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs) -> nn.Module:
+        """Compile the DKSModel for training, and its backbone by itself for evaluation."""
+        self.eval_model = torch.compile(self.get_eval_model(), backend=backend, mode=mode, **compile_kwargs)
+        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
+        return self.eval_model
+
+    def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
+        """The plain backbone, whatever wraps the DKSModel; the compiled one after `compile`."""
+        model = super().get_eval_model(module=module, ema=ema)
+        net = unwrap_model(model)
+        return net.backbone if isinstance(net, DKSModel) else model
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> List[nn.Parameter]:
+        """Parameters to clip; exclude_head leaves out the classifiers of backbone and branches."""
+        net = unwrap_model(self.trainable_module)
+        heads = {id(p) for head in net.get_classifiers() for p in head.parameters()} if exclude_head else set()
+        return [p for p in net.parameters() if id(p) not in heads]
+
+    def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
+        """State of the branches, with the stages they sit on: 'stages', a list, and 'branches', a state dict."""
+        net = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
+        return {'stages': list(net.stages), 'branches': net.branches.state_dict()}
+
+    def load_task_state(
+            self,
+            state: Optional[Dict[str, Any]],
+            strict: bool = True,
+            module: Optional[nn.Module] = None,
+            ema: bool = False,
+    ) -> None:
+        net = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
+        net.branches.load_state_dict(state['branches'], strict=strict)
+
+    def load_checkpoint_state(
+            self,
+            state_dict: Dict[str, Any],
+            task_state: Optional[Dict[str, Any]] = None,
+            ema: bool = False,
+            strict: bool = True,
+    ) -> None:
+        """Load backbone and branches.
+
+        Args:
+            state_dict: Of the plain backbone, the ``state_dict`` of a checkpoint.
+            task_state: Of the branches, from :meth:`get_task_state`, the ``task_state`` of a checkpoint.
+            ema: Load into the average of the weights.
+            strict: Ask for all entries, in the shapes of the model's.
+
+        Raises:
+            ValueError: The checkpoint has no branches, or is of another backbone or other branches. Nothing is loaded.
+        """
+        net = unwrap_model(self.get_trainable_module(ema=ema))
+        if net is not None:
+            if not task_state or 'branches' not in task_state:
+                raise InputError(
+                    'the checkpoint holds no branches, so training with DKS cannot resume from it: '
+                    'use --initial-checkpoint to start from its backbone'
+                )
+            stages = tuple(task_state['stages'])
+            if stages != net.stages:
+                raise InputError(f'the checkpoint has branches on stages {stages}, the model on {net.stages}')
+            if strict:
+                _check_fit(net.backbone, state_dict, 'backbone')
+                _check_fit(net.branches, task_state['branches'], 'branches')
+        super().load_checkpoint_state(state_dict, task_state, ema=ema, strict=strict)
+
+
+class DKSDistillationTask(DKSTask):
+    """DKS with a pretrained teacher: timm's distillation of the backbone is one more term.
+
+    loss = task_loss_weight * DKS + distill_loss_weight * distillation of the backbone
+
+    Args:
+        net: The model to train.
+        distillation: timm's LogitDistillationTask, FeatureDistillationTask or TokenDistillationTask whose student is
+            `net.backbone`. It brings the teacher, the divergence and both weights.
+        loss_fn: Loss of the list of logits, DKSLoss() when None.
+        device: Device for task tensors/buffers
+        dtype: Dtype for task tensors/buffers
+        verbose: Enable info logging
+        every: See DKSTask.
+        start_epoch: See DKSTask.
+    """
+
+    def __init__(
+            self,
+            net: DKSModel,
+            distillation: TrainingTask,
+            loss_fn: Optional[DKSLoss] = None,
+            device: Optional[torch.device] = None,
+            dtype: Optional[torch.dtype] = None,
+            verbose: bool = True,
+            every: int = 1,
+            start_epoch: int = 0,
+    ):
+        super().__init__(net, loss_fn, device, dtype, verbose, every, start_epoch)
+        if distillation.trainable_module is not net.backbone:
+            net.set_student(distillation.trainable_module)
+            net.projection = distillation.trainable_module.projection
+        # The backbone has run when the distillation is asked for, and labels are DKSLoss's affair.
+        distillation.trainable_module = _Given()
+        distillation.criterion = _Given(0.)
+        self.distillation = distillation
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, Any]:
+        """As :meth:`DKSTask.forward`, with the teacher's term in 'loss', and by itself in 'kd_loss', unweighted."""
+        student, *branch_logits = self.trainable_module(input)
+        logits = [student[0] if isinstance(student, tuple) else student, *branch_logits]
+        out = self._loss(logits, target)
+        self.distillation.trainable_module.value = student
+        distilled = self.distillation(input, target)
+        self.distillation.trainable_module.value = None
+        kd_loss = distilled['kd_loss' if 'kd_loss' in distilled else 'distill_loss'].detach()
+        loss = self.distillation.task_loss_weight * out['loss'] + distilled['loss']
+        return {**out, 'loss': loss, 'output': logits[0], 'logits': logits, 'kd_loss': kd_loss}
+
+    def train(self, mode: bool = True) -> 'DKSDistillationTask':
+        """Set training mode; the teacher stays in evaluation mode."""
+        super().train(mode)
+        self.distillation.teacher.eval()
+        return self
+
+    def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs) -> nn.Module:
+        """Compile student and teacher."""
+        self.distillation.teacher.compile(backend, mode, compile_features=True, **compile_kwargs)
+        return super().compile(backend, mode, **compile_kwargs)
+
+    def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
+        """State of the branches, and of the projection to the teacher's features where there is one."""
+        net = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
+        state = super().get_task_state(net)
+        if getattr(net, 'projection', None) is not None:
+            state['projection'] = net.projection.state_dict()
+        return state
+
+    def load_task_state(
+            self,
+            state: Optional[Dict[str, Any]],
+            strict: bool = True,
+            module: Optional[nn.Module] = None,
+            ema: bool = False,
+    ) -> None:
+        super().load_task_state(state, strict=strict, module=module, ema=ema)
+        net = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
+        if getattr(net, 'projection', None) is not None:
+            if 'projection' not in state:
+                raise InputError("the checkpoint holds no projection to the teacher's features")
+            net.projection.load_state_dict(state['projection'], strict=strict)
+
+
+class _Given(nn.Module):
+    """Hands out a value that was computed elsewhere, whatever it is called with."""
+
+    def __init__(self, value: Any = None):
+        super().__init__()
+        self.value = value
+
+    def forward(self, *args: Any) -> Any:
+        return self.value
+
+
+def _check_fit(module: nn.Module, state_dict: Dict[str, Any], name: str) -> None:
+    """Refuse a state dict with other entries or shapes than the module's, naming the first of them."""
+    theirs, ours = ({k: tuple(v.shape) for k, v in state.items()} for state in (state_dict, module.state_dict()))
+    for key in {**ours, **theirs}:
+        if theirs.get(key) != ours.get(key):
+            raise InputError(
+                f"the checkpoint does not fit the model's {name}: {key} is {theirs.get(key, 'missing')} in the "
+                f"checkpoint and {ours.get(key, 'missing')} in the model"
+            )

@@ -1,0 +1,1 @@
+"""Training by timm's factories and Accelerate: flags, data, the loop, checkpoints."""

@@ -1,0 +1,303 @@
+"""What a run leaves on disk: checkpoints and summary.csv, whole at any time; and which checkpoint to resume from."""
+import csv
+import io
+import logging
+import os
+import pickle
+import shutil
+import zipfile
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional
+
+import torch
+import yaml
+from timm.task import resume_task_checkpoint
+from timm.utils import CheckpointSaver
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
+from torch.utils._pytree import tree_map_only
+
+from ..errors import InputError, OptionError, out_of_memory, why
+
+_logger = logging.getLogger(__name__)
+
+# What checkpoints of a run are called.
+PATTERNS = ('last.pth.tar', 'checkpoint-*.pth.tar', 'recovery-*.pth.tar')
+# What reading a checkpoint raises that is not whole, or none.
+_DAMAGED = (EOFError, LookupError, RuntimeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)
+
+
+def find_resume(args, args_text: str) -> str:
+    """The checkpoint that --resume names, or '' for none.
+
+    "auto" is the newest complete one of the --experiment folder; without --experiment, of the newest folder under
+    --output whose args.yaml is that of this run.
+
+    Raises:
+        OptionError: A checkpoint may be complete, but cannot be read.
+    """
+    if args.resume != 'auto':
+        return args.resume
+    root = Path(args.output or './output/train')
+    if args.experiment:
+        folders = [root / args.experiment]
+    else:
+        wanted = _without_resume(args_text)
+        # A link may lead out of --output.
+        files = [f for f in root.glob('*/args.yaml') if not f.parent.is_symlink()]
+        folders = [f.parent for f in files if _without_resume(f.read_text(errors='replace')) == wanted]
+        folders = sorted(folders, key=lambda f: f.stat().st_mtime, reverse=True)[:1]
+    for folder in folders:
+        files = [file for pattern in PATTERNS for file in folder.glob(pattern)]
+        for file in sorted(files, key=lambda f: f.stat().st_mtime_ns, reverse=True):
+            broken = damage(file)
+            if not broken:
+                return str(file)
+            _logger.warning(f'{file} is not complete ({broken}); trying the checkpoint before.')
+    _logger.info('--resume auto: no checkpoint yet, starting from the beginning.')
+    return ''
+
+
+def _without_resume(args_text):
+    try:
+        return {**yaml.safe_load(args_text), 'resume': ''}
+    except Exception:  # not written to its end, or not by a run
+        return None
+
+
+def damage(path) -> str:
+    """What is wrong with a checkpoint, or ''. All of it is read: torch does not look at the checksums in its files.
+
+    Raises:
+        OptionError: The file system does not let it be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            part = file.testzip()
+        if part:
+            return f'the checksum of {part} is wrong'
+        load_checkpoint_metadata(path)
+    except (OSError, *_DAMAGED) as e:
+        if out_of_memory(e):
+            raise
+        if isinstance(e, OSError):
+            raise OptionError(f'--resume {path}: {e.strerror or e}') from None
+        return why(e, 200)
+    return ''
+
+
+def holds_weights(checkpoint: dict, ema: bool = False) -> bool:
+    """Whether what timm loads of a checkpoint, perhaps of the average, is tensors by name."""
+    names = ('state_dict_ema', 'model_ema') * ema + ('state_dict', 'model')
+    weights = next((checkpoint[name] for name in names if checkpoint.get(name) is not None), checkpoint)
+    return isinstance(weights, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in weights.items())
+
+
+def load(path, args, task, optimizer, scaler):
+    """Load a checkpoint of ours or timm's.
+
+    Returns:
+        The epoch that comes after it, or None; the seconds of training it took; and the state of the run besides
+        weights and optimizer, None where there is none to go on from.
+
+    Raises:
+        OptionError: It cannot be read, or is not one of this model.
+    """
+    broken = damage(path)
+    if broken:
+        raise OptionError(f'--resume {path}: no complete checkpoint ({broken}); --resume auto takes the newest that is')
+    checkpoint = load_checkpoint_metadata(path)
+    if not isinstance(checkpoint, dict):
+        raise OptionError(f'--resume {path}: holds a {type(checkpoint).__name__}; give a checkpoint of a run')
+    misfit = (
+        f'--resume {path}: holds weights of {checkpoint.get("arch", "another model")} that do not fit '
+        f'--model {args.model} with {args.num_classes} classes; resume with the model it was made by'
+    )
+    if not holds_weights(checkpoint) or args.model_ema and not holds_weights(checkpoint, ema=True):
+        raise OptionError(misfit)
+    for name, kind in dict(epoch=int, version=int, optimizer=dict).items():
+        if not isinstance(checkpoint.get(name, kind()), kind) and not (args.no_resume_opt and name == 'optimizer'):
+            found = type(checkpoint[name]).__name__
+            raise OptionError(f'--resume {path}: its {name} is a {found}, not a {kind.__name__}')
+    seconds = getattr(checkpoint.get('args'), 'train_seconds', 0.)
+    saver = checkpoint.get('saver')
+    run = saver.get('run') if isinstance(saver, dict) and not args.no_resume_opt else None
+    try:
+        epoch = resume_task_checkpoint(
+            task,
+            path,
+            optimizer=None if args.no_resume_opt else optimizer,
+            loss_scaler=None if args.no_resume_opt else scaler,
+        )
+    except InputError as e:
+        raise OptionError(f'--resume {path}: {e}') from e
+    except (RuntimeError, ValueError) as e:  # torch's, where names or shapes are other ones
+        if 'loading state_dict' in str(e):
+            raise OptionError(misfit) from e
+        if 'parameter group' in str(e):
+            raise OptionError(f'--resume {path}: {e}; --no-resume-opt loads the weights only') from e
+        raise
+    return epoch, seconds, tree_map_only(torch.Tensor, torch.clone, run)  # the file is mapped, not read
+
+
+class _File(io.BufferedWriter):
+    """A file that remembers why writing to it failed, as torch.save does not say."""
+    error: Optional[OSError] = None
+
+    def __init__(self, path):
+        super().__init__(io.FileIO(path, 'w'))
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError as e:
+            self.error = e
+            raise
+
+
+def _write(path, write: Callable[[Any], Any]) -> None:
+    """Write a file, see it on the disk, and leave nothing behind where that fails.
+
+    Raises:
+        OSError: saying why.
+    """
+    file = _File(path)
+    try:
+        with file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as e:
+        with suppress(OSError):
+            os.unlink(path)
+        if file.error is None:
+            raise
+        raise file.error from e
+
+
+def _put(source, path) -> None:
+    """Rename a file to replace another, so that a loss of power finds one of the two there."""
+    os.replace(source, path)
+    with suppress(FileNotFoundError):  # two names of one file stay as they are
+        os.unlink(source)
+    folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_text(path, text: str) -> None:
+    """Write a file that is whole at any time."""
+    _write(f'{path}.tmp', lambda file: file.write(text.encode()))
+    _put(f'{path}.tmp', path)
+
+
+class Output:
+    """What keeps something on disk: where it cannot, it says so once, the run goes on, and the next time tells.
+
+    Attributes:
+        failure: Why it could not be written the last time, or ''.
+    """
+    failure = ''
+
+    def attempt(self, name: str, write: Callable, *args, **kwargs):
+        """Call a function that writes; returns what it does, or None."""
+        try:
+            result = write(*args, **kwargs)
+        except OSError as e:
+            if not self.failure:
+                _logger.warning(f'{name} cannot be written ({e}); training goes on, and the next one is tried.')
+            self.failure = f'{name}: {e}'
+            return None
+        if self.failure:
+            _logger.info(f'{name} is written again.')
+        self.failure = ''
+        return result
+
+
+class Saver(Output, CheckpointSaver):
+    """timm's, whose files are whole or not there, and which knows the state of the run.
+
+    Attributes:
+        run: What a run needs besides weights and optimizer to go on as if it had not stopped.
+    """
+    run: Optional[Dict[str, Any]] = None
+    source = ''  # a checkpoint that takes the place of one to be written
+
+    def state_dict(self, epoch=None, metric=None):
+        return {**super().state_dict(epoch, metric), 'run': self.run}
+
+    def _save(self, save_path, epoch, metric=None):
+        if self.source:
+            self._duplicate(self.source, save_path)
+        else:
+            _write(save_path, lambda file: super(Saver, self)._save(file, epoch, metric))
+
+    def _replace(self, src, dst):
+        _put(src, dst)
+
+    def _duplicate(self, src, dst):
+        beside = f'{dst}.tmp'
+        with suppress(FileNotFoundError):
+            os.unlink(beside)
+        try:
+            os.link(src, beside)
+        except OSError:  # not every file system has links
+            with open(src, 'rb') as file:
+                _write(beside, lambda copy: shutil.copyfileobj(file, copy))
+        _put(beside, dst)
+
+    def save_checkpoint(self, epoch, metric=None):
+        return self.attempt('The checkpoint', super().save_checkpoint, epoch, metric) or (None, None)
+
+    def save_recovery(self, epoch, batch_idx=0):
+        self.attempt('The recovery checkpoint', super().save_recovery, epoch, batch_idx)
+
+    def resume(self, path) -> None:
+        """Go on with the files beside a checkpoint; what was left to do after it was written is done now."""
+        state = load_checkpoint_metadata(path).get('saver')
+        if not state or 'run' not in state:
+            self.load_state_dict_from_checkpoint(path)
+            return
+        epoch, metric = state['pending']
+        self.load_state_dict({**state, 'pending': (None, None)})
+        recoveries = sorted(map(str, Path(self.recovery_dir).glob(PATTERNS[-1])), key=os.path.getmtime)
+        *older, self.prev_recovery_file, self.curr_recovery_file = ['', '', *recoveries]
+        for file in filter(None, older):
+            os.remove(file)
+        if state['run']['over']:
+            self.source, self.run = path, state['run']
+            self.save_checkpoint(epoch, metric)
+            self.source = ''
+
+
+class Summary(Output):
+    """The rows of summary.csv.
+
+    Args:
+        path: Of the file; rows that it holds already are kept.
+        start_epoch: First epoch to come, whose row and later ones are dropped.
+    """
+
+    def __init__(self, path, start_epoch: int):
+        self.path = path
+        self.rows = []
+        if os.path.exists(path):
+            with open(path, newline='', errors='replace') as file:
+                rows = [row for row in csv.DictReader(file, restval=None) if None not in {*row, *row.values()}]
+            self.rows = [row for row in rows if row.get('epoch', '').isdigit() and int(row['epoch']) < start_epoch]
+            self.write()
+
+    def append(self, row: Dict[str, Any]) -> None:
+        self.rows.append({name: str(value) for name, value in row.items()})
+        self.write()
+
+    def write(self) -> None:
+        text = io.StringIO(newline='')
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in self.rows for name in row)), restval='')
+        if self.rows:
+            writer.writeheader()
+        writer.writerows(self.rows)
+        self.attempt('summary.csv', write_text, self.path, text.getvalue())

@@ -1,0 +1,181 @@
+"""Small image datasets held on the training device as uint8, and augmented there in whole batches.
+
+At the size of CIFAR a network is faster than the Python that decodes and crops its images one by one. Here they are
+decoded once, by timm's own transforms; reflect pad, random crop, flips and normalization then take a few operations a
+batch.
+"""
+import logging
+import os
+import time
+from typing import Sequence, Tuple
+
+import numpy as np
+import psutil
+import torch
+from timm.data.distributed_sampler import OrderedDistributedSampler
+from timm.data.loader import adapt_to_chs, fast_collate
+from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data.distributed import DistributedSampler
+
+from ..errors import OptionError
+
+_logger = logging.getLogger(__name__)
+
+
+class DeviceLoader:
+    """Batches of a dataset that lies on the device, with the interface of timm's loaders.
+
+    Order and augmentation of an epoch depend on the seed and on its number (``sampler.set_epoch``), and on nothing
+    else: not on the device, on how many processes share the work, or on what else draws random numbers.
+
+    Args:
+        dataset: The dataset the images came from.
+        images: uint8 (N, C, H, W).
+        targets: (N,) or (N, num_classes).
+        batch_size: Images a batch of this process.
+        is_training: Shuffle, augment and leave out the last batch where it is not full.
+        mean: Of the pixels, at most 1, as for timm's loaders.
+        std: Their deviation.
+        pad: Pixels of reflection on each side, out of which a crop of the image's own size is taken.
+        hflip: Probability of a horizontal flip.
+        vflip: Probability of a vertical flip.
+        dtype: Of the batches.
+        seed: Of order and augmentation.
+        rank: Index of this process.
+        world_size: Number of processes that share the dataset.
+    """
+    batch_sampler = None
+    mixup_enabled = False  # what mixes is the training loop
+    start = 0  # batches of the next epoch that are left out
+
+    def __init__(
+            self,
+            dataset,
+            images: torch.Tensor,
+            targets: torch.Tensor,
+            batch_size: int,
+            is_training: bool,
+            mean: Sequence[float],
+            std: Sequence[float],
+            pad: int = 0,
+            hflip: float = 0.,
+            vflip: float = 0.,
+            dtype: torch.dtype = torch.float32,
+            seed: int = 0,
+            rank: int = 0,
+            world_size: int = 1,
+    ):
+        self.dataset, self.images, self.targets = dataset, images, targets
+        self.batch_size, self.is_training = batch_size, is_training
+        self.pad, self.hflip, self.vflip = pad, hflip, vflip
+        self.dtype, self.seed = dtype, seed
+        channels = images.shape[1]
+        self.mean, self.std = (
+            torch.tensor([255 * v for v in adapt_to_chs(values, channels)], dtype=dtype, device=images.device)
+            .view(1, channels, 1, 1) for values in (mean, std))
+        if is_training:
+            self.sampler = DistributedSampler(dataset, world_size, rank, seed=_mix(seed))
+        else:
+            self.sampler = OrderedDistributedSampler(dataset, world_size, rank)
+
+    def __len__(self):
+        count = len(self.sampler)
+        return count // self.batch_size if self.is_training else -(-count // self.batch_size)
+
+    def __iter__(self):
+        """Yield normalized images (B, C, H, W) and their targets."""
+        device = self.images.device
+        order = torch.tensor(list(self.sampler), device=device)
+        moves = None
+        if self.is_training and (self.pad or self.hflip or self.vflip):
+            moves = [m.to(device) for m in self._draw(self.sampler.epoch)]
+        self.batches = order.split(self.batch_size)[:len(self)]  # indices of images
+        start, self.start = self.start, 0
+        for index in self.batches[start:]:
+            images = self.images[index] if moves is None else self._move(index, *(m[index] for m in moves))
+            yield images.to(self.dtype).sub_(self.mean).div_(self.std), self.targets[index]
+
+    def _draw(self, epoch: int) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """For each image of the dataset: the crop's top and left within the padded image, and whether to flip."""
+        generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+        count = len(self.images)
+        top, left = torch.randint(2 * self.pad + 1, (2, count), generator=generator)
+        across, down = torch.rand(2, count, generator=generator)
+        return top, left, across < self.hflip, down < self.vflip
+
+    def _move(self, index, top, left, hflip, vflip):
+        """Pad, crop and flip images by gathering every pixel from where it comes."""
+        _, channels, height, width = self.images.shape
+        rows = _source(height, top - self.pad, vflip)
+        columns = _source(width, left - self.pad, hflip)
+        planes = torch.arange(channels, device=index.device)
+        return self.images[
+            index[:, None, None, None], planes[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def _source(size: int, shift: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+    """Where the pixels of a line come from that is shifted (B,), reflected at its ends and flipped (B,): (B, size)."""
+    line = torch.arange(size, device=shift.device)
+    line = torch.where(flip[:, None], line.flip(0), line) + shift[:, None]
+    return size - 1 - (size - 1 - line.abs()).abs()
+
+
+def _mix(*numbers: int) -> int:
+    """A seed made of several numbers. torch's own takes 32 bits, and runs with neighbouring seeds must not overlap."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def decode(dataset, transform, input_size: Tuple[int, int, int], device, workers: int = 0, name: str = 'data'):
+    """Read a whole dataset.
+
+    Args:
+        dataset: Map-style dataset of PIL images and targets.
+        transform: Turns an image into a uint8 tensor of the input size.
+        input_size: Channels, height and width.
+        device: Where the images go.
+        workers: Processes that decode.
+        name: For the log.
+
+    Returns:
+        Images, uint8 (N, C, H, W), and targets, on the device.
+    """
+    start = time.monotonic()
+    dataset.transform = transform
+    # A generator of its own: the global random state is the same afterwards.
+    loader = DataLoader(
+        dataset, batch_size=256, num_workers=workers, collate_fn=fast_collate, generator=torch.Generator())
+    images, targets, done = torch.empty(len(dataset), *input_size, dtype=torch.uint8), [], 0
+    for batch, target in loader:
+        images[done:done + len(batch)] = batch
+        targets.append(target)
+        done += len(batch)
+    _logger.info(
+        f'{name} on {device}: {done:,} images of {"x".join(map(str, input_size))}, {images.nbytes / 1e6:,.0f} MB, '
+        f'decoded in {time.monotonic() - start:.1f} s'
+    )
+    return images.to(device), torch.cat(targets).to(device)
+
+
+def check_fit(datasets, input_size: Tuple[int, int, int], device) -> None:
+    """Refuse datasets that cannot be indexed, or would take more than half of the memory that is free.
+
+    Raises:
+        OptionError: naming what would do.
+    """
+    if any(isinstance(dataset, IterableDataset) for dataset in datasets):
+        raise OptionError('--data-on-device: a streamed dataset has no order to shuffle; leave the flag out')
+    count = sum(map(len, datasets))
+    size, free = count * int(np.prod(input_size)), free_memory(device)
+    if size > free / 2:
+        raise OptionError(
+            f'--data-on-device: {count:,} images of {"x".join(map(str, input_size))} are {size / 1e9:.1f} GB and '
+            f'{device} has {free / 1e9:.1f} GB free, of which training needs half; '
+            'leave the flag out, or lower --img-size'
+        )
+
+
+def free_memory(device) -> int:
+    """Bytes that are free to this process on a device, an equal share where several processes use the host's memory."""
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // int(os.environ.get('LOCAL_WORLD_SIZE', 1))

@@ -1,0 +1,427 @@
+"""The paper's CIFAR networks: its parameter counts, and everything that timm's own models answer."""
+import math
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from timm.data import resolve_data_config
+from timm.models import FeatureInfo, get_notrace_functions, get_notrace_modules, group_parameters, save_for_hf
+from timm.models.resnet import BasicBlock
+from torch.utils._pytree import tree_leaves
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+from dks_timm import DKSLoss, create_dks_model, prune
+from dks_timm.method.cost import inspect_model
+from dks_timm.method.plan import PRESETS, PRESETS_BY_ANALOGY
+from dks_timm.models import ARCHITECTURES, DenseLayer, PadShortcut, PreActBlock
+
+PARAMETERS = {
+    'resnet20_cifar': 275_572,
+    'resnet32_cifar': 470_004,
+    'resnet44_cifar': 664_436,
+    'resnet56_cifar': 858_868,
+    'resnet110_cifar': 1_733_812,
+    'wrn_16_2_cifar': 703_284,
+    'wrn_28_10_cifar': 36_536_884,
+    'wrn_40_4_cifar': 8_972_340,
+    'densenet_40_12_cifar': 1_060_132,
+    'resnet18_cifar': 11_220_132,
+    'resnet50_cifar': 23_705_252,
+}
+# Blocks per stage. The branches have as many of the last two stages, or half of them, rounded up.
+DEPTHS = {
+    'resnet20_cifar': 3, 'resnet32_cifar': 5, 'resnet44_cifar': 7, 'resnet56_cifar': 9,
+    'wrn_16_2_cifar': 2, 'wrn_28_10_cifar': 4, 'wrn_40_4_cifar': 6,
+}
+# One network of each kind, as small as it gets.
+SMALL = {
+    'resnet20_cifar': dict(layers=(1, 2, 1)),
+    'wrn_16_2_cifar': dict(layers=(1, 2, 1)),
+    'densenet_40_12_cifar': dict(layers=(2, 3, 2)),
+    'resnet18_cifar': dict(layers=(1, 1, 1, 1), channels=(64, 16, 16, 32)),
+}
+small = pytest.mark.parametrize('name', SMALL)
+
+
+def create(name, **kwargs):
+    return timm.create_model(name, **{**SMALL[name], **kwargs})
+
+
+def create_meta(name, **kwargs):
+    with torch.device('meta'):
+        return timm.create_model(name, **kwargs)
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def images(count=2, chans=3):
+    return torch.randn(count, chans, 32, 32)
+
+
+# The paper's numbers.
+
+def test_all_networks_are_registered():
+    assert {*PARAMETERS} == ARCHITECTURES == {*timm.list_models('*_cifar')}
+    assert not timm.list_models('*_cifar', pretrained=True)
+
+
+@pytest.mark.parametrize('name', PARAMETERS)
+def test_networks_have_the_published_number_of_parameters(name):
+    assert parameters(create_meta(name)) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize(('name', 'earlier', 'later'), [
+    ('resnet32_cifar', 298_212, 1_379_428),
+    ('resnet110_cifar', 816_356, 5_219_940),
+    ('wrn_28_10_cifar', 20_145_060, 107_464_420),
+])
+def test_branches_of_the_paper_have_the_papers_number_of_parameters(name, earlier, later):
+    with torch.device('meta'):
+        net = create_dks_model(name)
+    assert net.stages == (1, 2)
+    assert [b.kind for b in net.branches] == ['tail', 'tail']
+    assert [parameters(b) for b in net.branches] == [earlier, later]
+
+
+def test_training_cost_of_wrn_28_10_is_the_papers():
+    found = inspect_model('wrn_28_10_cifar')
+    gflop = [c['flops'] / 1e9 for c in found['classifiers']]
+    assert (round(gflop[0], 2), round(sum(gflop), 2)) == (10.49, 29.47)
+    assert round(found['cost']['flops'], 2) == 2.81
+
+
+@pytest.mark.parametrize('name', DEPTHS)
+def test_earlier_branch_halves_the_last_stage_and_later_branch_doubles_its_width(name):
+    with torch.device('meta'):
+        net = create_dks_model(name)
+    blocks = [
+        [m for m in branch.modules() if isinstance(m, (BasicBlock, PreActBlock)) and parameters(m)]
+        for branch in net.branches]
+    depth = DEPTHS[name]
+    assert [len(b) for b in blocks] == [depth + math.ceil(depth / 2), depth]
+    widths = [head.in_features for head in net.get_classifiers()]
+    assert widths == [net.backbone.num_features * n for n in (1, 1, 2)]
+
+
+def test_densenets_branches_have_12_and_6_layers_and_12_of_three_times_the_growth():
+    with torch.device('meta'):
+        net = create_dks_model('densenet_40_12_cifar')
+    growths = [
+        [m.conv.out_channels for m in b.modules() if isinstance(m, DenseLayer) and parameters(m)] for b in net.branches]
+    assert net.stages == (1, 2)
+    assert growths == [[12] * 18, [36] * 12]
+
+
+def test_every_network_has_a_layout_for_its_default_stages_and_says_whether_it_is_the_papers():
+    assert ARCHITECTURES <= PRESETS.keys() | PRESETS_BY_ANALOGY.keys()
+    for name, stages, text in (
+            ('resnet32_cifar', (1, 2), "the paper's layout, "),
+            ('resnet20_cifar', (1, 2), "layout as in the paper's networks, "),
+            ('resnet18_cifar', (2, 3), "layout as in the paper's networks, "),
+    ):
+        with torch.device('meta'):
+            net = create_dks_model(name)
+        assert net.stages == stages
+        assert [b.reason.startswith(text) for b in net.branches] == [True, True]
+
+
+def test_a_layout_of_ones_own_is_not_given_the_papers_branches_for_another():
+    with torch.device('meta'):
+        deeper = create_dks_model('resnet20_cifar', layers=(4, 4, 4))
+        narrow = create_dks_model('resnet20_cifar', channels=(8, 16, 32))
+    assert ['layout' in b.reason for b in deeper.branches] == [False, True]
+    assert ['layout' in b.reason for b in narrow.branches] == [True, False]
+    assert {b.kind for b in (*deeper.branches, *narrow.branches)} == {'tail'}
+
+
+# What they are made of.
+
+def test_shortcuts_of_resnet20_subsample_and_add_channels_of_zeros():
+    assert not [n for n in create_meta('resnet20_cifar').state_dict() if 'downsample' in n]
+    x = images(chans=4)
+    y = PadShortcut(4, 6, stride=2)(x)
+    assert y.shape == (2, 6, 16, 16)
+    assert torch.equal(y[:, :4], x[:, :, ::2, ::2])
+    assert not y[:, 4:].any()
+
+
+def test_shortcuts_of_wide_networks_project_where_the_shape_changes():
+    names = [n for n, m in create_meta('wrn_16_2_cifar').named_modules() if n.endswith('downsample') and m is not None]
+    assert names == ['stages.0.0.downsample', 'stages.1.0.downsample', 'stages.2.0.downsample']
+
+
+def test_shortcuts_of_wide_networks_project_the_activated_input_and_pass_on_the_raw_one():
+    x = images(chans=4)
+    for out_chs, expected in ((4, x), (8, torch.zeros(2, 8, 32, 32))):
+        block = PreActBlock(4, out_chs).eval()
+        for norm in (block.norm1, block.norm2):
+            nn.init.zeros_(norm.weight)
+        assert torch.equal(block(x), expected)
+
+
+@pytest.mark.parametrize('name', ['resnet20_cifar', 'wrn_16_2_cifar', 'densenet_40_12_cifar'])
+def test_convolutions_start_from_kaimings_distribution_and_norms_from_one(name):
+    model = timm.create_model(name)
+    conv = model.stages[-1][-1].get_submodule('conv' if 'densenet' in name else 'conv2')
+    fan_out = conv.out_channels * 9
+    assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms and all((m.weight == 1).all() and (m.bias == 0).all() for m in norms)
+    assert not model.get_classifier().bias.any()
+
+
+def test_networks_with_a_3x3_stem_keep_the_resolution_up_to_the_first_stage():
+    model = create('resnet18_cifar')
+    assert model.conv1.weight.shape == (64, 3, 3, 3)
+    assert model.conv1.weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)
+    features = model.forward_intermediates(images(), intermediates_only=True)
+    assert [f.shape[-1] for f in features] == [32, 32, 16, 8, 4]
+
+
+@pytest.mark.parametrize(('name', 'kwargs', 'message'), [
+    ('resnet20_cifar', dict(layers=(3, 3)), r'channels is \(16, 32, 64\), but layers has 2 stages'),
+    ('resnet20_cifar', dict(layers=(3, 0, 3)), r'layers is \(3, 0, 3\); give each stage at least one block'),
+    ('resnet20_cifar', dict(channels=(16, 32, 8)), 'channels shrinks from 32 to 8'),
+    ('resnet20_cifar', dict(proj_drop_rate=0.3), 'proj_drop_rate is 0.3, but only'),
+    ('densenet_40_12_cifar', dict(growth_rate=(12, 36)), r'growth_rate is \(12, 36\), but layers has 3 stages'),
+])
+def test_layouts_that_cannot_be_built_are_refused_by_name(name, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model(name, **kwargs)
+
+
+@pytest.mark.parametrize('name', ['wrn_16_2_cifar', 'densenet_40_12_cifar'])
+def test_dropout_inside_blocks_is_for_training_only(name):
+    model = create(name, proj_drop_rate=0.5)
+    features = model.forward_intermediates(x := images(), intermediates_only=True)
+    for module, f in ((model.stages[0][0], features[0]), (model.stages[1][0], features[1])):  # a layer, a transition
+        assert not torch.equal(module(f), module(f))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+    tail = create_dks_model(name, proj_drop_rate=0.5, **SMALL[name]).branches[0]
+    assert {m.p for n, m in tail.named_modules() if isinstance(m, nn.Dropout) and 'stages' in n} == {0.5}
+
+
+@pytest.mark.parametrize('name', ['resnet20_cifar', 'wrn_16_2_cifar'])
+def test_stochastic_depth_grows_with_depth(name):
+    model = create(name, drop_path_rate=0.3)
+    rates = [getattr(b.drop_path, 'drop_prob', 0.) for stage in model.stages for b in stage]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
+
+
+@small
+def test_dropout_before_the_classifier_is_for_training_only(name):
+    model = create(name, drop_rate=0.5)
+    features = model.forward_features(images())
+    assert not torch.equal(model.forward_head(features), model.forward_head(features))
+    model.eval()
+    assert torch.equal(model.forward_head(features), model.forward_head(features))
+
+
+# What timm asks of its models.
+
+@small
+def test_preprocessing_is_that_of_cifar(name):
+    config = resolve_data_config(model=create(name))
+    assert config['input_size'] == (3, 32, 32)
+    assert config['crop_pct'] == 1.0
+    assert [round(255 * v, 1) for v in config['mean']] == [125.3, 123.0, 113.9]
+    assert [round(255 * v, 1) for v in config['std']] == [63.0, 62.1, 66.7]
+
+
+@pytest.mark.parametrize('name', PARAMETERS)
+def test_configuration_names_existing_layers_and_the_final_resolution(name):
+    model = create_meta(name)
+    cfg, state_dict = model.pretrained_cfg, model.state_dict()
+    assert f'{cfg["first_conv"]}.weight' in state_dict and f'{cfg["classifier"]}.weight' in state_dict
+    assert model.get_submodule(cfg['classifier']) is model.get_classifier()
+    assert cfg['num_classes'] == model.num_classes == 100
+    features = model.forward_features(torch.zeros(1, 3, 32, 32, device='meta'))
+    assert features.shape == (1, model.num_features, *cfg['pool_size'])
+    assert model.forward_head(features, pre_logits=True).shape == (1, model.head_hidden_size)
+    assert model(torch.zeros(1, 3, 32, 32, device='meta')).shape == (1, 100)
+
+
+@small
+def test_gradients_reach_every_parameter(name):
+    model = create(name, num_classes=42, in_chans=1)
+    logits = model(images(chans=1))
+    assert logits.shape == (2, 42)
+    logits.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@small
+def test_gradient_checkpointing_changes_neither_logits_nor_gradients(name):
+    model = create(name)
+    x = images()
+    found = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        logits = model(x)
+        found.append((logits, *torch.autograd.grad(logits.square().mean(), tuple(model.parameters()))))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    _, intermediates = model.forward_intermediates(x)
+    assert len(intermediates) == len(model.feature_info)
+
+
+@small
+def test_classifier_and_pooling_can_be_replaced_and_removed(name):
+    model = create(name).eval()
+    x = images()
+    pre_logits = model.forward_head(model.forward_features(x), pre_logits=True)
+    model.reset_classifier(7)
+    assert model(x).shape == (2, 7) and model.num_classes == 7
+    model.reset_classifier(7, 'catavgmax')
+    assert model.head_hidden_size == 2 * model.num_features
+    assert model(x).shape == (2, 7)
+    model.reset_classifier(0, 'avg')
+    assert model.num_classes == 0
+    assert torch.equal(model(x), pre_logits)
+    model.reset_classifier(0, '')
+    assert torch.equal(model(x), model.forward_features(x))
+    bare = create(name, num_classes=0, global_pool='').eval()
+    assert bare(x).shape == (2, model.num_features, *model.pretrained_cfg['pool_size'])
+
+
+@small
+@pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'fx', 'getter'])
+def test_features_only_gives_all_stages_by_every_method(name, feature_cls):
+    torch.manual_seed(0)
+    expected = create(name).eval().forward_intermediates(x := images(), intermediates_only=True)
+    torch.manual_seed(0)
+    model = create(name, features_only=True, feature_cls=feature_cls).eval()
+    features = tree_leaves(model(x))
+    assert all(torch.equal(a, b) for a, b in zip(features, expected, strict=True))
+    assert [f.shape[1] for f in features] == model.feature_info.channels()
+    assert [32 // f.shape[2] for f in features] == model.feature_info.reduction()
+
+
+@small
+def test_features_only_of_some_stages_drops_what_follows_them(name):
+    whole = create(name)
+    model = create(name, features_only=True, feature_cls='getter', out_indices=(0, -2))
+    assert [f.shape[1] for f in model(images())] == model.feature_info.channels()
+    assert parameters(model) < parameters(whole) - parameters(whole.get_classifier())
+    for i in range(len(whole.feature_info)):
+        create(name, features_only=True, feature_cls='getter', out_indices=(i,))(images())
+
+
+@small
+def test_intermediate_features_are_those_of_the_forward(name):
+    model = create(name).eval()
+    info = FeatureInfo(model.feature_info, out_indices=tuple(range(len(model.feature_info))))
+    x = images()
+    final, intermediates = model.forward_intermediates(x)
+    assert [f.shape[1] for f in intermediates] == info.channels()
+    assert torch.equal(final, model.forward_features(x))
+    assert torch.equal(model.forward_head(final), model(x))
+    *_, normed = model.forward_intermediates(x, norm=True, intermediates_only=True)
+    assert torch.equal(normed, final)
+    last = model.forward_intermediates(x, indices=1, intermediates_only=True)
+    assert torch.equal(*last, intermediates[-1])
+
+
+@small
+def test_early_features_do_not_need_the_late_stages(name):
+    model = create(name).eval()
+    x = images()
+    expected = model.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
+    (model.layer2 if hasattr(model, 'layer2') else model.stages[1])[0].register_forward_hook(lambda *_: 1 / 0)
+    features = model.forward_intermediates(x, indices=[0, 1], stop_early=True, intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(features, expected, strict=True))
+
+
+@small
+def test_a_shortened_network_takes_a_new_classifier(name):
+    model = create(name)
+    assert model.prune_intermediate_layers([0, -2]) == [0, len(model.feature_info) - 2]
+    model.reset_classifier(5, 'avg')
+    assert model(images()).shape == (2, 5)
+
+
+@small
+def test_layer_decay_goes_from_the_stem_to_the_head(name):
+    model = create(name)
+    for coarse in (False, True):
+        layers = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+        assert layers.keys() == {n for n, _ in model.named_parameters()}
+        cfg = model.pretrained_cfg
+        assert layers[f'{cfg["first_conv"]}.weight'] == 0
+        assert layers[f'{cfg["classifier"]}.weight'] == max(layers.values())
+        order = [layers[n] for n, _ in model.named_parameters()]
+        assert order == sorted(order)
+
+
+@small
+def test_torch_fx_traces_the_network(name):
+    model = create(name).eval()
+    options = dict(
+        leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions(), param_shapes_constant=True)
+    train_nodes, eval_nodes = get_graph_node_names(model, tracer_kwargs=options)
+    traced = create_feature_extractor(
+        model, train_return_nodes=train_nodes[-1:], eval_return_nodes=eval_nodes[-1:], tracer_kwargs=options)
+    x = images()
+    assert torch.equal(*traced(x).values(), model(x))
+
+
+@small
+@pytest.mark.filterwarnings('ignore:`torch.jit')
+def test_torchscript_compiles_the_network(name):
+    with timm.set_scriptable(True):
+        model = create(name).eval()
+    x = images()
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
+@small
+def test_dynamo_takes_the_network_as_one_graph(name):
+    model = create(name).eval()
+    x = images()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend='eager', fullgraph=True)(x), model(x))
+
+
+@small
+def test_device_and_dtype_are_arguments(name):
+    model = create(name, device='meta', dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {('meta', torch.bfloat16)}
+
+
+# With branches, and as a published model.
+
+@small
+def test_a_training_step_reaches_every_classifier_and_pruning_is_exact(name):
+    net = create_dks_model(name, num_classes=7, **SMALL[name])
+    assert [b.kind for b in net.branches] == ['tail', 'tail']
+    DKSLoss()(net(images()), torch.tensor([1, 5]))['loss'].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    x = images()
+    expected = net.eval()(x)
+    plain = create(name, num_classes=7).eval()
+    plain.load_state_dict(prune(net).state_dict())
+    assert torch.equal(plain(x), expected)
+
+
+@small
+def test_a_saved_network_is_loaded_by_timm(name, tmp_path):
+    model = create(name, num_classes=7).eval()
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = images()
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_a_process_knows_the_networks_once_it_has_imported_them():
+    code = """
+import timm, dks_timm
+print(timm.is_model('resnet20_cifar'))
+import dks_timm.models
+print(timm.is_model('resnet20_cifar'))
+"""
+    assert subprocess.check_output([sys.executable, '-c', code], text=True).split() == ['False', 'True']

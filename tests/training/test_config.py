@@ -1,0 +1,280 @@
+"""The command line: timm's flags, ours, recipes, and what is refused."""
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dks_timm import errors
+from dks_timm.training import config
+
+TIMM_FLAGS = Path(__file__).with_name('timm_train_flags.tsv')
+
+
+def refusal(*argv):
+    with pytest.raises(errors.OptionError) as e:
+        config.parse_args(list(argv))
+    return str(e.value)
+
+
+def recipe(tmp_path, text):
+    path = tmp_path / 'recipe.yaml'
+    path.write_text(text)
+    return str(path)
+
+
+def test_every_flag_of_timm_is_there_with_its_name_type_and_default():
+    with open(TIMM_FLAGS, newline='') as f:
+        wanted = list(csv.DictReader(f, delimiter='\t'))
+    actions = {a.dest: (a, g.title) for g in config.create_parser()._action_groups for a in g._group_actions}
+    assert len(wanted) == 172
+    for row in wanted:
+        action, group = actions[row['dest']]
+        assert row == dict(
+            flag=' '.join(action.option_strings) or action.dest,
+            dest=action.dest,
+            action=type(action).__name__.lstrip('_'),
+            type=action.type.__name__ if action.type else '',
+            nargs=str(action.nargs),
+            default=str(action.default),
+            group=group,
+        )
+
+
+@pytest.mark.parametrize('argv, name, value', [
+    (['--log-i', '3'], 'log_interval', 3),
+    (['--input-k=png'], 'input_key', 'png'),
+    (['--drop-c', '0.2'], 'drop_connect', 0.2),
+    (['--data-dir', 'x', '--no-a'], 'no_aug', True),
+])
+def test_an_abbreviation_names_one_flag_of_timms(argv, name, value):
+    args, given, _ = config.parse_args(argv)
+    assert getattr(args, name) == value and name in given
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['--task', 'multilabel'], '--task: a flag of a later timm'),
+    (['--loss=bce'], '--loss: a flag of a later timm'),
+    (['--stop-epoch', '3'], '--stop-epoch: a flag of a later timm'),
+    (['--targ', 'x'], None),
+    (['--warmup', '3'], '--warmup: short for --warmup-'),
+    (['--dks-temp', '3'], '--dks-temp: no such flag; closest: --dks-temperature'),
+    (['--export', 'x'], '--export: no such flag'),
+    (['--train-p', '4'], '--train-p: no such flag; closest: --train-pad'),
+])
+def test_other_abbreviations_and_flags_of_a_later_timm_are_named(argv, message):
+    if message is None:  # timm has one flag that begins so
+        assert config.parse_args(argv)[0].target_key == 'x'
+    else:
+        assert message in refusal(*argv)
+
+
+@pytest.fixture
+def launcher(monkeypatch):
+    """A function that sets what the launcher says; the rest is what `accelerate launch` says where it is not asked."""
+    def say(**settings):
+        for name, value in {**dict(
+                mixed_precision='no', dynamo_backend='NO', dynamo_mode='default',
+                dynamo_use_fullgraph='False', dynamo_use_dynamic='False', dynamo_use_regional_compilation='False'),
+                **settings}.items():
+            monkeypatch.setenv(f'ACCELERATE_{name.upper()}', value)
+    say()
+    return say
+
+
+def test_what_the_launcher_says_counts_where_no_flag_does(launcher, tmp_path):
+    args, _, _ = config.parse_args(['--dks'])
+    assert (args.grad_accum_steps, args.torchcompile) == (1, None)
+    launcher(gradient_accumulation_steps='4', dynamo_backend='INDUCTOR', dynamo_mode='max-autotune')
+    args, _, text = config.parse_args(['--dks'])
+    assert (args.grad_accum_steps, args.torchcompile, args.torchcompile_mode) == (4, 'inductor', 'max-autotune')
+    assert yaml.safe_load(text)['grad_accum_steps'] == 4  # as is what --config repeats
+    path = recipe(tmp_path, 'torchcompile: eager\n')
+    args, _, _ = config.parse_args(['--grad-accum-steps', '2', '--config', path])
+    assert (args.grad_accum_steps, args.torchcompile, args.torchcompile_mode) == (2, 'eager', None)
+
+
+@pytest.mark.parametrize('name, value', [
+    ('mixed_precision', 'fp8'), ('dynamo_use_fullgraph', 'True'), ('dynamo_use_dynamic', 'true'),
+    ('dynamo_use_regional_compilation', '1')])
+def test_what_the_launcher_says_and_cannot_be_had_is_refused_by_name(name, value, launcher):
+    launcher(dynamo_backend='INDUCTOR', **{name: value})
+    assert f'accelerate launch --{name}' in refusal('--model', 'resnet18')
+
+
+def test_what_the_launcher_keeps_to_itself_is_read_from_its_command(launcher, monkeypatch):
+    class Parent:
+        def cmdline(self):
+            return [sys.executable, '/bin/accelerate', 'launch', '--gradient_accumulation_steps=4',
+                    '--gradient_clipping', '0.5', 'train.py', '--gradient_accumulation_steps', '3']
+
+    monkeypatch.setattr(config.psutil.Process, 'parent', lambda self: Parent())
+    args, _, _ = config.parse_args([])
+    assert (args.grad_accum_steps, args.clip_grad) == (4, 0.5)
+    args, _, _ = config.parse_args(['--grad-accum-steps', '1', '--clip-grad', '2'])
+    assert (args.grad_accum_steps, args.clip_grad) == (1, 2)
+
+
+def test_a_flag_wins_over_a_precision_that_cannot_be_had(launcher):
+    launcher(mixed_precision='fp8')
+    assert config.parse_args(['--amp', '--amp-dtype', 'bfloat16'])[0].amp
+
+
+def test_every_flag_has_a_help_text():
+    assert all(a.help for a in config.create_parser()._actions)
+
+
+@pytest.mark.parametrize('argv, code', [
+    (['--help'], 0),
+    (['--epoch', 'ten'], 2),
+    (['--no-such-flag'], 2),
+    (['--config', 'no-such.yaml'], 2),
+])
+def test_help_and_typos_are_answered_without_torch(argv, code):
+    script = (
+        'import sys, train\n'
+        'try:\n'
+        '    train.main(sys.argv[1:])\n'
+        'finally:\n'
+        '    assert "torch" not in sys.modules and "timm" not in sys.modules\n'
+    )
+    out = subprocess.run(
+        [sys.executable, '-c', script, *argv],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60)
+    assert out.returncode == code
+    if code:
+        assert len(out.stderr.splitlines()) == 1 and not out.stdout
+
+
+def test_command_line_wins_over_recipe_and_recipe_over_default(tmp_path):
+    path = recipe(tmp_path, 'epochs: 7\nopt: adamw\nlr: 5e-4\nopt_betas: [0.9, 0.95]\nmodel_kwargs: {depth: 2}\n')
+    args, given, _ = config.parse_args(['-c', path, '--opt', 'lamb', '--img-size', '64'])
+    assert (args.epochs, args.opt, args.lr, args.opt_betas, args.img_size) == (7, 'lamb', 5e-4, [0.9, 0.95], 64)
+    assert args.model_kwargs == {'depth': 2} and args.batch_size == 128
+    assert given == {'epochs', 'opt', 'lr', 'opt_betas', 'model_kwargs', 'img_size'}
+    assert not hasattr(args, 'config')
+
+
+def test_args_text_holds_what_timm_writes_and_our_flags_only_where_set():
+    timm_names = {row.split('\t')[1] for row in TIMM_FLAGS.read_text().splitlines()[1:]}
+    assert set(yaml.safe_load(config.parse_args([])[2])) == timm_names
+    _, _, text = config.parse_args(['--dks', '--dks-stages', '2', '--export-dir', 'x'])
+    assert set(yaml.safe_load(text)) - timm_names == {'dks', 'dks_stages', 'export_dir'}
+
+
+def test_no_dks_overrules_a_recipe_and_leaves_timms_settings(tmp_path):
+    path = recipe(tmp_path, 'dks: true\ndks_budget: 1.5\nepochs: 7\n')
+    assert config.parse_args(['-c', path])[0].dks
+    args, _, text = config.parse_args(['-c', path, '--no-dks'])
+    assert not args.dks and args.epochs == 7
+    assert 'dks' not in text and not config.parse_args(['-c', recipe(tmp_path, text)])[0].dks
+
+
+def test_args_text_is_a_recipe(tmp_path):
+    argv = ['--dks', '--dks-branch-kwargs', '2.layers=(1,1,1,1)', '--opt-kwargs', 'foreach=True', '--torchcompile']
+    args, _, text = config.parse_args(argv)
+    # safe_dump cannot say tuple, safe_load gives the list
+    again, _, _ = config.parse_args(['-c', recipe(tmp_path, text)])
+    assert again.dks and again.opt_kwargs == args.opt_kwargs and again.torchcompile == 'inductor'
+
+
+@pytest.mark.parametrize('argv, words', [
+    (['--dks-stages', '2', '--moddel', 'x'], ['--moddel', '--model']),
+    (['--epochs', 'ten'], ['--epochs', "'ten'", 'int']),
+    (['--train-size-schedule', 'fast'], ['--train-size-schedule', "'fast'", 'progressive']),
+    (['--model-kwargs', 'depth'], ['--model-kwargs', "'depth'", 'key=value']),
+    (['--amp', '--amp-dtype', 'half'], ['--amp-dtype half', 'bfloat16']),
+    (['--sched', 'cosin'], ['--sched cosin', 'cosine']),
+    (['--clip-mode', 'max'], ['--clip-mode max', 'agc']),
+    (['--eval-metric', 'f1'], ['--eval-metric f1', 'top1']),
+    (['--batch-size', '0'], ['--batch-size 0', 'at least 1']),
+    (['--smoothing', 'nan'], ['--smoothing nan', 'finite']),
+    (['--resume', 'nowhere.pth.tar'], ['--resume nowhere.pth.tar', 'no such file']),
+    (['--initial-checkpoint', 'nowhere.pth'], ['--initial-checkpoint nowhere.pth', 'no such file']),
+    (['--amp', '--model-dtype', 'bfloat16'], ['--model-dtype bfloat16', '--amp']),
+    (['--aug-splits', '1'], ['--aug-splits 1', 'at least 2']),
+    (['--jsd-loss'], ['--jsd-loss', '--aug-splits']),
+    (['--split-bn'], ['--split-bn', '--aug-splits']),
+    (['--aug-splits', '2', '--mixup', '0.2'], ['--aug-splits 2', '--mixup']),
+    (['--aug-splits', '2', '--no-prefetcher'], ['--aug-splits 2', '--no-prefetcher']),
+    (['--mixup', '0.2', '-b', '7'], ['--batch-size 7', 'even']),
+    (['--aa', 'random'], ['--aa random', 'augmix']),
+    (['--scale', '0.5'], ['--scale [0.5]', 'two numbers']),
+    (['--mean', '0.5', '0.5'], ['--mean [0.5, 0.5]', '3 channels']),
+    (['--naflex-loader', '--train-img-sizes', '32'], ['--naflex-loader', '--train-img-sizes']),
+    (['--train-img-sizes', '32', '64', '--train-batch-sizes', '8'], ['--train-batch-sizes [8]', '--train-img-sizes']),
+    (['--torchscript'], ['--torchscript', '--torchcompile']),
+    (['--torchscript', '--torchcompile'], ['--torchcompile', 'not allowed with']),
+    (['--fuser', 'te'], ['--fuser te', '--torchcompile']),
+    (['--experiment', '../../etc'], ['--experiment ../../etc', '--output']),
+    (['--experiment', '/etc'], ['--experiment /etc', '--output']),
+    (['--lr', 'nan'], ['--lr nan', 'finite']),
+    (['--lr', '-0.1'], ['--lr -0.1', 'at least 0']),
+    (['--reprob', '2'], ['--reprob 2.0', 'at most 1']),
+    (['--drop-path', '-1'], ['--drop-path -1.0', 'at least 0']),
+    (['--crop-pct', '0'], ['--crop-pct 0.0', 'at least 0.05']),
+    (['--std', '0.2', '0', '0.2'], ['--std 0.0', 'above 0']),
+    (['--seed', '-1'], ['--seed -1', 'at least 0']),
+    (['--input-size', '3', '32', '32', '--in-chans', '1'], ['--in-chans 1', '--input-size [3, 32, 32]']),
+    (['--lr-noise', '0.1', '0.2', '0.3'], ['--lr-noise [0.1, 0.2, 0.3]', 'two']),
+    (['--pretrained-path', __file__], ['--pretrained-path', '--pretrained']),
+    (['--tta', '3', '-vb', '32'], ['--tta 3', '32', 'multiple']),
+    (['--dks', '--dks-ce-weight', '-1'], ['--dks-ce-weight -1', 'at least 0']),
+    (['--dks-stages', '2'], ['--dks-stages', '--dks']),
+    (['--dks', '--dks-direction', 'up'], ['--dks-direction', "'up'", 'bottom-up']),
+    (['--dks', '--dks-temperature', '0'], ['--dks-temperature 0.0', 'above 0']),
+    (['--dks', '--naflex-loader'], ['--naflex-loader', '--dks']),
+])
+def test_what_cannot_work_is_refused_by_name(argv, words):
+    message = refusal(*argv)
+    assert all(word in message for word in words), message
+    assert '\n' not in message
+
+
+@pytest.mark.parametrize('text, words', [
+    ('epoch: 3', ['"epoch: 3"', 'epochs']),
+    ('dks-stages: [2]', ['"dks-stages: [2]"', 'dks_stages']),
+    ('config: other.yaml', ['"config: other.yaml"']),
+    ('3: 4', ['"3: 4"']),
+    ('epochs: ten', ['"epochs: ten"', 'a whole number']),
+    ('epochs: 2.5', ['"epochs: 2.5"', 'a whole number']),
+    ('epochs: true', ['"epochs: True"', 'a whole number']),
+    ('lr: [0.1]', ['"lr: [0.1]"', 'a number']),
+    ('amp: 1', ['"amp: 1"', 'true or false']),
+    ('model: 18', ['"model: 18"', 'text']),
+    ('model: null', ['"model: None"', 'text']),
+    ('scale: 0.5', ['"scale: 0.5"', 'list']),
+    ('dks_stages: []', ['"dks_stages: []"', 'one or more']),
+    ('input_size: [3, 32]', ['"input_size: [3, 32]"', 'list of 3']),
+    ('model_kwargs: [a]', ['mapping']),
+    ('dks_direction: up', ['"dks_direction: up"', 'bottom-up']),
+    ('[1, 2]', ['list', 'flag_name: value']),
+    ('a: [', ['not YAML']),
+    ('!!python/object/apply:os.system [echo hacked]', ['not YAML']),
+])
+def test_a_wrong_recipe_is_refused_with_its_key_and_value(tmp_path, text, words):
+    message = refusal('-c', recipe(tmp_path, text))
+    assert all(word in message for word in ['--config', 'recipe.yaml', *words]), message
+    assert '\n' not in message
+
+
+def test_two_dashes_are_no_value():
+    assert refusal('--model', 'resnet18', '--smoothing=--') == '--smoothing=--: is no value; give one'
+
+
+def test_a_refusal_is_one_line_and_exit_code_2(capfd):
+    import logging
+    with pytest.raises(SystemExit) as e, errors.exit_on_bad_input():
+        logging.getLogger('timm').info('Data processing configuration')
+        raise errors.OptionError('--model x:\n no such model')
+    assert e.value.code == 2
+    assert capfd.readouterr().err == 'train.py: error: --model x: no such model\n'
+
+
+def test_only_one_process_of_a_node_tells_of_a_refusal(capfd, monkeypatch):
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    with pytest.raises(SystemExit), errors.exit_on_bad_input():
+        raise errors.OptionError('no')
+    assert capfd.readouterr().err == ''

@@ -1,0 +1,610 @@
+"""timm's data readers: each one trains, images that cannot be read are passed over, streams are split without loss."""
+import collections
+import errno
+import importlib.util
+import json
+import logging
+import os
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm.data
+import torch
+from helpers.datasets import (
+    CLASSES,
+    COUNTS,
+    DATA_CONFIG,
+    READERS,
+    WEB,
+    encoded,
+    loaders,
+    make,
+    make_folder,
+    make_huggingface,
+    make_parquet,
+    make_shards,
+    make_tar,
+    make_tars,
+    make_web,
+    numbers,
+    parse,
+)
+from helpers.train import ROOT, main, rows, two_processes
+
+from dks_timm import errors
+from dks_timm.training import data
+
+
+@pytest.fixture(autouse=True)
+def no_rest(monkeypatch):
+    """datasets sleeps for five seconds at the end of a stream."""
+    if importlib.util.find_spec('datasets'):
+        monkeypatch.setattr('datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN', 0.05)
+
+
+# For each reader: what makes its data, the flags that read it, and the class names that it knows.
+
+
+def refusal(*argv):
+    with pytest.raises(errors.OptionError) as e:
+        args = parse(*argv)
+        data.create_loaders(
+            args, *data.create_datasets(args), DATA_CONFIG, torch.nn.Identity(), torch.device('cpu'))
+    assert '\n' not in str(e.value)
+    return str(e.value)
+
+
+@pytest.mark.parametrize('name', READERS)
+def test_every_reader_trains_and_evaluates(tmp_path, name):
+    argv = make(name, tmp_path / 'data')
+    main('--num-classes', '3', *argv, '--img-size', '32', '--device', 'cpu', '--workers', '0', '-b', '4',
+         '--model', 'test_resnet', '--epochs', '1', '--warmup-epochs', '0', '--output', tmp_path, '--experiment', 'x')
+    row, = rows(tmp_path / 'x')
+    assert np.isfinite([float(v) for v in row.values()]).all()
+
+
+@pytest.mark.parametrize('name', READERS)
+def test_every_image_comes_once_with_its_label_and_names_for_the_labels(tmp_path, name):
+    argv = make(name, tmp_path / 'data')
+    args = parse(*argv)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    train, val = data.create_datasets(args)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
+    assert data.label_names(train) == READERS[name][2]
+    train, val = loaders(*argv, '--no-aug')
+    assert sorted(numbers(train)) == [(i, i % 3) for i in range(12)]
+    assert sorted(numbers(val)) == [(i, i % 3) for i in range(12 if name == 'single tar' else 6)]
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('name', ['folder', 'tars', 'torch/image_folder', 'hfds', 'hfids', 'wds'])
+def test_readable_images_come_out_as_timms_own_with_the_same_random_numbers(tmp_path, name, workers):
+    argv = [*make(name, tmp_path), '--workers', workers, '--aa', 'rand-m9', '--reprob', '0.5']
+    args = parse(*argv)
+    root = args.data_dir if name != 'tars' else f'{args.data_dir}/train.tar'
+
+    def timms():
+        dataset = timm.data.create_dataset(
+            args.dataset, root, args.train_split, is_training=True, batch_size=4, seed=42,
+            num_samples=args.train_num_samples)
+        return timm.data.create_loader(
+            dataset, (3, 8, 8), 4, is_training=True, color_jitter=args.color_jitter, auto_augment=args.aa,
+            re_prob=0.5, re_mode='pixel', interpolation='random', mean=DATA_CONFIG['mean'], std=DATA_CONFIG['std'],
+            num_workers=workers, device=torch.device('cpu'))
+
+    def batches(loader):
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        return [b for _ in range(2) for b in loader]
+
+    ours, wanted = batches(loaders(*argv)[0]), batches(timms())
+    assert len(ours) == len(wanted) == 6
+    for (x, y), (x_timm, y_timm) in zip(ours, wanted, strict=True):
+        assert torch.equal(x, x_timm) and torch.equal(y, y_timm)
+
+
+def test_tensorflow_datasets_train_and_evaluate(tmp_path):
+    tfds = pytest.importorskip('tensorflow_datasets', reason='tfds/ needs the package tensorflow_datasets')
+
+    class Gray(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version('1.0.0')
+
+        def _info(self):
+            features = dict(
+                image=tfds.features.Image(shape=(None, None, 3)), label=tfds.features.ClassLabel(names=list(CLASSES)))
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, manager):
+            return {split: self._generate_examples(count) for split, count in COUNTS.items()}
+
+        def _generate_examples(self, count):
+            for i in range(count):
+                yield i, dict(image=np.full((8, 8, 3), i, dtype=np.uint8), label=i % 3)
+
+    Gray(data_dir=tmp_path).download_and_prepare()
+    argv = ['--dataset', 'tfds/gray', '--data-dir', tmp_path]
+    train, val = loaders(*argv, '--no-aug')
+    assert data.label_names(train.dataset) == list(CLASSES)
+    assert len(numbers(train)) == 12 and sorted(numbers(val)) == [(i, i % 3) for i in range(6)]
+    assert 'it has image, label' in refusal(*argv, '--target-key', 'fine')
+    assert '--val-split test' in refusal(*argv, '--val-split', 'test')
+    main('--num-classes', '3', *argv, '--img-size', '32', '--device', 'cpu', '--workers', '1', '-b', '4',
+         '--model', 'test_resnet', '--epochs', '1', '--output', tmp_path / 'out', '--experiment', 'x')
+    assert len(rows(tmp_path / 'out/x')) == 1
+
+
+# Bad images
+
+TRUNCATED = encoded(7, 32)[:-40]
+BAD = {'empty': b'', 'truncated': TRUNCATED, 'of text': b'hello', 'cut jpeg': encoded(7, 64, 'jpeg')[:500]}
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('content', BAD.values(), ids=BAD)
+def test_a_bad_image_is_named_and_the_next_one_takes_its_place(tmp_path, capfd, content, workers):
+    root = make_folder(tmp_path)
+    for split in ('train', 'validation'):
+        (root / split / 'b/1.png').write_bytes(content)
+    logging.basicConfig(force=True)
+    train, val = loaders('--data-dir', root, '--no-aug', '--workers', workers)
+    seen = [[number for number, _ in numbers(loader)] for loader in (train, train, val)]
+    logging.basicConfig(force=True, handlers=[])
+    # The next one in order of the files: a/0 a/3 ... b/1 b/4 b/7 b/10 c/2 ...
+    for numbers_seen, count in zip(seen, (12, 12, 6), strict=True):
+        assert collections.Counter(numbers_seen) == collections.Counter([*(set(range(count)) - {1}), 4])
+    out = capfd.readouterr().err
+    for split in ('train', 'validation'):
+        assert out.count(f'{root}/{split}/b/1.png') >= 1
+    assert len([line for line in out.splitlines() if 'Bad image' in line]) == 2  # once each, whatever the epoch
+
+
+def test_a_bad_image_of_a_tar_a_torch_folder_and_hugging_face_is_named(tmp_path, caplog):
+    tar = tmp_path / 'train.tar'
+    make_tar(tar, [('a/0.png', encoded(0)), ('a/1.png', b''), ('b/2.png', TRUNCATED), ('b/3.png', encoded(3))])
+    assert [n for n, _ in numbers(loaders('--data-dir', tar, '--val-split', '', '-b', 1, '--no-aug')[0])]
+    root = make_folder(tmp_path / 'folder')
+    (root / 'train/c/5.png').write_bytes(TRUNCATED)
+    numbers(loaders('--dataset', 'torch/image_folder', '--data-dir', root, '--val-split', '')[0])
+    for name in ('a/1.png', 'b/2.png', f'{root}/train/c/5.png'):
+        assert f'Bad image {name}: ' in caplog.text
+    make_parquet(tmp_path / 'hf', image=lambda i: TRUNCATED if i == 5 else encoded(i))
+    numbers(loaders('--dataset', f'hfds/{tmp_path}/hf', '--data-dir', tmp_path / 'cache', '--val-split', '')[0])
+    assert 'Bad image 5.png: ' in caplog.text
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_bad_image_of_a_stream_is_named_and_passed_over(tmp_path, capfd, workers):
+    pytest.importorskip('webdataset', reason='wds/ needs the package webdataset')
+    root = make_shards(tmp_path / 'web', sizes=(4,))
+    make_tar(root / 'train-1.tar', [
+        ('bad.png', TRUNCATED), ('bad.cls', b'0'), ('none.cls', b'1'), ('good.png', encoded(9)), ('good.cls', b'0')])
+    make_parquet(tmp_path / 'hf', sizes=(6,), image=lambda i: TRUNCATED if i == 1 else encoded(i))
+    flags = ['--workers', workers, '-b', 2, '--no-aug']
+    web = ['--dataset', 'wds/x', '--data-dir', root, '--train-split', 'train-{0..1}.tar|4', '--val-split',
+           'train-{0..1}.tar', '--max-bad-images', 2]
+    hf = ['--dataset', f'hfids/{tmp_path}/hf', '--train-num-samples', 6, '--val-num-samples', 6, '--val-split', 'train']
+    logging.basicConfig(force=True)
+    train, val = loaders(*web, *flags)
+    assert len(numbers(train)) == 4
+    assert sorted(n for n, _ in numbers(val)) == [0, 1, 2, 3, 9]
+    train, val = loaders(*hf, *flags)
+    assert len(numbers(train)) == 6 and {n for n, _ in numbers(train)} <= {0, 2, 3, 4, 5}
+    assert sorted(n for n, _ in numbers(val)) == [0, 2, 3, 4, 5]
+    logging.basicConfig(force=True, handlers=[])
+    out = capfd.readouterr().err
+    for name in (f'bad of {root}/train-1.tar', f'none of {root}/train-1.tar', '1.png'):
+        assert f'Bad image {name}: ' in out
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('reader', ['folder', 'wds', 'hfids'])
+def test_more_bad_images_in_a_row_than_allowed_end_the_run_in_one_line(tmp_path, capfd, reader, workers):
+    if reader == 'folder':
+        root = make_folder(tmp_path)
+        for path in (root / 'train').rglob('*.png'):
+            path.write_bytes(TRUNCATED)
+        argv = ['--data-dir', root]
+    elif reader == 'wds':
+        pytest.importorskip('webdataset', reason='wds/ needs the package webdataset')
+        argv = [a.format(root=make_shards(tmp_path, png=TRUNCATED)) for a in WEB[:-2]] + ['--val-split', '']
+    else:
+        make_parquet(tmp_path, sizes=(12,), image=lambda i: TRUNCATED)
+        argv = ['--dataset', f'hfids/{tmp_path}', '--train-num-samples', '12', '--val-split', '']
+    with pytest.raises(SystemExit) as e:
+        main(*argv, '--num-classes', '3', '--img-size', '32', '--device', 'cpu', '--workers', workers, '-b', '4',
+             '--model', 'test_resnet', '--epochs', '1', '--max-bad-images', '3', '--output', tmp_path / 'out')
+    message = e.value.code  # sys.exit prints it, with exit code 1
+    assert message.startswith('train.py: error: --max-bad-images 3: 4 images in a row') and '\n' not in message
+    err = capfd.readouterr().err
+    assert 'Traceback' not in err and err.count('Bad image') in (4, 5)  # a worker may be at its second batch
+
+
+def test_as_many_bad_images_in_a_row_as_allowed_do_not_end_the_run(tmp_path):
+    root = make_folder(tmp_path)
+    for path in [*(root / 'train/b').iterdir()][:3]:
+        path.write_bytes(b'')
+    assert len(numbers(loaders('--data-dir', root, '--max-bad-images', 3)[0])) == 12
+    with pytest.raises(errors.DataError, match='--max-bad-images 0: 1 images'):
+        numbers(loaders('--data-dir', root, '--max-bad-images', 0)[0])
+
+
+def test_the_number_of_bad_images_allowed_is_timms(monkeypatch):
+    from timm.data import dataset
+    assert parse('--dataset', 'digits').max_bad_images == dataset._ERROR_RETRY == 10
+    monkeypatch.setenv('TIMM_DATASET_MAX_RETRIES', '4')
+    assert parse('--dataset', 'digits').max_bad_images == 4
+
+
+@pytest.mark.slow
+def test_warnings_of_spawned_workers_reach_the_console(tmp_path):
+    root = make_folder(tmp_path)
+    (root / 'train/b/1.png').write_bytes(TRUNCATED)
+    script = tmp_path / 'spawn.py'
+    script.write_text(
+        'import sys, torch.multiprocessing\n'
+        'if __name__ == "__main__":\n'
+        '    torch.multiprocessing.set_start_method("spawn")\n'
+        '    import train\n'
+        '    train.main(sys.argv[1:])\n'
+    )
+    out = subprocess.run(
+        [sys.executable, script, '--data-dir', root, '--val-split', '', '--num-classes', '3', '--img-size', '32',
+         '--device', 'cpu', '--workers', '1', '-b', '4', '--model', 'test_resnet', '--epochs', '1', '--output',
+         tmp_path],
+        env={**os.environ, 'PYTHONPATH': str(ROOT)}, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert out.returncode == 0, out.stderr
+    assert out.stderr.count(f'Bad image {root}/train/b/1.png') == 1
+
+
+# Streams in several processes
+
+SPLIT = '''
+import json, sys
+import datasets, torch
+sys.path.insert(0, {tests!r})
+from helpers import datasets
+
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.05
+torch.distributed.init_process_group('gloo')
+rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+plain = datasets.parse
+
+def parse(*argv):
+    args = plain(*argv)
+    args.distributed, args.rank, args.world_size = True, rank, world
+    return args
+
+datasets.parse = parse
+seen = []
+for argv in json.load(open(sys.argv[1])):
+    train, val = datasets.loaders(*argv)
+    epochs = []
+    for epoch in range(2):
+        train.dataset.set_epoch(epoch)
+        epochs.append([n for n, _ in datasets.numbers(train)])
+    seen.append(dict(train=epochs, val=[n for n, _ in datasets.numbers(val)], batches=len(train)))
+with open(sys.argv[1] + str(rank), 'w') as f:
+    json.dump(seen, f)
+'''
+WEB4 = ['--dataset', 'wds/x', '--data-dir', '{root}/even', '--train-split', 'train-{{0..3}}.tar|32',
+        '--val-split', 'train-{{0..3}}.tar|32']
+WEB_UNEVEN = ['--dataset', 'wds/x', '--data-dir', '{root}/uneven', '--train-split', 'train-{{0..2}}.tar|21',
+              '--val-split', 'train-{{0..2}}.tar|21']
+WEB1 = ['--dataset', 'wds/x', '--data-dir', '{root}/one', '--train-split', 'train-0.tar|32',
+        '--val-split', 'train-0.tar|32']
+HF = ['--data-dir', '{root}-cache', '--val-split', 'train', '--train-num-samples']
+# Flags, images in the data, and whether each is seen exactly once in an epoch: where whole batches divide them.
+SPLITS = {
+    'wds, 4 shards': (WEB4, 32, True),
+    'wds, 4 shards, 2 workers': ([*WEB4, '--workers', '2'], 32, True),
+    'wds, 1 shard': (WEB1, 32, True),
+    'wds, 1 shard, 2 workers': ([*WEB1, '--workers', '2'], 32, True),
+    'wds, 3 shards, 2 workers': ([*WEB_UNEVEN, '--workers', '2'], 21, False),
+    'hfids, 4 shards': (['--dataset', 'hfids/{root}/hf4', *HF, '32', '--val-num-samples', '32'], 32, True),
+    'hfids, 4 shards, 2 workers': (
+        ['--dataset', 'hfids/{root}/hf4', *HF, '32', '--val-num-samples', '32', '--workers', '2'], 32, True),
+    'hfids, 1 shard': (['--dataset', 'hfids/{root}/hf1', *HF, '32', '--val-num-samples', '32'], 32, True),
+    'hfids, 3 shards, 2 workers': (
+        ['--dataset', 'hfids/{root}/hf3', *HF, '21', '--val-num-samples', '21', '--workers', '2'], 21, False),
+}
+
+
+@pytest.fixture(scope='module')
+def split(tmp_path_factory):
+    """For each of SPLITS, what two processes read of it: {name: [process 0, process 1]}."""
+    pytest.importorskip('webdataset', reason='wds/ needs the package webdataset')
+    root = tmp_path_factory.mktemp('split')
+    make_shards(root / 'even', sizes=(8,) * 4)
+    make_shards(root / 'uneven', sizes=(9, 5, 7))
+    make_shards(root / 'one', sizes=(32,))
+    make_parquet(root / 'hf4', sizes=(8,) * 4)
+    make_parquet(root / 'hf3', sizes=(9, 5, 7))
+    make_parquet(root / 'hf1', sizes=(32,))
+    argvs = [[a.format(root=root) for a in argv] + ['--no-aug'] for argv, _, _ in SPLITS.values()]
+    (root / 'argvs').write_text(json.dumps(argvs))
+    (root / 'split.py').write_text(SPLIT.format(tests=str(Path(__file__).parents[1])))
+    out = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', root / 'split.py',
+         root / 'argvs'],
+        env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=600)
+    assert out.returncode == 0, out.stderr
+    seen = [json.loads((root / f'argvs{rank}').read_text()) for rank in range(2)]
+    return dict(zip(SPLITS, zip(*seen, strict=True), strict=True))
+
+
+@pytest.mark.parametrize('name', SPLITS)
+def test_evaluation_of_a_stream_in_two_processes_counts_every_image_once(split, name):
+    assert sorted(split[name][0]['val'] + split[name][1]['val']) == list(range(SPLITS[name][1]))
+
+
+@pytest.mark.parametrize('name', SPLITS)
+def test_two_processes_share_no_image_of_a_stream_and_run_equally_many_batches(split, name):
+    _, count, exact = SPLITS[name]
+    for a, b in zip(*(process['train'] for process in split[name]), strict=True):
+        assert not set(a) & set(b)
+        assert len(a) == len(b) == 4 * split[name][0]['batches'] == 4 * split[name][1]['batches']
+        if exact:
+            assert sorted(a + b) == list(range(count))
+
+
+@pytest.mark.parametrize('name', SPLITS)
+def test_the_next_epoch_of_a_stream_is_in_another_order(split, name):
+    for process in split[name]:
+        assert process['train'][0] != process['train'][1]
+
+
+def test_a_run_on_a_shard_in_two_processes_evaluates_as_one_process_does(tmp_path):
+    pytest.importorskip('webdataset', reason='wds/ needs the package webdataset')
+    make_shards(tmp_path / 'data', sizes=(21,))  # in evaluation all for one process, in training half for each
+    argv = [
+        '--dataset', 'wds/x', '--data-dir', tmp_path / 'data', '--train-split', 'train-0.tar|21', '--val-split',
+        'train-0.tar', '--num-classes', '3', '--img-size', '32', '--device', 'cpu', '--workers', '1', '-b', '4',
+        '--model', 'test_convnext', '--epochs', '1', '--warmup-epochs', '0', '--lr', '1e-9', '--output', tmp_path,
+    ]
+    main(*argv, '--experiment', 'one')
+    two_processes(*argv, '--experiment', 'two')
+    one, two = rows(tmp_path / 'one')[0], rows(tmp_path / 'two')[0]
+    for name in ('eval_loss', 'eval_top1'):
+        assert float(one[name]) == pytest.approx(float(two[name]), rel=1e-5)
+
+
+def test_more_workers_than_shards_leave_out_no_image(tmp_path):
+    pytest.importorskip('webdataset', reason='wds/ needs the package webdataset')
+    make_shards(tmp_path, sizes=(32,))
+    argv = [a.format(root=tmp_path).replace('/one', '') for a in WEB1]
+    train, val = loaders(*argv, '--no-aug', '--workers', 2)
+    assert sorted(n for n, _ in numbers(train)) == list(range(32)) == sorted(n for n, _ in numbers(val))
+
+
+# Class maps, fields and labels
+
+
+def write_map(path, content):
+    path.write_bytes(pickle.dumps(content) if path.suffix == '.pkl' else content.encode())
+    return path
+
+
+@pytest.mark.parametrize('name', ['folder', 'tars', 'folders of tars', 'hfds', 'hfids'])
+def test_a_class_map_decides_the_labels_and_names_the_outputs(tmp_path, name):
+    argv = [*make(name, tmp_path), '--class-map', write_map(tmp_path / 'map.txt', 'c\nd\nb\na\n\n'), '--num-classes', 4]
+    train, _ = loaders(*argv, '--no-aug')
+    assert sorted(numbers(train)) == sorted((i, [3, 2, 0][i % 3]) for i in range(12))
+    assert data.label_names(train.dataset) == ['c', 'd', 'b', 'a']
+
+
+def test_a_class_map_of_labels_reads_shards(tmp_path):
+    argv = [*make('wds', tmp_path), '--class-map', write_map(tmp_path / 'map.pkl', {0: 2, 1: 1, 2: 0})]
+    assert sorted(numbers(loaders(*argv, '--no-aug')[0])) == [(i, 2 - i % 3) for i in range(12)]
+
+
+def test_shards_and_their_lengths_may_stand_in_a_file(tmp_path):
+    make('wds', tmp_path)
+    (tmp_path / '_info.json').write_text(json.dumps(dict(splits={
+        split: dict(name=split, num_samples=6, filenames=[f'{split}-0.tar'], shard_lengths=[6])
+        for split in ('train', 'validation')
+    })))
+    train, val = loaders('--dataset', 'wds/x', '--data-dir', tmp_path, '--no-aug', '-b', 3)
+    assert sorted(numbers(train)) == sorted(numbers(val)) == [(i, i % 3) for i in range(6)]
+
+
+def test_shards_that_cannot_be_read_are_named_and_passed_over(tmp_path, caplog):
+    make('wds', tmp_path)
+    (tmp_path / 'validation-1.tar').write_bytes(b'hello')
+    whole = (tmp_path / 'train-1.tar').read_bytes()
+    (tmp_path / 'validation-2.tar').write_bytes(whole[:whole.index(b'0009.png') + 600])
+    _, val = loaders(*(a.format(root=tmp_path) for a in WEB[:-1]), 'validation-{0..2}.tar', '--no-aug')
+    assert sorted(number for number, _ in numbers(val)) == [*range(6), 6, 7, 8]
+    assert 'validation-1.tar' in caplog.text and 'validation-2.tar' in caplog.text
+
+
+def test_a_class_map_may_lie_with_the_images(tmp_path):
+    root = make_folder(tmp_path)
+    for split in COUNTS:
+        write_map(root / split / 'map.txt', 'c\nb\na\n')
+    assert data.label_names(loaders('--data-dir', root, '--class-map', 'map.txt')[0].dataset) == ['c', 'b', 'a']
+
+
+def test_input_and_target_keys_name_the_fields(tmp_path):
+    make_parquet(tmp_path / 'hf')
+    flags = ['--data-dir', tmp_path / 'cache', '--val-split', '', '--no-aug', '--num-classes', 12]
+    flags += ['--target-key', 'other']
+    for reader in ('hfds', 'hfids'):
+        train, _ = loaders('--dataset', f'{reader}/{tmp_path}/hf', *flags, '--train-num-samples', 12)
+        assert sorted(numbers(train)) == [(i, i) for i in range(12)]
+    pytest.importorskip('webdataset', reason='wds/ needs the package webdataset')
+    make_shards(tmp_path, key='bmp', png=encoded(99), cls=None)
+    argv = [a.format(root=tmp_path) for a in WEB[:-2]] + ['--val-split', '', '--no-aug', '--target-key', 'kind']
+    assert sorted(numbers(loaders(*argv, '--input-key', 'bmp')[0])) == [(i, i % 3) for i in range(12)]
+    root = make_folder(tmp_path / 'folder')
+    (root / 'train/a/0.png').rename(root / 'train/a/0.bmp')
+    assert len(loaders('--data-dir', root, '--input-key', '.png')[0].dataset) == 11
+
+
+def test_labels_without_names_are_counted(tmp_path):
+    make_parquet(tmp_path, names=())
+    argv = ['--dataset', f'hfds/{tmp_path}', '--data-dir', tmp_path / 'cache', '--val-split', '']
+    assert 'the training data has 3 classes' in refusal(*argv, '--num-classes', 2)
+    assert data.label_names(data.create_datasets(parse(*argv))[0]) is None
+
+
+def test_text_labels_are_mapped_by_a_class_map(tmp_path):
+    make_parquet(tmp_path, names=(), label=lambda i: CLASSES[i % 3])
+    argv = ['--data-dir', tmp_path / 'cache', '--val-split', '', '--train-num-samples', 12]
+    for reader in ('hfds', 'hfids'):
+        data_flags = ['--dataset', f'{reader}/{tmp_path}', *argv]
+        assert 'label: holds text' in refusal(*data_flags)
+        train, _ = loaders(*data_flags, '--class-map', write_map(tmp_path / 'map.txt', 'a\nb\nc'), '--no-aug')
+        assert sorted(numbers(train)) == [(i, i % 3) for i in range(12)]
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_label_out_of_range_in_a_stream_is_named(tmp_path, workers):
+    argv = [*make('wds', tmp_path), '--workers', workers]
+    with pytest.raises(errors.DataError, match='^--num-classes 2: the data holds label 2; wanted: 0 to 1$'):
+        numbers(loaders(*argv, '--num-classes', 2)[0])
+
+
+def test_a_label_of_a_stream_that_the_class_map_misses_is_named(tmp_path):
+    class_map = write_map(tmp_path / 'map.pkl', {0: 0, 1: 1})
+    with pytest.raises(errors.DataError, match='^--class-map: has no index for label 2'):
+        numbers(loaders(*make('wds', tmp_path), '--class-map', class_map)[0])
+
+
+FOLDER = ['--data-dir', '{tmp}/folder']
+HFDS = ['--dataset', 'hfds/{tmp}/hf', '--data-dir', '{tmp}/cache']
+HFIDS = ['--dataset', 'hfids/{tmp}/hf', '--train-num-samples', '12', '--val-num-samples', '6']
+WDS = [a.replace('{root}', '{tmp}/web') for a in WEB]
+REFUSED = [
+    (['--dataset', 'hdfs/x'], ['--dataset hdfs/x', 'no reader "hdfs/"', 'closest: hfds/']),
+    (['--dataset', 'imagenet'], ['--data-dir: missing', '--dataset imagenet']),
+    (['--dataset', 'torch/mnist'], ['--data-dir: missing', '--dataset torch/mnist']),
+    (['--dataset', 'torch/no_such', *FOLDER], ['--dataset torch/no_such', 'Unknown torchvision dataset']),
+    (['--dataset', 'torch/mnist', *FOLDER], ['--dataset torch/mnist', 'not found', 'download']),
+    (['--dataset', 'torch/image_folder', *FOLDER, '--val-split', 'test'], ['--val-split test', 'train, validation']),
+    (['--dataset', 'hfds/{tmp}/nowhere'], ['--dataset hfds/', 'nowhere']),
+    (['--dataset', 'hfids/{tmp}/nowhere'], ['--dataset hfids/', 'nowhere']),
+    (['--dataset', 'wds/x', '--data-dir', '{tmp}/web'], ['--train-split train', 'train-{000..099}.tar', '_info.json']),
+    ([*HFDS, '--val-split', 'test'], ['--val-split test', 'train', 'validation']),
+    ([*HFIDS, '--val-split', 'test'], ['--val-split test', 'train', 'validation']),
+    ([*WDS, '--val-split', 'test-{{0..1}}.tar'], ['--val-split test-{0..1}.tar', 'test-0.tar', '2 of 2']),
+    ([*WDS, '--train-split', 'train-{{0..5}}.tar'], ['--train-num-samples: missing', 'train-{0..5}.tar']),
+    ([*WDS, '--train-split', 'train-{{0..5}}.tar|9'], ['--train-split', 'no train-2.tar', '4 of 6']),
+    (HFIDS[:2], ['--train-num-samples: missing']),
+    (HFIDS[:4], ['--val-num-samples: missing']),
+    ([*HFIDS, '--train-num-samples', '0'], ['--train-num-samples 0: must be at least 1']),
+    ([*WDS, '--val-num-samples', '-1'], ['--val-num-samples -1: must be at least 1']),
+    ([*FOLDER, '--max-bad-images', '-1'], ['--max-bad-images -1: must be at least 0']),
+    ([*HFDS, '--input-key', 'img'], ['--input-key img', 'it has image, label, other']),
+    ([*HFIDS, '--input-key', 'img'], ['--input-key img', 'it has image, label, other']),
+    ([*WDS, '--input-key', 'bmp'], ['--input-key bmp', 'it has cls, json, png']),
+    ([*HFDS, '--target-key', 'fine'], ['--target-key fine', 'it has image, label, other']),
+    ([*HFIDS, '--target-key', 'fine'], ['--target-key fine', 'it has image, label, other']),
+    ([*HFDS, '--input-key', 'label'], ['--input-key label']),
+    ([*HFIDS, '--input-key', 'label'], ['--input-key label']),
+    ([*WDS, '--target-key', 'fine'], ['--target-key fine', 'it has kind, x']),
+    ([*WDS, '--target-key', 'x'], ["--target-key x: holds 'y'", 'whole numbers']),
+    ([*HFDS, '--target-key', 'label,other'], ['--target-key label,other', 'several labels']),
+    ([*FOLDER, '--target-key', 'x'], ['--target-key x', 'means nothing to --data-dir']),
+    (['--data-dir', '{tmp}/tars/train.tar', '--input-key', '.png'], ['--input-key .png', 'train.tar']),
+    (['--dataset', 'torch/image_folder', *FOLDER, '--class-map', 'x'], ['--class-map x', 'torch/image_folder']),
+    ([*FOLDER, '--class-map', '{tmp}/ab.txt'], ['--class-map', 'ab.txt', '1 of the classes', '(c)']),
+    (['--data-dir', '{tmp}/tars', '--class-map', '{tmp}/ab.txt'], ['--class-map', '1 of the classes', '(c)']),
+    ([*FOLDER, '--class-map', '{tmp}/other.txt'], ['--class-map', '3 of the classes', '(a, b, c)']),
+    (['--data-dir', '{tmp}/tars', '--class-map', '{tmp}/other.txt'], ['--class-map', '3 of', '(a, b, c)']),
+    ([*HFDS, '--class-map', '{tmp}/ab.txt'], ['--class-map', 'ab.txt', '1 of the classes', '(c)']),
+    ([*HFIDS, '--class-map', '{tmp}/ab.txt'], ['--class-map', 'ab.txt', '1 of the classes', '(c)']),
+    ([*WDS, '--class-map', '{tmp}/ab.txt'], ['--class-map', 'ab.txt', '.pkl']),
+    ([*WDS, '--class-map', '{tmp}/one.pkl'], ['--class-map', 'one.pkl', '(0)']),
+    ([*FOLDER, '--class-map', '{tmp}/nowhere.txt'], ['--class-map', 'nowhere.txt', '.txt of one class name a line']),
+    ([*FOLDER, '--class-map', '{tmp}/map.csv'], ['--class-map', 'map.csv', '.txt of one class name a line']),
+    ([*FOLDER, '--class-map', '{tmp}/broken.pkl'], ['--class-map', 'broken.pkl', '.pkl of a dict']),
+    ([*FOLDER, '--class-map', '{tmp}/evil.pkl'], ['--class-map', 'evil.pkl', 'not permitted']),
+    ([*FOLDER, '--class-map', '{tmp}/words.pkl'], ['--class-map', 'words.pkl', 'index of "a"', "'one'"]),
+    ([*FOLDER, '--class-map', '{tmp}/empty.txt'], ['--class-map', 'empty.txt', 'is empty']),
+    ([*FOLDER, '--class-map', '{tmp}/binary.txt'], ['--class-map', 'binary.txt']),
+    ([*HFDS, '--num-classes', '2'], ['--num-classes 2', '3 classes']),
+    ([*HFIDS, '--num-classes', '2'], ['--num-classes 2', '3 classes']),
+    ([*HFIDS, '--workers', '3'], ['--workers 3', '2 shards', '--workers 2', 'hfds/']),
+    ([*WDS, '--aug-splits', '3'], ['--aug-splits', 'wds/x', 'stream']),
+    ([*WDS, '--naflex-loader'], ['--naflex-loader', 'wds/x', 'stream']),
+    ([*WDS, '--train-img-sizes', '8', '16'], ['--train-img-sizes', 'wds/x', 'stream']),
+    ([*WDS, '--use-multi-epochs-loader'], ['--use-multi-epochs-loader', 'wds/x', 'stream']),
+]
+
+
+@pytest.fixture(scope='module')
+def everything(tmp_path_factory):
+    """Data of every reader, good and bad class maps."""
+    pytest.importorskip('webdataset', reason='wds/ needs the package webdataset')
+    root = tmp_path_factory.mktemp('everything')
+    make_folder(root / 'folder')
+    make_tars(root / 'tars')
+    make_huggingface(root / 'hf')
+    make_web(root / 'web')
+    for name, content in {
+            'ab.txt': 'a\nb\n', 'other.txt': 'x\ny\n', 'map.csv': 'a,0', 'empty.txt': '\n\n', 'one.pkl': {1: 0},
+            'words.pkl': {'a': 'one'}, 'evil.pkl': os.system,
+    }.items():
+        write_map(root / name, content)
+    (root / 'broken.pkl').write_bytes(b'hello')
+    (root / 'binary.txt').write_bytes(b'\xff\xfe')
+    return root
+
+
+@pytest.mark.parametrize('argv, words', REFUSED, ids=[' '.join(argv) for argv, _ in REFUSED])
+def test_what_a_reader_cannot_do_is_refused_by_name(everything, argv, words):
+    message = refusal(*(a.format(tmp=everything) for a in argv))
+    assert message.startswith('--') and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize('dataset, package, install', [
+    ('hfds/x', 'datasets', 'dks-timm[readers]'),
+    ('hfids/x', 'datasets', 'dks-timm[readers]'),
+    ('wds/x', 'webdataset', 'dks-timm[readers]'),
+    ('tfds/x', 'tensorflow_datasets', 'tensorflow-datasets'),
+])
+def test_a_reader_whose_package_is_missing_is_refused_in_one_line(
+        tmp_path, capfd, monkeypatch, dataset, package, install):
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / package).mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        main('--dataset', dataset, '--data-dir', tmp_path, '--device', 'cpu', '--num-classes', '3')
+    out = capfd.readouterr()
+    assert e.value.code == 2 and not out.out and len(out.err.splitlines()) == 1
+    assert all(word in out.err for word in (f'--dataset {dataset}', package, 'pip install', install))
+
+
+def test_images_without_a_label_are_refused(tmp_path):
+    make_parquet(tmp_path, label=lambda i: -1)
+    assert '--train-split train: has images without a label' in refusal(
+        '--dataset', f'hfds/{tmp_path}', '--data-dir', tmp_path / 'cache', '--val-split', '')
+
+
+def test_a_refusal_on_hugging_face_data_is_one_line(everything, capfd):
+    with pytest.raises(SystemExit) as e:
+        main(*(a.format(tmp=everything) for a in HFDS[:2]), '--data-dir', everything / 'new', '--device', 'cpu',
+             '--num-classes', '3', '--input-key', 'img')
+    out = capfd.readouterr()
+    assert e.value.code == 2 and not out.out and len(out.err.splitlines()) == 1 and '--input-key img' in out.err
+
+
+def test_a_folder_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
+    """timm would take it for one of no images. Simulated, as root may read everything."""
+    make_folder(tmp_path)
+    locked, scandir = tmp_path / 'train' / CLASSES[1], os.scandir
+
+    def refusing(path):
+        if Path(path) == locked:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', refusing)
+    assert f'--data-dir {tmp_path}: {locked} cannot be read (Permission denied)' in refusal('--data-dir', tmp_path)
