@@ -7,6 +7,7 @@
 import sys
 
 from dks_timm import errors
+from dks_timm.publishing import push
 from dks_timm.training import config
 
 
@@ -15,6 +16,9 @@ def main(argv=None):
     # Parse. What needs torch is imported after it, so that --help and a mistyped flag answer at once.
     with errors.exit_on_bad_input():
         args, given, args_text = config.parse_args(argv)
+        if args.push_to_hub:
+            with errors.naming(f'--push-to-hub {args.push_to_hub}'):
+                push.check_request(args.push_to_hub, args.hub_revision)
         from timm.data import resolve_data_config
         from timm.layers import set_fast_norm
 

@@ -1,4 +1,5 @@
 """What DKS attaches to a model and what that costs, worked out without allocating weights."""
+import logging
 import re
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -8,12 +9,15 @@ import torch.nn as nn
 from timm.models import resolve_model_input_args
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..errors import why
 from .branches import Branch
 from .model import DKSModel, check_batch_fraction, split_branch_kwargs
 from .plan import BranchBuilder, copy_without_weights
 from .stages import resolve_stages
 
-__all__ = ['format_inspection', 'inspect_model', 'training_cost']
+__all__ = ['exit_flops', 'format_inspection', 'inspect_model', 'training_cost']
+
+_logger = logging.getLogger(__name__)
 
 
 def backbone_without_weights(model_name: str, img_size: Optional[int] = None, **timm_kwargs: Any) -> nn.Module:
@@ -156,3 +160,48 @@ def format_inspection(found: Dict[str, Any]) -> str:
         f'Training forward over the plain model: {cost:.2f}x FLOPs{less}, '
         f'{found["cost"]["parameters"]:.2f}x parameters. Inference: the plain model, 1.00x.'
     )
+
+
+class _Stop(Exception):
+    pass
+
+
+def exit_flops(net: DKSModel, input_size: Sequence[int]) -> Optional[Dict[str, Any]]:
+    """Forward FLOPs of one image, counted on a copy without weights; a multiply-add counts as two.
+
+    Args:
+        net: The network.
+        input_size: Of an image, (C, H, W).
+
+    Returns:
+        ``backbone``, and ``branches``: for each branch ``to_stage``, of the backbone up to it, and ``branch``, of the
+        branch alone. None for models that do not run without weights.
+    """
+    net = copy_without_weights(net).eval().requires_grad_(False)
+    image = torch.zeros(1, *input_size, device='meta')
+    try:
+        with FlopCounterMode(display=False) as counter:
+            net.backbone(image)
+        return dict(backbone=counter.get_total_flops(), branches=[_branch_flops(net, b, image) for b in net.branches])
+    except RuntimeError as e:  # it reads the values of tensors
+        _logger.info(f'What an exit costs is not known, as the model does not run without weights: {why(e)}')
+        return None
+
+
+def _branch_flops(net, branch, image):
+    flops = []
+
+    def run_branch(module, args, output):
+        flops.append(counter.get_total_flops())
+        branch(image, output)
+        raise _Stop
+
+    handle = net.backbone.get_submodule(branch.source).register_forward_hook(run_branch)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            net.backbone(image)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return dict(to_stage=flops[0], branch=counter.get_total_flops() - flops[0])

@@ -12,8 +12,7 @@ from timm.models import NaFlexVit, resolve_model_input_args
 from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwargs
 
 from ..errors import OptionError, closest, flag, naming
-from ..method.cost import training_cost
-from ..method.exits import exit_flops
+from ..method.cost import exit_flops, training_cost
 from ..method.loss import DKSLoss
 from ..method.model import add_branches
 from ..method.plan import run_bare

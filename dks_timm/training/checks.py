@@ -6,7 +6,7 @@ import math
 import os
 import re
 
-from ..errors import OptionError, flag, naming, shown
+from ..errors import OptionError, flag, shown
 
 # What lets a run load code that its user has to trust.
 RUNS_CODE = ('dataset_trust_remote_code', 'device_modules')
@@ -188,10 +188,6 @@ def check(args, given) -> None:
     refuse(args.hub_timeout is not None and not args.hub_timeout > 0,
            f'--hub-timeout {args.hub_timeout}: must be above 0')
     refuse(args.keep_branches and not args.dks, '--keep-branches: needs --dks')
-    if args.push_to_hub and int(os.environ.get('RANK', 0)) == 0:
-        from ..publishing.push import check_request
-        with naming(f'--push-to-hub {args.push_to_hub}'):
-            check_request(args.push_to_hub, args.hub_revision)
 
     if not args.dks:
         set_without = [name for name in given if name.startswith('dks_')]

@@ -6,8 +6,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dks_timm import create_dks_model
-from dks_timm.method.cost import inspect_model
-from dks_timm.method.exits import THRESHOLDS, HeadCounts, exit_flops
+from dks_timm.method.cost import exit_flops, inspect_model
+from dks_timm.training.metrics import THRESHOLDS, HeadCounts
 
 NAMES = ['backbone', 'stage1', 'stage2']
 

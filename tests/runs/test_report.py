@@ -22,8 +22,8 @@ from PIL import Image
 
 import train
 from dks_timm.cli import main
-from dks_timm.method.exits import THRESHOLDS
 from dks_timm.runs.charts import Line, chart, color, ticks
+from dks_timm.training.metrics import THRESHOLDS
 
 SVG = '{http://www.w3.org/2000/svg}'
 HOSTILE = '<script>alert(1)<'
