@@ -3,7 +3,10 @@
 
     accelerate launch train.py --config recipes/quickstart.yaml
     accelerate launch train.py --model resnet18 --dks --data-dir DIR --num-classes 100 --export-dir out/resnet18
+
+This file is made to be copied: change `train_update` for a training step of your own.
 """
+import os
 import sys
 
 from dks_timm import errors
@@ -11,73 +14,103 @@ from dks_timm.publishing import push
 from dks_timm.training import config
 
 
+def train_update(trainer, update):
+    """Train on the batches of one update: forward, loss, backward, clip, step.
+
+    Args:
+        trainer: The run (dks_timm.training.loop.Trainer).
+        update: Its batches (dks_timm.training.update.Update), --grad-accum-steps of them.
+    """
+    accelerator, task, optimizer = trainer.accelerator, trainer.task, trainer.optimizer
+    for images, target in update:  # on the device, augmented and mixed
+        with update.no_sync():
+            with accelerator.autocast():
+                output = task(images, target)  # 'loss' and 'output'; with --dks also 'logits'
+            loss = update.scale_loss(output)
+            accelerator.backward(loss, create_graph=trainer.second_order)
+    if update.clip_gradients():  # and all of them, and the losses, are finite
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def create_run(args, given, args_text, argv):
+    """Create the run that the flags describe, in timm's order, drawing no random number that timm's script does not draw.
+
+    Returns:
+        The Trainer, or None where nothing is left to train; the model; and its preprocessing.
+    """
+    from timm.data import resolve_data_config
+    from timm.layers import set_fast_norm
+
+    from dks_timm.method.cost import exit_flops
+    from dks_timm.publishing import card, export
+    from dks_timm.training import build, checkpoint, data, distributed, loop
+
+    with distributed.refuse_together():
+        build.check_names(args)
+        resume = checkpoint.find_resume(args, args_text)
+        if args.export_dir and not resume:
+            with errors.naming(f'--export-dir {args.export_dir}'):
+                export.check_export_dir(args.export_dir, args.overwrite)
+        accelerator = distributed.create_accelerator(args, given)
+        dataset_train, dataset_eval = data.create_datasets(args)
+        if args.fast_norm:
+            set_fast_norm()
+        model = build.create_model(args)
+        if args.num_classes is None:
+            data.check_num_classes(model.num_classes, dataset_train, dataset_eval)
+        data_config = resolve_data_config(vars(args), model=model, verbose=accelerator.is_main_process)
+        facts = dict(exit_flops=exit_flops(model, data_config['input_size'])) if args.dks else {}
+        model = build.place_model(args, model, data_config['input_size'], accelerator)
+        loaders = data.create_loaders(args, dataset_train, dataset_eval, data_config, model, accelerator)
+        task = build.create_task(args, model, accelerator)
+        lr = build.learning_rate(args, loaders[-1], accelerator.num_processes)
+        optimizer = build.create_optimizer(args, task.get_trainable_module(), lr)
+        names = ['backbone', *(f'stage{stage}' for stage in model.stages)] if args.dks else ['backbone']
+        trainer = loop.Trainer(args, accelerator, task, optimizer, loaders, names, resume, facts)
+        if trainer.finished:
+            at_end = f'{resume or "--start-epoch"} is at the end of {trainer.num_epochs} epochs'
+            accelerator.print(f'Nothing left to train: {at_end}.')
+            return None, model, data_config
+        if args.export_dir and resume:
+            with errors.naming(f'--export-dir {args.export_dir}'):
+                export.check_export_dir(args.export_dir, args.overwrite)
+        label_names = data.label_names(dataset_train)
+        if accelerator.is_main_process:
+            export.check_publishing(args, args_text, model, label_names)
+        trainer.open_output(args_text, data_config['input_size'], resume)
+        facts.update(
+            lr=lr, num_classes=model.num_classes, device=str(accelerator.device), world_size=accelerator.num_processes)
+        facts.update(card.provenance({**vars(args), **facts}, argv, model, label_names))
+    return trainer, model, data_config
+
+
 @errors.exit_out_of_memory()
 def main(argv=None):
-    # Parse. What needs torch is imported after it, so that --help and a mistyped flag answer at once.
+    argv = sys.argv[1:] if argv is None else argv
     with errors.exit_on_bad_input():
         args, given, args_text = config.parse_args(argv)
-        if args.push_to_hub:
+        if args.push_to_hub and int(os.environ.get('RANK', 0)) == 0:
             with errors.naming(f'--push-to-hub {args.push_to_hub}'):
                 push.check_request(args.push_to_hub, args.hub_revision)
-        from timm.data import resolve_data_config
-        from timm.layers import set_fast_norm
-
-        from dks_timm.publishing import card, export
-        from dks_timm.training import build, checkpoint, data, distributed, loop, stopping
-
-        with distributed.refuse_together():
-            # Build, in timm's order and without a random number that timm's script does not draw.
-            build.check_names(args)
-            resume = checkpoint.find_resume(args, args_text)
-            if args.export_dir and not resume:
-                with errors.naming(f'--export-dir {args.export_dir}'):
-                    export.check_export_dir(args.export_dir, args.overwrite)
-            accelerator = distributed.create_accelerator(args, given)
-            dataset_train, dataset_eval = data.create_datasets(args)
-            if args.fast_norm:
-                set_fast_norm()
-            model = build.create_model(args)
-            if args.num_classes is None:
-                args.num_classes = model.num_classes
-                data.check_num_classes(args.num_classes, dataset_train, dataset_eval)
-            data_config = resolve_data_config(vars(args), model=model, verbose=accelerator.is_main_process)
-            model = build.place_model(args, model, data_config['input_size'], accelerator.device)
-            loaders = data.create_loaders(args, dataset_train, dataset_eval, data_config, model, accelerator.device)
-            task = build.create_task(args, model, accelerator.device)
-            build.set_learning_rate(args, batch_size=loaders[-1])
-            optimizer = build.create_optimizer(args, task.get_trainable_module())
-            names = ['backbone', *(f'stage{stage}' for stage in model.stages)] if args.dks else ['backbone']
-            trainer = loop.Trainer(args, accelerator, task, optimizer, loaders, names, resume)
-            if trainer.finished:
-                at_end = f'{resume or "--start-epoch"} is at the end of {trainer.num_epochs} epochs'
-                accelerator.print(f'Nothing left to train: {at_end}.')
-                return
-            if args.export_dir and resume:
-                with errors.naming(f'--export-dir {args.export_dir}'):
-                    export.check_export_dir(args.export_dir, args.overwrite)
-            label_names = data.label_names(dataset_train)
-            if accelerator.is_main_process:
-                export.check_publishing(args, args_text, model, label_names)
-            trainer.open_output(args_text, data_config['input_size'], resume)
-            vars(args).update(card.provenance(vars(args), sys.argv[1:] if argv is None else argv, model, label_names))
-
-    # Fit.
-    on_best = export.push_every_best(args, trainer.output_dir)
-    try:
-        trainer.fit(on_best)
-    except errors.DataError as e:
-        sys.exit(f'train.py: error: {e}')
-    except stopping.Fault as e:
-        if accelerator.is_main_process:
-            print(f'train.py: {e}', file=sys.stderr)
-        sys.exit(e.code)
-    if not accelerator.is_main_process:
+        trainer, model, data_config = create_run(args, given, args_text, argv)  # torch is imported here, not for --help
+    if trainer is None:
         return
-    print(trainer.result())
 
-    # Publish the best weights of the backbone: a folder for plain timm, and a repository on the Hub.
-    if on_best:
-        on_best.close()
+    from dks_timm.publishing import export
+    from dks_timm.training import stopping
+
+    pushing = export.push_every_best(args, trainer.output_dir)
+    with stopping.exit_on_fault(trainer.accelerator), trainer.running():
+        for epoch in trainer.epochs():
+            for update in trainer.updates(epoch):
+                train_update(trainer, update)
+            trainer.end_epoch(epoch, on_best=pushing)  # evaluate, record, save, step the schedule
+    if not trainer.accelerator.is_main_process:
+        return
+    print(trainer.outcome())
+    if pushing:
+        pushing.close()
     if args.export_dir or args.push_to_hub:
         export.publish(args, trainer, model, data_config)
     print(export.next_steps(args, trainer.output_dir))

@@ -1,5 +1,5 @@
-"""What a run leaves on disk: checkpoints and summary.csv, whole at any time; and which checkpoint to resume from."""
-import csv
+"""Checkpoints: written whole or not at all, found again, checked, and loaded."""
+import argparse
 import io
 import logging
 import os
@@ -8,28 +8,54 @@ import shutil
 import zipfile
 import zlib
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, Optional, Sequence
 
 import torch
 import yaml
+from timm.models import safe_model_name
 from timm.task import resume_task_checkpoint
-from timm.utils import CheckpointSaver
+from timm.utils import CheckpointSaver, get_outdir
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch.utils._pytree import tree_map_only
 
-from ..errors import InputError, OptionError, out_of_memory, why
+from ..errors import InputError, OptionError, naming, out_of_memory, why
 
 _logger = logging.getLogger(__name__)
 
-# What checkpoints of a run are called.
-PATTERNS = ('last.pth.tar', 'checkpoint-*.pth.tar', 'recovery-*.pth.tar')
-# What reading a checkpoint raises that is not whole, or none.
+# Names of the checkpoints of a run.
+_PATTERNS = ('last.pth.tar', 'checkpoint-*.pth.tar', 'recovery-*.pth.tar')
+# Raised by reading a file that is no checkpoint, or not a whole one.
 _DAMAGED = (EOFError, LookupError, RuntimeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)
 
 
+def create_folder(args, args_text: str, input_size: Sequence[int], resume: str) -> str:
+    """Create the folder of a run, named as timm names it, with its args.yaml.
+
+    Args:
+        args: The configuration.
+        args_text: Content of args.yaml.
+        input_size: (C, H, W).
+        resume: Checkpoint that the run continues from, or ''; with --resume auto the run stays in its folder.
+
+    Raises:
+        OptionError: It cannot be written.
+    """
+    root = args.output or './output/train'
+    name = args.experiment or '-'.join(
+        [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(input_size[-1])])
+    with naming(f'--output {root}', OSError):
+        if args.resume == 'auto' and resume:
+            folder = os.path.dirname(resume)
+        else:
+            folder = get_outdir(root, name, inc=not args.experiment)
+        write_text(os.path.join(folder, 'args.yaml'), args_text)
+    return folder
+
+
 def find_resume(args, args_text: str) -> str:
-    """The checkpoint that --resume names, or '' for none.
+    """Return the checkpoint that --resume names, or '' for none.
 
     "auto" is the newest complete one of the --experiment folder; without --experiment, of the newest folder under
     --output whose args.yaml is that of this run.
@@ -49,7 +75,7 @@ def find_resume(args, args_text: str) -> str:
         folders = [f.parent for f in files if _without_resume(f.read_text(errors='replace')) == wanted]
         folders = sorted(folders, key=lambda f: f.stat().st_mtime, reverse=True)[:1]
     for folder in folders:
-        files = [file for pattern in PATTERNS for file in folder.glob(pattern)]
+        files = [file for pattern in _PATTERNS for file in folder.glob(pattern)]
         for file in sorted(files, key=lambda f: f.stat().st_mtime_ns, reverse=True):
             broken = damage(file)
             if not broken:
@@ -62,12 +88,12 @@ def find_resume(args, args_text: str) -> str:
 def _without_resume(args_text):
     try:
         return {**yaml.safe_load(args_text), 'resume': ''}
-    except Exception:  # not written to its end, or not by a run
+    except (TypeError, yaml.YAMLError):  # not written to its end, or not by a run
         return None
 
 
 def damage(path) -> str:
-    """What is wrong with a checkpoint, or ''. All of it is read: torch does not look at the checksums in its files.
+    """Return the damage of a checkpoint, or ''. Read all of it, as torch does not look at the checksums in its files.
 
     Raises:
         OptionError: The file system does not let it be read.
@@ -88,7 +114,7 @@ def damage(path) -> str:
 
 
 def holds_weights(checkpoint: dict, ema: bool = False) -> bool:
-    """Whether what timm loads of a checkpoint, perhaps of the average, is tensors by name."""
+    """Return True if the weights that timm loads from a checkpoint, or those of the average, are tensors by name."""
     names = ('state_dict_ema', 'model_ema') * ema + ('state_dict', 'model')
     weights = next((checkpoint[name] for name in names if checkpoint.get(name) is not None), checkpoint)
     return isinstance(weights, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in weights.items())
@@ -98,8 +124,8 @@ def load(path, args, task, optimizer, scaler):
     """Load a checkpoint of ours or timm's.
 
     Returns:
-        The epoch that comes after it, or None; the seconds of training it took; and the state of the run besides
-        weights and optimizer, None where there is none to go on from.
+        The epoch that comes after it, or None; the seconds of training until then; and the state of the run for
+        :class:`dks_timm.training.resume.RunState`, or None.
 
     Raises:
         OptionError: It cannot be read, or is not one of this model.
@@ -142,7 +168,7 @@ def load(path, args, task, optimizer, scaler):
 
 
 class _File(io.BufferedWriter):
-    """A file that remembers why writing to it failed, as torch.save does not say."""
+    """A file that keeps the error of writing to it, as torch.save raises another one."""
     error: Optional[OSError] = None
 
     def __init__(self, path):
@@ -157,10 +183,10 @@ class _File(io.BufferedWriter):
 
 
 def _write(path, write: Callable[[Any], Any]) -> None:
-    """Write a file, see it on the disk, and leave nothing behind where that fails.
+    """Write a file to the disk, and leave nothing behind where that fails.
 
     Raises:
-        OSError: saying why.
+        OSError: It cannot be written.
     """
     file = _File(path)
     try:
@@ -195,7 +221,7 @@ def write_text(path, text: str) -> None:
 
 
 class Output:
-    """What keeps something on disk: where it cannot, it says so once, the run goes on, and the next time tells.
+    """Output of a run that may fail: a warning says so once, and the run goes on.
 
     Attributes:
         failure: Why it could not be written the last time, or ''.
@@ -203,7 +229,7 @@ class Output:
     failure = ''
 
     def attempt(self, name: str, write: Callable, *args, **kwargs):
-        """Call a function that writes; returns what it does, or None."""
+        """Call a function that writes; return its result, or None where it failed."""
         try:
             result = write(*args, **kwargs)
         except OSError as e:
@@ -218,13 +244,22 @@ class Output:
 
 
 class Saver(Output, CheckpointSaver):
-    """timm's, whose files are whole or not there, and which knows the state of the run.
+    """timm's saver, whose files are whole or not there, and hold the state of the run, its configuration and facts.
+
+    Args:
+        config: The configuration.
+        facts: Findings of the run, which the saved arguments hold, too, for export and report.
+        **kwargs: See timm's ``CheckpointSaver``.
 
     Attributes:
-        run: What a run needs besides weights and optimizer to go on as if it had not stopped.
+        run: The state of the run, from :meth:`dks_timm.training.resume.RunState.collect`.
     """
     run: Optional[Dict[str, Any]] = None
-    source = ''  # a checkpoint that takes the place of one to be written
+    source = ''  # an existing checkpoint to take in place of writing one
+
+    def __init__(self, config: argparse.Namespace, facts: Dict[str, Any], **kwargs: Any):
+        super().__init__(**kwargs)
+        self.config, self.facts = config, facts
 
     def state_dict(self, epoch=None, metric=None):
         return {**super().state_dict(epoch, metric), 'run': self.run}
@@ -233,6 +268,7 @@ class Saver(Output, CheckpointSaver):
         if self.source:
             self._duplicate(self.source, save_path)
         else:
+            self.args = argparse.Namespace(**{**vars(self.config), **self.facts})
             _write(save_path, lambda file: super(Saver, self)._save(file, epoch, metric))
 
     def _replace(self, src, dst):
@@ -256,14 +292,14 @@ class Saver(Output, CheckpointSaver):
         self.attempt('The recovery checkpoint', super().save_recovery, epoch, batch_idx)
 
     def resume(self, path) -> None:
-        """Go on with the files beside a checkpoint; what was left to do after it was written is done now."""
+        """Go on with the files beside a checkpoint, and do what was left to do after it was written."""
         state = load_checkpoint_metadata(path).get('saver')
         if not state or 'run' not in state:
             self.load_state_dict_from_checkpoint(path)
             return
         epoch, metric = state['pending']
         self.load_state_dict({**state, 'pending': (None, None)})
-        recoveries = sorted(map(str, Path(self.recovery_dir).glob(PATTERNS[-1])), key=os.path.getmtime)
+        recoveries = sorted(map(str, Path(self.recovery_dir).glob(_PATTERNS[-1])), key=os.path.getmtime)
         *older, self.prev_recovery_file, self.curr_recovery_file = ['', '', *recoveries]
         for file in filter(None, older):
             os.remove(file)
@@ -271,33 +307,3 @@ class Saver(Output, CheckpointSaver):
             self.source, self.run = path, state['run']
             self.save_checkpoint(epoch, metric)
             self.source = ''
-
-
-class Summary(Output):
-    """The rows of summary.csv.
-
-    Args:
-        path: Of the file; rows that it holds already are kept.
-        start_epoch: First epoch to come, whose row and later ones are dropped.
-    """
-
-    def __init__(self, path, start_epoch: int):
-        self.path = path
-        self.rows = []
-        if os.path.exists(path):
-            with open(path, newline='', errors='replace') as file:
-                rows = [row for row in csv.DictReader(file, restval=None) if None not in {*row, *row.values()}]
-            self.rows = [row for row in rows if row.get('epoch', '').isdigit() and int(row['epoch']) < start_epoch]
-            self.write()
-
-    def append(self, row: Dict[str, Any]) -> None:
-        self.rows.append({name: str(value) for name, value in row.items()})
-        self.write()
-
-    def write(self) -> None:
-        text = io.StringIO(newline='')
-        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in self.rows for name in row)), restval='')
-        if self.rows:
-            writer.writeheader()
-        writer.writerows(self.rows)
-        self.attempt('summary.csv', write_text, self.path, text.getvalue())

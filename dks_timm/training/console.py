@@ -1,12 +1,10 @@
-"""What is counted and shown while a model trains."""
+"""The console of a run: a bar or lines while it trains, a line for each epoch, a table at its end."""
 import logging
 import math
 import sys
 import time
-from collections import OrderedDict
 from datetime import timedelta
-from functools import partial
-from itertools import permutations
+from typing import Mapping, Optional, Sequence, Tuple
 
 import torch
 from accelerate.utils import tqdm
@@ -14,191 +12,174 @@ from accelerate.utils import tqdm
 _logger = logging.getLogger(__name__)
 
 
-class Totals:
-    """Sums over the samples of an epoch, kept on the device until they are asked for.
+class Progress:
+    """The steps of an epoch or of an evaluation: a bar on the main process's terminal, lines of the log elsewhere.
 
-    A branch's means are over the samples that it ran on.
-    """
-
-    def __init__(self, accelerator, names):
-        self.accelerator = accelerator
-        self.names = names
-        self.count = self.branch_count = 0  # samples
-        zeros = partial(torch.zeros, device=accelerator.device)
-        dtype = torch.float32 if accelerator.device.type == 'mps' else torch.float64  # as timm's evaluator
-        self.loss = zeros((), dtype=dtype)
-        self.hits = zeros(len(names), dtype=torch.int64)
-        self.ce = zeros(len(names), dtype=dtype)
-        self.synergy = zeros(len(names), len(names), dtype=dtype)
-
-    @torch.no_grad()
-    def update(self, out, loss, target, batch_size):
-        # Little happens for each classifier by itself: on a GPU, every operation is a kernel to launch.
-        logits = out.get('logits') or [out['output']]
-        if isinstance(logits[0], (tuple, list)):
-            logits = logits[0][:1]
-        if target.ndim > 1:
-            target = target.argmax(dim=-1)
-        running, part = len(logits), len(logits[-1])  # branches may rest, or run on the first samples only
-        predicted = [z.argmax(dim=-1) for z in logits]
-        hits = (torch.stack([p[:part] for p in predicted]) == target[:part]).sum(dim=1)
-        if part < len(logits[0]):
-            hits[0].add_((predicted[0][part:] == target[part:]).sum())
-        self.hits[:running].add_(hits)
-        self.loss.add_(loss, alpha=batch_size)
-        self.count += batch_size
-        if len(self.names) > 1:
-            self.ce[:1].add_(out['ce'][:1], alpha=batch_size)
-        if running > 1:
-            self.ce[1:].add_(out['ce'][1:], alpha=part)
-            self.synergy.add_(out['synergy'], alpha=part)
-            self.branch_count += part
-
-    def state_dict(self):
-        """The sums and counts so far, of this process."""
-        state = {name: value for name, value in vars(self).items() if name not in ('accelerator', 'names')}
-        return {name: value.to('cpu', copy=True) if torch.is_tensor(value) else value for name, value in state.items()}
-
-    def load_state_dict(self, state):
-        for name, value in state.items():
-            setattr(self, name, value.to(self.accelerator.device) if torch.is_tensor(value) else value)
-
-    def compute(self, reduce=False):
-        """Means so far, of this process or of all."""
-        branches = [self.branch_count] * (len(self.names) - 1)
-        names, sums = ['loss', *(f'top1_{name}' for name in self.names)], [self.loss[None], 100 * self.hits]
-        counts = [self.count, self.count, *branches]
-        if branches:
-            pairs = list(permutations(self.names, 2))
-            names += [*(f'ce_{name}' for name in self.names), 'synergy']
-            names += [f'synergy_{teacher}_{student}' for teacher, student in pairs]
-            sums += [self.ce, self.synergy.sum()[None] / len(pairs), _off_diagonal(self.synergy)]
-            counts += [self.count, *branches, self.branch_count, *[self.branch_count] * len(pairs)]
-        sums = torch.cat(sums)
-        totals = torch.stack([sums, sums.new_tensor(counts)])
-        if reduce:
-            totals = self.accelerator.reduce(totals)
-        means = (totals[0] / totals[1]).tolist()
-        return OrderedDict(zip(names, means, strict=True))
-
-
-def _off_diagonal(matrix):
-    """The entries of a square matrix beside its diagonal, row by row."""
-    size = len(matrix)
-    return matrix.flatten()[1:].view(size - 1, size + 1)[:, :-1].flatten()
-
-
-class Bar:
-    """A bar at the bottom of the main process's terminal, and a line below it; elsewhere nothing.
-
-    Lines of the log erase it (see :class:`dks_timm.errors.LogFormatter`), and warnings become such lines; it is drawn
-    again below them. What does not fit into the terminal's width is cut off.
+    Lines of the log erase the bar (see :class:`dks_timm.errors.LogFormatter`), and it is drawn again below them.
 
     Args:
         accelerator: Of the run.
-        text: What stands beside the bar, with fields of tqdm's ``bar_format``.
+        title: Name of the epoch or evaluation.
         total: Steps in all.
-        done: Steps that were done before.
+        done: Steps before the run was resumed.
+
+    Attributes:
+        done: Steps so far.
     """
 
-    def __init__(self, accelerator, text: str, total: int, done: int = 0):
-        self.live = accelerator.is_main_process and sys.stderr.isatty()
-        how = dict(leave=False, dynamic_ncols=True, disable=not self.live)
-        self.bar = tqdm(total=total, initial=done, bar_format=f'{{percentage:3.0f}}%|{{bar:10}}| {text}', **how)
-        self.below = tqdm(bar_format='{desc}', **how)
+    def __init__(self, accelerator, title: str, total: int, done: int = 0):
+        self.title, self.total, self.done, self.done_before = title, total, done, done
+        self.main = accelerator.is_main_process
+        self.live = self.main and sys.stderr.isatty()
+        self.start, self.end = time.monotonic(), None
+        self.bar = tqdm(
+            total=total,
+            initial=done,
+            desc=title,
+            bar_format='{desc}: {percentage:3.0f}%|{bar:10}| {remaining} left{postfix}',
+            leave=False,
+            dynamic_ncols=True,
+            disable=not self.live,
+        )
 
     def __enter__(self):
         if self.live:
-            logging.captureWarnings(True)
-        return self
-
-    def __exit__(self, *exc):
-        self.below.close()
-        self.bar.close()
-        if self.live:
-            logging.captureWarnings(False)
-
-    def update(self):
-        """Count a step."""
-        if self.bar.update():  # it was drawn, perhaps for the first time since a line of the log
-            self.below.refresh()
-
-    def show(self, beside: str, below: str):
-        """Show a text beside the bar, its ``desc``, and one below it."""
-        self.bar.set_description_str(beside)
-        self.below.set_description_str(f'  {below}')
-
-
-class Speed:
-    """Images per second of training.
-
-    Attributes:
-        last: Of the last epoch, 0 where it was not trained here.
-    """
-    last = 0.
-
-    def __init__(self):
-        self.images = self.seconds = 0.
-
-    def add(self, progress: 'Progress', images: int):
-        """Count an epoch, of which so many images were trained on, those before the run was resumed included."""
-        if progress.done > progress.done_before:
-            here = images * (progress.done - progress.done_before) / progress.done
-            self.images += here
-            self.seconds += progress.seconds
-            self.last = here / progress.seconds
-
-    @property
-    def average(self) -> float:
-        return self.images / self.seconds if self.seconds else 0.
-
-
-class Progress:
-    """Progress of an epoch's training on the main process: a bar on a terminal, a line now and then elsewhere.
-
-    Attributes:
-        done: Updates of the epoch.
-        done_before: Those before the run was resumed.
-        seconds: Since then, up to the end of the epoch's training.
-    """
-
-    def __init__(self, accelerator, epoch, num_epochs, updates, log_interval, done=0):
-        self.shown = accelerator.is_main_process
-        self.epoch, self.num_epochs, self.updates, self.log_interval = epoch, num_epochs, updates, log_interval
-        self.bar = Bar(accelerator, f'Epoch {epoch}{{desc}}', updates, done)
-        self.done = self.done_before = done
-        self.start = time.monotonic()
-        self.end = None
-
-    @property
-    def seconds(self):
-        return (self.end or time.monotonic()) - self.start
-
-    def __enter__(self):
-        self.bar.__enter__()
+            logging.captureWarnings(True)  # so that they become lines of the log
         return self
 
     def __exit__(self, *exc):
         self.end = time.monotonic()
-        self.bar.__exit__(*exc)
+        self.bar.close()
+        if self.live:
+            logging.captureWarnings(False)
 
-    def step(self, last: bool) -> bool:
-        """Count an update; returns whether it is time to show how things stand."""
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start, until the end."""
+        return (self.end or time.monotonic()) - self.start
+
+    @property
+    def steps_per_second(self) -> float:
+        return (self.done - self.done_before) / self.seconds
+
+    def step(self) -> None:
+        """Count a step."""
         self.done += 1
         self.bar.update()
-        return self.shown and (last or (self.done - 1) % self.log_interval == 0)
 
-    def show(self, means, param_groups, images):
-        pace = (self.done - self.done_before) / self.seconds
-        left = (self.updates - self.done + self.updates * (self.num_epochs - self.epoch - 1)) / pace
-        top1 = ', '.join(
-            f'{name[5:]} {value:.1f}' for name, value in means.items()
-            if name.startswith('top1_') and not math.isnan(value))  # branches may not have run yet
-        lr = sum(group['lr'] for group in param_groups) / len(param_groups)
-        loss = f'loss {means["loss"]:.4f}'
-        speed = f'{images / self.done * pace:.0f} images/s, {timedelta(seconds=round(left))} left'
-        learned = f'train top-1 {top1}, lr {lr:.3g}'
-        if self.bar.live:
-            self.bar.show(f', {speed}', f'{loss}, {learned}')
-        else:
-            _logger.info(f'Epoch {self.epoch} [{self.done}/{self.updates}]: {loss}, {speed}, {learned}')
+    def show(self, text: str) -> None:
+        """Show a text beside the bar, or as a line."""
+        if self.live:
+            self.bar.set_postfix_str(text)
+        elif self.main:
+            _logger.info(f'{self.title} [{self.done}/{self.total}]: {text}')
+
+
+def training_text(means: Mapping[str, float], lr: float, images_per_second: float, seconds_left: float) -> str:
+    """Describe the training so far.
+
+    Args:
+        means: From :meth:`dks_timm.training.metrics.Totals.compute`.
+        lr: Learning rate, a mean over parameter groups.
+        images_per_second: Of all processes.
+        seconds_left: Of the whole run.
+    """
+    top1 = ', '.join(
+        f'{name[5:]} {value:.1f}' for name, value in means.items()
+        if name.startswith('top1_') and not math.isnan(value))  # branches may not have run yet
+    return (
+        f'loss {means["loss"]:.4f}, {images_per_second:.0f} images/s, {timedelta(seconds=round(seconds_left))} left, '
+        f'train top-1 {top1}, lr {lr:.3g}')
+
+
+def epoch_text(title: str, names: Sequence[str], metrics: Mapping[str, float], **more: float) -> str:
+    """Describe an evaluation.
+
+    Args:
+        title: Beginning of the line.
+        names: Names of the classifiers, the backbone's first.
+        metrics: Of an evaluation; {} where there was none.
+        **more: Values to be named before them.
+    """
+    parts = [f'{name} {value:.4f}' for name, value in more.items()]
+    if metrics:
+        top1 = [f'{names[0]} {metrics["top1"]:.2f}'] + [
+            f'{name[5:]} {value:.2f}' for name, value in metrics.items() if name.startswith('top1_')]
+        parts += [f'eval loss {metrics["loss"]:.4f}', 'top-1 ' + ', '.join(top1)]
+    return f'{title}: ' + ', '.join(parts)
+
+
+def warn_of_long_average(args, updates: int) -> None:
+    """Warn where --model-ema averages over more updates than the run has."""
+    memory = 1 / max(1 - args.model_ema_decay, 1e-9)
+    if args.model_ema and not args.model_ema_warmup and updates < memory:
+        _logger.warning(
+            f'--model-ema-decay {args.model_ema_decay}: the average is over {memory:,.0f} updates, but the run has '
+            f'{updates:,}, so the initial weights stay in it; --model-ema-warmup has it begin short')
+
+
+def outcome_table(
+        rows: Sequence[Mapping[str, str]],
+        names: Sequence[str],
+        best_epoch: Optional[int],
+        without_ema: Mapping[int, Mapping[str, float]],
+) -> str:
+    """Return a table of every head's accuracy and loss in the best epoch and in the last one.
+
+    Args:
+        rows: Of summary.csv.
+        names: Names of the classifiers, the backbone's first.
+        best_epoch: That of model_best.pth.tar.
+        without_ema: Where the rows are of an average of the weights, metrics of the weights themselves, by epoch.
+    """
+    last = rows[-1]
+    best = next((row for row in rows if row['epoch'] == str(best_epoch)), last)
+    epochs = [('Best epoch', best), ('Last epoch', last)]
+    heads = [*names, 'ensemble'] if len(names) > 1 else ['model']
+    columns = {'top-1 %': ('eval_top1', 2), 'loss': ('eval_loss', 4)}
+    if 'eval_top1' not in last:
+        columns, heads = {'train loss': ('train_loss', 4)}, heads[:1]
+
+    def cells(row, head=''):
+        found = [(row.get(f'{column}_{head}' if head else column), digits) for column, digits in columns.values()]
+        return [f'{float(value):.{digits}f}' if value not in (None, '') else '' for value, digits in found]
+
+    lines = [
+        ('', [f'{title} {row["epoch"]}'.rjust(14 * len(columns)) for title, row in epochs]),
+        ('', [*columns] * len(epochs)),
+        (heads[0], [cell for _, row in epochs for cell in cells(row)]),
+    ]
+    plain = [without_ema.get(int(row['epoch']), {}) for _, row in epochs]
+    if any(plain):
+        plain = [{f'eval_{name}': value for name, value in found.items()} for found in plain]
+        lines.append(('without EMA', [cell for found in plain for cell in cells(found)]))
+    lines += [(head, [cell for _, row in epochs for cell in cells(row, head)]) for head in heads[1:]]
+    first = max(len(title) for title, _ in lines)
+    return '\n'.join((title.ljust(first) + ''.join(cell.rjust(14) for cell in row)).rstrip() for title, row in lines)
+
+
+def cost_text(seconds: float, images_per_second: float, device: torch.device, processes: int = 1) -> str:
+    """Describe the cost of a run.
+
+    Args:
+        seconds: Of all parts of the run, with evaluation.
+        images_per_second: In training, 0 where this part of the run has only evaluated.
+        device: Of this process.
+        processes: Number of processes.
+    """
+    used, where = peak_memory(device)
+    return ', '.join([
+        f'{timedelta(seconds=round(seconds))} in all',
+        *([f'{images_per_second:,.0f} images/s in training'] if images_per_second else []),
+        f'at most {used / 2 ** 20:,.0f} MiB of {where}' + (' in the first process' if processes > 1 else ''),
+    ])
+
+
+def peak_memory(device: torch.device) -> Tuple[int, str]:
+    """Return the most memory so far in bytes, of tensors on a GPU or of this process elsewhere, and its name."""
+    module = getattr(torch, device.type, None)
+    if hasattr(module, 'max_memory_allocated'):
+        return module.max_memory_allocated(device), 'GPU memory'
+    import resource  # not on Windows
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == 'darwin' else 1024 * peak, 'memory'

@@ -1,16 +1,105 @@
-"""What an evaluation measures: loss and accuracy of every head, and of all together."""
+"""Loss and accuracy of every head in training and evaluation, agreement of heads, and early exits."""
 from collections import OrderedDict
-from itertools import combinations
+from functools import partial
+from itertools import combinations, permutations
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
+from accelerate import Accelerator
 from timm.task import TrainingTask
 from torch.nn.functional import softmax
 
-__all__ = ['THRESHOLDS', 'HeadCounts', 'HeadMetrics']
+__all__ = ['THRESHOLDS', 'HeadCounts', 'HeadMetrics', 'Totals']
 
 # Confidences from which on an image leaves at a branch; 0 is all of them.
 THRESHOLDS = (0., 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
+
+
+class Totals:
+    """Sums over the training samples of an epoch, kept on the device until they are asked for.
+
+    Args:
+        accelerator: Of the run.
+        names: Names of the classifiers, the backbone's first.
+
+    Attributes:
+        count: Samples so far, of this process.
+    """
+
+    def __init__(self, accelerator: Accelerator, names: Sequence[str]):
+        self.accelerator = accelerator
+        self.names = names
+        self.count = self.branch_count = 0  # samples
+        zeros = partial(torch.zeros, device=accelerator.device)
+        dtype = torch.float32 if accelerator.device.type == 'mps' else torch.float64  # as timm's evaluator
+        self.loss = zeros((), dtype=dtype)
+        self.hits = zeros(len(names), dtype=torch.int64)
+        self.ce = zeros(len(names), dtype=dtype)
+        self.synergy = zeros(len(names), len(names), dtype=dtype)
+
+    @torch.no_grad()
+    def update(self, out: Dict[str, Any], loss: torch.Tensor, target: torch.Tensor, batch_size: int) -> None:
+        """Add a batch.
+
+        Args:
+            out: Output of the task.
+            loss: Of the batch, a scalar.
+            target: Class indices (B,) or dense targets (B, num_classes).
+            batch_size: Samples of the batch; branches may have run on the first of them only.
+        """
+        # Little happens for each classifier by itself: on a GPU, every operation is a kernel to launch.
+        logits = out.get('logits') or [out['output']]
+        if isinstance(logits[0], (tuple, list)):
+            logits = logits[0][:1]
+        if target.ndim > 1:
+            target = target.argmax(dim=-1)
+        running, part = len(logits), len(logits[-1])  # branches may rest, or run on the first samples only
+        predicted = [z.argmax(dim=-1) for z in logits]
+        hits = (torch.stack([p[:part] for p in predicted]) == target[:part]).sum(dim=1)
+        if part < len(logits[0]):
+            hits[0].add_((predicted[0][part:] == target[part:]).sum())
+        self.hits[:running].add_(hits)
+        self.loss.add_(loss, alpha=batch_size)
+        self.count += batch_size
+        if len(self.names) > 1:
+            self.ce[:1].add_(out['ce'][:1], alpha=batch_size)
+        if running > 1:
+            self.ce[1:].add_(out['ce'][1:], alpha=part)
+            self.synergy.add_(out['synergy'], alpha=part)
+            self.branch_count += part
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return the sums and counts so far, of this process."""
+        state = {name: value for name, value in vars(self).items() if name not in ('accelerator', 'names')}
+        return {name: value.to('cpu', copy=True) if torch.is_tensor(value) else value for name, value in state.items()}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value.to(self.accelerator.device) if torch.is_tensor(value) else value)
+
+    def compute(self, reduce: bool = False) -> Dict[str, float]:
+        """Return the means so far, of this process or of all; a branch's are over the samples that it ran on."""
+        branches = [self.branch_count] * (len(self.names) - 1)
+        names, sums = ['loss', *(f'top1_{name}' for name in self.names)], [self.loss[None], 100 * self.hits]
+        counts = [self.count, self.count, *branches]
+        if branches:
+            pairs = list(permutations(self.names, 2))
+            names += [*(f'ce_{name}' for name in self.names), 'synergy']
+            names += [f'synergy_{teacher}_{student}' for teacher, student in pairs]
+            sums += [self.ce, self.synergy.sum()[None] / len(pairs), _off_diagonal(self.synergy)]
+            counts += [self.count, *branches, self.branch_count, *[self.branch_count] * len(pairs)]
+        sums = torch.cat(sums)
+        totals = torch.stack([sums, sums.new_tensor(counts)])
+        if reduce:
+            totals = self.accelerator.reduce(totals)
+        means = (totals[0] / totals[1]).tolist()
+        return OrderedDict(zip(names, means, strict=True))
+
+
+def _off_diagonal(matrix):
+    """Return the entries of a square matrix beside its diagonal, row by row."""
+    size = len(matrix)
+    return matrix.flatten()[1:].view(size - 1, size + 1)[:, :-1].flatten()
 
 
 class HeadCounts:
@@ -54,7 +143,7 @@ class HeadCounts:
         self.counts += torch.cat([agree.flatten(), leave.sum(dim=1).flatten(), left_right.sum(dim=1).flatten()])
 
     def compute(self, distributed: bool = False) -> Tuple[Dict[str, float], List[Dict[str, Any]]]:
-        """What was counted, in this process or in all, in percent of the images.
+        """Return the counts, of this process or of all, in percent of the images.
 
         Returns:
             ``agree_<a>_<b>`` for each pair of classifiers; and for each branch and threshold a row with ``exit`` (the
@@ -120,12 +209,12 @@ class HeadMetrics:
             evaluator.update(z, target)
 
     def compute(self, distributed: bool = False) -> Tuple[Dict[str, float], Optional[List[Dict[str, Any]]]]:
-        """What was measured, exact for any number of processes.
+        """Return the metrics, exact for any number of processes.
 
         Returns:
             ``loss``, ``top1`` and ``top5`` of the backbone; of several heads also ``top1_<branch>``, ``top1_ensemble``
             (mean of the probabilities), ``loss_<branch>``, and ``agree_<a>_<b>``, the percentage of images to which
-            two heads give one class. And what leaving at a branch is worth, see :class:`HeadCounts`, or None.
+            two heads give one class. And the rows of early exits, see :meth:`HeadCounts.compute`, or None.
         """
         results = [evaluator.compute(distributed=distributed) for evaluator in self.evaluators]
         metrics = OrderedDict(results[0])

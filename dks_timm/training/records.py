@@ -1,49 +1,63 @@
-"""What a run tells of each epoch: a row of summary.csv, values for trackers, a line."""
+"""The epochs of a run on record: summary.csv, and trackers."""
+import csv
+import io
 import os
 from collections import OrderedDict
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any, Dict, Mapping, Optional, Sequence
 
-from .checkpoint import Output, Summary
+from .checkpoint import Output, write_text
 
-__all__ = ['Records', 'epoch_line']
-
-
-def epoch_line(title: str, names: Sequence[str], metrics: Mapping[str, float], **more: float) -> str:
-    """The accuracy of every classifier, in a line.
-
-    Args:
-        title: What it begins with.
-        names: Names of the classifiers, the backbone's first.
-        metrics: Of an evaluation; {} where there was none.
-        **more: Values to be named before them.
-    """
-    parts = [f'{name} {value:.4f}' for name, value in more.items()]
-    if metrics:
-        top1 = [f'{names[0]} {metrics["top1"]:.2f}'] + [
-            f'{name[5:]} {value:.2f}' for name, value in metrics.items() if name.startswith('top1_')]
-        parts += [f'eval loss {metrics["loss"]:.4f}', 'top-1 ' + ', '.join(top1)]
-    return f'{title}: ' + ', '.join(parts)
+__all__ = ['Records', 'Summary']
 
 
-class Records:
-    """The summary and the trackers of a run. For the main process alone.
+class Summary(Output):
+    """The file summary.csv, whole at any time.
 
     Args:
-        args: The command line.
-        accelerator: Of the run; it holds the trackers.
-        names: Names of the classifiers, the backbone's first.
-        folder: The run's.
-        name: The run's, for trackers.
+        path: Of the file; rows of earlier epochs are kept.
         start_epoch: First epoch to come.
     """
 
-    def __init__(self, args, accelerator, names: Sequence[str], folder: str, name: str, start_epoch: int):
+    def __init__(self, path, start_epoch: int):
+        self.path = path
+        self.rows = []
+        if os.path.exists(path):
+            with open(path, newline='', errors='replace') as file:
+                rows = [row for row in csv.DictReader(file, restval=None) if None not in {*row, *row.values()}]
+            self.rows = [row for row in rows if row.get('epoch', '').isdigit() and int(row['epoch']) < start_epoch]
+            self.write()
+
+    def append(self, row: Dict[str, Any]) -> None:
+        self.rows.append({name: str(value) for name, value in row.items()})
+        self.write()
+
+    def write(self) -> None:
+        text = io.StringIO(newline='')
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in self.rows for name in row)), restval='')
+        if self.rows:
+            writer.writeheader()
+        writer.writerows(self.rows)
+        self.attempt('summary.csv', write_text, self.path, text.getvalue())
+
+
+class Records:
+    """The summary and the trackers of a run, on the main process.
+
+    Args:
+        args: The configuration.
+        accelerator: Of the run; it holds the trackers.
+        names: Names of the classifiers, the backbone's first.
+        folder: The run's.
+        start_epoch: First epoch to come.
+    """
+
+    def __init__(self, args, accelerator, names: Sequence[str], folder: str, start_epoch: int):
         self.args, self.accelerator, self.names = args, accelerator, names
         self.summary = Summary(os.path.join(folder, 'summary.csv'), start_epoch)
         self.trackers = Output()
         if accelerator.log_with:
             accelerator.project_configuration.logging_dir = folder
-            wandb = dict(name=name, tags=args.wandb_tags)
+            wandb = dict(name=os.path.basename(folder), tags=args.wandb_tags)
             if args.wandb_resume_id:
                 wandb.update(id=args.wandb_resume_id, resume='must')
             accelerator.init_trackers(
@@ -68,7 +82,7 @@ class Records:
             train_metrics: From its training.
             eval_metrics: From its evaluation; {} where there was none.
             param_groups: Of the optimizer.
-            skipped: Updates that were left out, None where none is.
+            skipped: Updates that were left out, None for no such column.
             images_per_second: In training, 0 where that is not known. For trackers only.
         """
         row = OrderedDict(epoch=epoch, train_loss=train_metrics['loss'])
@@ -85,7 +99,7 @@ class Records:
             self.trackers.attempt('The log of --log-with', self._track, row, param_groups, images_per_second)
 
     def _track(self, row, param_groups, images_per_second):
-        """Hand an epoch to the trackers: its row, what changes from one machine to another, and who taught whom."""
+        """Log an epoch: its row, values that differ between machines, and the synergy matrix."""
         epoch = row['epoch']
         more = {}
         if images_per_second:

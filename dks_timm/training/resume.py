@@ -1,393 +1,142 @@
-"""Train loaders that another process can continue after any batch, bit for bit.
+"""The state of a run besides weights and optimizer, with which another process goes on as if it had not stopped."""
+import logging
+from typing import Any, Dict, Optional
 
-Random numbers of timm's loaders come from the main process (the order of images; erasing, one batch ahead; without
-workers everything else, too) and from workers, whose state runs on from epoch to epoch. What is kept of them: the main
-process's random states from before each batch that the loop has not got yet, each worker's from after the last batch
-that the loop got, and those that orders and seeds were drawn from. Finding them out draws no number.
-"""
-import os
-import random
-import signal
-import struct
-import threading
-from collections import deque
-from contextlib import suppress
-from itertools import chain, count, islice
-from typing import Any, Dict, List, NamedTuple, Optional
-
-import numpy as np
 import torch
-from timm.data.loader import MultiEpochsDataLoader
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from timm.utils import unwrap_model
 
-from .device_data import DeviceLoader
+from .loader_state import Fetches, evaluation_started, packed, set_random_state, start_evaluation_undrawn
+from .metrics import Totals
+from .stopping import NONFINITE, Fault, Guard, all_finite, statistics
 
-# Python's Mersenne twister and its spare normal variate; numpy's, its position and its variate; the length of torch's.
-_LAYOUT = struct.Struct('<625I?d2496sI?dI')
+_logger = logging.getLogger(__name__)
 
-
-def random_state(device: Optional[torch.device] = None) -> tuple:
-    """The states of Python's, numpy's and torch's generators, and of torch's on a device."""
-    there = () if device is None or device.type == 'cpu' else (torch.get_device_module(device).get_rng_state(),)
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), *there
+# State of torch's ReduceLROnPlateau, the only schedule that is no function of epoch or update.
+_PLATEAU = ('best', 'num_bad_epochs', 'cooldown_counter', 'last_epoch')
 
 
-def pack(state: tuple) -> torch.Tensor:
-    """A random state as bytes, for other processes and for files that hold no code."""
-    if isinstance(state, torch.Tensor):
-        return state
-    (_, twister, variate), (_, keys, position, has_spare, spare), here, *there = state
-    head = _LAYOUT.pack(
-        *twister, variate is not None, variate or 0., keys.tobytes(), position, bool(has_spare), spare, len(here))
-    return torch.cat([_as_tensor(head), here, *there])
-
-
-def set_random_state(packed: torch.Tensor, device: Optional[torch.device] = None) -> None:
-    """Set the generators to a state that was packed."""
-    *twister, has_variate, variate, keys, position, has_spare, spare, size = _LAYOUT.unpack_from(packed.numpy())
-    random.setstate((3, tuple(twister), variate if has_variate else None))
-    np.random.set_state(('MT19937', np.frombuffer(keys, np.uint32), position, int(has_spare), spare))
-    here, there = (part.clone() for part in packed[_LAYOUT.size:].tensor_split([size]))  # torch reads them aligned
-    torch.set_rng_state(here)
-    if len(there) and device is not None and device.type != 'cpu':
-        torch.get_device_module(device).set_rng_state(there)
-
-
-def _as_tensor(data: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-
-
-class Fetch(NamedTuple):
-    """What is to be known of a batch that came."""
-    random: tuple  # state of the main process before it
-    worker: int  # the worker that made it
-    before: Optional[List[bytes]]  # what that worker sent with the batch before, None where it was its first
-    images: Any  # indices into the dataset; names of a stream's images where its reader knows them
-
-
-class Fetches:
-    """The batches of a train loader as they come out of its DataLoader, before timm's prefetcher gets them.
-
-    Stands in for the DataLoader, and has its attributes.
+class RunState:
+    """Collects the state of a run from all processes for a checkpoint, and restores it.
 
     Args:
-        loader: A DataLoader that timm made, or a DeviceLoader.
-        device: Whose random state matters besides the CPU's.
-        memory: How many batches to remember: those of an update, and those that a prefetcher is ahead.
+        args: The configuration.
+        accelerator: Of the run.
+        task: With its prepared module, and its average where there is one.
+        optimizer: Prepared.
+        scheduler: timm's, or None.
+        fetches: The train loader.
+        loader_eval: The evaluation loader, or None.
+        guard: Counts the updates that were left out.
     """
 
-    def __init__(self, loader, device: torch.device, memory: int = 2):
-        self.loader, self.device = loader, device
-        self.stream = isinstance(loader.dataset, IterableDataset)
-        self.multi_epochs = isinstance(loader, MultiEpochsDataLoader)
-        self.num_workers = getattr(loader, 'num_workers', 0)
-        self.order = None
-        if not isinstance(loader, DeviceLoader):
-            self.collate_fn = loader.collate_fn  # timm's prefetcher looks for Mixup in it
-            loader.collate_fn = _Collate(loader.collate_fn, loader.dataset)
-            loader.worker_init_fn = _StartWorker(loader.worker_init_fn)
-            if not self.stream:
-                self._set_order()
-        self.resumed: Optional[Dict[str, Any]] = None  # a state to start from
-        self.seeds: Optional[torch.Tensor] = None  # torch's state that the workers' seeds were drawn from
-        self.workers_mix = True  # workers keep to what they started with, whatever the loop sets later
-        self.workers: Dict[int, List[bytes]] = {}  # what each sent with its last batch
-        self.workers_before: Dict[int, List[bytes]] = {}  # the same at the beginning of the epoch
-        self.turn = 0  # the worker whose batch is the first of the epoch
-        self.number = 0  # how many batches of the epoch have come
-        self.fetched: deque = deque(maxlen=memory)
-        self.asked, self.asked_at = 0, None  # number of the batch asked for last, and the random state then
+    def __init__(self, args, accelerator, task, optimizer, scheduler, fetches: Fetches, loader_eval, guard: Guard):
+        self.accelerator, self.optimizer, self.scheduler = accelerator, optimizer, scheduler
+        self.fetches, self.loader_eval, self.guard = fetches, loader_eval, guard
+        modules = dict(module=task.get_trainable_module(), ema=task.get_trainable_module(ema=True))
+        self.modules = {name: unwrap_model(module) for name, module in modules.items() if module is not None}
+        # An average in bfloat16 is rounded at random.
+        self.rounding = getattr(modules['ema'], '_sr_generator', None)  # private: timm ModelEmaV3._sr_generator
+        # A position within an epoch means nothing where one of these differs.
+        self.shape = dict(
+            processes=accelerator.num_processes,
+            batches=len(fetches),
+            batch_size=args.batch_size,
+            accumulation=args.grad_accum_steps,
+        )
 
-    def _set_order(self):
-        loader = self.loader
-        if self.multi_epochs:
-            self.order = loader.batch_sampler.sampler = _Order(loader.batch_sampler.sampler)
-        else:
-            self.order = _Order(loader.batch_sampler)
-            loader._DataLoader__initialized = False  # as timm's own loader does it
-            loader.batch_sampler = self.order
-            loader._DataLoader__initialized = True
-
-    def __getattr__(self, name):
-        return getattr(self.__dict__['loader'], name)
-
-    def __len__(self):
-        return len(self.loader)
-
-    def __iter__(self):
-        resumed, self.resumed = self.resumed, None
-        if resumed is None and self.number:
-            self._end_epoch()
-        self.workers_before = dict(self.workers)
-        self.number = resumed['start'] if resumed else 0
-        self.fetched.clear()
-        iterator = self._start(resumed)
-        states = []
-        if resumed:
-            self._pass_over(iterator, resumed)
-            states = [*resumed['ahead'], resumed['random']] if resumed['begun'] else []
-        for _ in range(len(self) - self.number) if self.multi_epochs else count():
-            if states:
-                set_random_state(states.pop(0), self.device)
-            self.asked, self.asked_at = self.number, random_state(self.device)
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            yield self._receive(batch)
-
-    def _end_epoch(self):
-        if self.order is not None:
-            self.order.begun.popleft()
-        if self.multi_epochs and self.num_workers:
-            self.turn = (self.turn + len(self)) % self.num_workers
-
-    def _start(self, resumed):
-        """An iterator over the batches of the epoch that are left, behind those that have to be passed over."""
-        loader = self.loader
-        if isinstance(loader, DeviceLoader):
-            loader.start = self.number
-            return iter(loader)
-        if resumed:
-            if self.order is not None:
-                self.order.resume(resumed['passes'], resumed['start'], resumed['turn'])
-            loader.worker_init_fn.sent = self.workers
-            if not self.num_workers and 0 in self.workers:
-                loader.dataset.set_random_state(self.workers[0][1])
-        if not self.num_workers and not self.multi_epochs:
-            return iter(loader)
-
-        mixing = getattr(self.collate_fn, 'mixup_enabled', True)
-        if self.seeds is None:
-            self.seeds, self.workers_mix = torch.get_rng_state(), mixing
-        elif resumed:
-            # Of the run that is continued, workers and iterator were there already: nothing may be drawn for them.
-            loader.generator = torch.Generator()
-            loader.generator.set_state(self.seeds)
-        if mixing != self.workers_mix:
-            self.collate_fn.mixup_enabled = self.workers_mix
-        if self.multi_epochs:
-            if loader.iterator is None:
-                loader.iterator = DataLoader.__iter__(loader)
-            iterator = loader.iterator
-        else:
-            iterator = iter(loader)
-        if mixing != self.workers_mix:
-            self.collate_fn.mixup_enabled = mixing
-        loader.generator = None
-        return iterator
-
-    def _pass_over(self, iterator, resumed):
-        """Bring an iterator to where the epoch goes on."""
-        if self.stream:  # there is no other way than to read once more
-            for _ in range(resumed['start']):
-                self._receive(next(iterator))
-            self.number = resumed['start']
-            self.fetched.clear()
-        elif self.num_workers:
-            for _ in range(resumed['turn']):  # empty batches, after which it is the right worker's turn
-                next(iterator)
-
-    def _receive(self, batch):
-        """Take a batch from what sent it, and note what it says."""
-        worker, sent = 0, None
-        if isinstance(self.loader, DeviceLoader):
-            images = self.loader.batches[self.number]
-        else:
-            batch, (worker, sent, images) = batch
-            if self.order is not None:
-                images = self.order.asked_for.popleft()
-        self.fetched.append(Fetch(self.asked_at, worker, self.workers.get(worker), images))
-        if sent is not None:
-            self.workers[worker] = sent
-        self.number += 1
-        return batch
-
-    def state(self, done: int, now: bool = False) -> Dict[str, Any]:
-        """Where the loop stands, made of what is there already.
+    def mark(self, done: int, now: bool = True) -> Dict[str, Any]:
+        """Return the part of this process's state that cannot be had later. Takes next to no time.
 
         Args:
             done: Batches of the epoch that the loop is through with.
-            now: Whether that is where it is, else it has just got the batch after them.
+            now: See :meth:`Fetches.state`.
         """
-        if self.resumed is not None:  # no batch has come since
-            return {**self.resumed, 'random': random_state(self.device)}
-        over = done >= len(self)
-        known = self.number if now else self.asked
-        ahead, workers = [], dict(self.workers)
-        for number in range(self.number - 1, done - 1, -1):
-            fetch = self.fetched[number - self.number]
-            workers[fetch.worker] = fetch.before
-            if number < known:
-                ahead.insert(0, fetch.random)
-        if self.stream and not over:
-            workers = self.workers_before
-        first = self.turn + done if self.multi_epochs or not over else 0
+        return dict(loader=self.fetches.state(done, now), evaluation_started=evaluation_started(self.loader_eval))
+
+    def collect(self, mark: Dict[str, Any], totals: Optional[Totals], epoch: int, **place: Any) -> Dict[str, Any]:
+        """Return the state of all processes, made of numbers, text and tensors. All processes have to call it.
+
+        Args:
+            mark: From :meth:`mark`.
+            totals: Of the epoch's training, while it goes on.
+            epoch: Its number.
+            **place: ``over``: the epoch has been evaluated; ``metric``: the value that ranks it then; ``metrics``: of
+                its training when that is complete; ``batch``, ``done``: its batches and updates so far; ``updates``:
+                those since the beginning of the run.
+
+        Raises:
+            Fault: A weight is not finite, so the state is not to be saved.
+        """
+        process = dict(
+            loader=packed(mark['loader']),
+            evaluation_started=mark['evaluation_started'],
+            totals=None if totals is None else totals.state_dict(),
+            # Statistics of BatchNorm are each process's own between one exchange and the next.
+            statistics={
+                name: {key: t.cpu() for key, t in statistics(module).items()} for name, module in self.modules.items()
+            } if not self.accelerator.is_main_process else {},
+            rounding=None if self.rounding is None else self.rounding.get_state(),
+            finite=all_finite([p for module in self.modules.values() for p in module.parameters()]),
+        )
+        processes = [process]
+        if self.shape['processes'] > 1:
+            processes = [None] * self.shape['processes']
+            torch.distributed.all_gather_object(processes, process)
+        place = {**dict(over=False, metric=None, metrics=None, batch=0, done=0, updates=0), **place}
+        if not all(process.pop('finite') for process in processes):
+            raise Fault(
+                f'epoch {epoch}, after update {place["done"]}: weights are not finite any more; they are not saved, '
+                'and the newest checkpoint is from before', NONFINITE)
+        plateau = getattr(self.scheduler, 'lr_scheduler', None)
         return dict(
-            begun=not over,
-            start=0 if over else done,
-            ahead=ahead,
-            random=random_state(self.device) if now else self.asked_at,
-            workers={number: sent for number, sent in workers.items() if sent is not None},
-            num_workers=self.num_workers,
-            turn=first % max(1, self.num_workers),
-            passes=self.order.passes()[over:] if self.order is not None else [],
-            seeds=self.seeds,
-            workers_mix=self.workers_mix,
+            epoch=epoch,
+            **{**place, 'metrics': place['metrics'] and dict(place['metrics'])},
+            skipped=[self.guard.skipped, self.guard.skipped_since],
+            shape=self.shape,
+            lr=[float(group['lr']) for group in self.optimizer.param_groups],
+            plateau=plateau and {name: getattr(plateau, name) for name in _PLATEAU},
+            plateau_lr=getattr(self.scheduler, 'restore_lr', None),
+            processes=processes,
         )
 
-    def resume(self, state: Dict[str, Any]) -> None:
-        """Start from a state that was packed."""
-        state = {**state, 'workers': {
-            number: [bytes(part.numpy()) for part in sent] for number, sent in state['workers'].items()}}
-        if state['num_workers'] != self.num_workers:
-            state.update(workers={}, num_workers=self.num_workers, seeds=None, turn=0)
-        self.resumed = state
-        self.workers, self.seeds, self.workers_mix = state['workers'], state['seeds'], state['workers_mix']
-        self.turn = (state['turn'] - state['start']) % max(1, self.num_workers) if self.multi_epochs else 0
+    def restore(self, run: Optional[Dict[str, Any]], path: str) -> Optional[Dict[str, Any]]:
+        """Restore a state.
 
-    def names(self, number: int) -> List[str]:
-        """The files, or what else names them, of the images of a batch that came lately."""
-        images = self.fetched[number - self.number].images
-        images = images.tolist() if isinstance(images, torch.Tensor) else images or []
-        return [image if isinstance(image, str) else _filename(self.loader.dataset, image) for image in images]
+        Args:
+            run: From :meth:`collect`, or None.
+            path: The checkpoint that it is from.
 
-
-def packed(state: Dict[str, Any]) -> Dict[str, Any]:
-    """A loader's state made of numbers and tensors alone."""
-    return {
-        **state,
-        'random': pack(state['random']),
-        'ahead': [pack(random) for random in state['ahead']],
-        'workers': {number: [_as_tensor(part) for part in sent] for number, sent in state['workers'].items()},
-    }
-
-
-class _Order:
-    """A batch sampler that can start within passes over the dataset that another process began.
-
-    Attributes:
-        begun: torch's random states from which passes began that the loop is not through with.
-        asked_for: Indices of the batches that the loader has asked for and the loop has not got.
-    """
-
-    def __init__(self, batch_sampler):
-        self.batch_sampler = batch_sampler
-        self.begun, self.asked_for = deque(), deque()
-        self.resume([], 0, 0)
-
-    def __getattr__(self, name):
-        return getattr(self.__dict__['batch_sampler'], name)
-
-    def __len__(self):
-        return len(self.batch_sampler)
-
-    def resume(self, passes: List[torch.Tensor], skip: int, idle: int) -> None:
-        """Begin these passes again, the first of them after some batches, and that after some empty ones."""
-        self.again, self.skip, self.idle = deque(passes), skip, idle
-
-    def passes(self) -> List[torch.Tensor]:
-        return [*self.begun, *self.again]
-
-    def __iter__(self):
-        for _ in range(self.idle):
-            yield []
-        skip, self.skip, self.idle = self.skip, 0, 0
-        now = torch.get_rng_state()
-        again = bool(self.again)
-        if again:
-            torch.set_rng_state(self.again[0])
-        self.begun.append(self.again.popleft() if again else now)
-        batches = iter(self.batch_sampler)
-        first = next(batches)  # draws the order
-        if again:
-            torch.set_rng_state(now)
-        for batch in islice(chain([first], batches), skip, None):
-            self.asked_for.append(batch)
-            yield batch
-
-
-class _Collate:
-    """A collate function that sends the worker's random state along, for which a batch may be empty."""
-
-    def __init__(self, collate_fn, dataset):
-        self.collate_fn, self.dataset = collate_fn, dataset
-
-    def __call__(self, batch):
-        if isinstance(batch, list) and not batch:
+        Returns:
+            The state, or None where the run cannot go on from it exactly; a warning says why.
+        """
+        if run is None:
             return None
-        data = self.collate_fn(batch)
-        info = get_worker_info()
-        dataset = info.dataset if info else self.dataset
-        own = dataset.random_state() if hasattr(dataset, 'random_state') else b''
-        names = dataset.take_names() if hasattr(dataset, 'take_names') else None
-        sent = [bytes(pack(random_state()).numpy()) if info else b'', own] if info or own else None
-        return data, (info.id if info else 0, sent, names)
-
-
-class _StartWorker:
-    """Starts a loader's worker as timm does, or from what a worker of another process sent last."""
-
-    def __init__(self, init_fn):
-        self.init_fn = init_fn
-        self.sent: Dict[int, List[bytes]] = {}
-
-    def __call__(self, number: int):
-        if self.init_fn is not None:
-            self.init_fn(number)
-        _outlive_signals()
-        if number in self.sent:
-            state, own = self.sent[number]
-            set_random_state(_as_tensor(state))
-            if own:
-                get_worker_info().dataset.set_random_state(own)
-
-
-def _outlive_signals():
-    """Leave signals that are sent to a whole group of processes to the main one, which ends its workers itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, 'sigtimedwait'):
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_when_told(parent: int):
-    """End with the main process, too: what is left of a process that was killed would keep its connections open."""
-    while os.getppid() == parent:
-        told = signal.sigtimedwait([signal.SIGTERM], 1)
-        if told is not None and told.si_pid == parent:
-            break
-    os._exit(0)
-
-
-def _inner(loader) -> Optional[DataLoader]:
-    """The DataLoader of an evaluation, if it is one that starts workers once and for all."""
-    loader = getattr(loader, 'loader', loader)
-    return loader if getattr(loader, 'persistent_workers', False) else None
-
-
-def prepare_evaluation(loader) -> None:
-    """Let the workers of an evaluation outlive signals."""
-    if _inner(loader) is not None:
-        _inner(loader).worker_init_fn = _StartWorker(_inner(loader).worker_init_fn)
-
-
-def evaluation_started(loader) -> bool:
-    """Whether an evaluation of the run has drawn the seeds of its workers, which happens once."""
-    inner = _inner(loader)
-    return inner is not None and (inner._iterator is not None or inner.generator is not None)
-
-
-def start_evaluation_undrawn(loader) -> None:
-    """Let an evaluation, which needs no random numbers, not draw the seeds of its workers, as another process has."""
-    if _inner(loader) is not None:
-        _inner(loader).generator = torch.Generator()
-
-
-def _filename(dataset, image) -> str:
-    index = image[0] if isinstance(image, tuple) else image
-    while not hasattr(dataset, 'filename'):
-        dataset = getattr(dataset, 'dataset', None) or dataset.base_dataset
-    with suppress(Exception):  # not every reader has names
-        return str(dataset.filename(index, absolute=True)) or f'number {index}'
-    return f'number {index}'
+        differ = [
+            f'{name} {there} there and {self.shape[name]} here' for name, there in run['shape'].items()
+            if there != self.shape[name]
+        ]
+        if differ:
+            then = '' if run['over'] else f' Epoch {run["epoch"]} starts again.'
+            _logger.warning(f'{path} is of a run that is different ({", ".join(differ)}), so random numbers are.{then}')
+            return None
+        process = run['processes'][self.accelerator.process_index]
+        for name, module in self.modules.items():
+            held = process['statistics'].get(name, {})
+            for key, t in statistics(module).items():
+                t.copy_(held.get(key, t))
+        if process['rounding'] is not None and self.rounding is not None:
+            self.rounding.set_state(process['rounding'])
+        for group, lr in zip(self.optimizer.param_groups, run['lr'], strict=True):
+            group['lr'] = lr
+        if run['plateau'] and hasattr(self.scheduler, 'lr_scheduler'):
+            vars(self.scheduler.lr_scheduler).update(run['plateau'])
+            self.scheduler.restore_lr = run['plateau_lr']
+        self.guard.skipped, self.guard.skipped_since = run['skipped']
+        if process['evaluation_started']:
+            start_evaluation_undrawn(self.loader_eval)
+        if process['loader']['num_workers'] != self.fetches.num_workers:
+            _logger.warning(
+                f'{path} is of a run with {process["loader"]["num_workers"]} workers a process: augmentation differs.')
+        self.fetches.resume(process['loader'])
+        set_random_state(process['loader']['random'], self.accelerator.device)
+        return run

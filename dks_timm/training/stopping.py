@@ -1,34 +1,53 @@
-"""How a run ends before its time, and the signals that ask for it."""
-import atexit
+"""Early ends of a run: exit codes, signals, and updates whose loss or gradient is not finite."""
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
-from datetime import timedelta
-from typing import Optional
+from collections import defaultdict
+from math import inf, isfinite
+from typing import Dict, Iterable, List, Optional, Sequence, Tuple
 
 import torch
+import torch.nn as nn
+from timm.utils import dispatch_clip_grad, unwrap_model
+from torch.distributed.tensor import DTensor
 
-from ..errors import erase_bar
+from ..errors import DataError
 
 # Exit codes of train.py besides 0, 1 (failed), 2 (bad input) and 3 (push failed).
 UNSAVED = 4
 NONFINITE = 5
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command with --resume auto goes on
 
+MOST_SKIPPED = 100  # updates in a row; more are no accident of single images
+
 
 class Fault(Exception):
-    """The end of a run, said in one line.
+    """The early end of a run.
 
     Args:
-        message: What happened, and what would do.
+        message: One line: the reason, and the way to go on.
         code: Exit code.
     """
 
     def __init__(self, message: str, code: int):
         super().__init__(message)
         self.code = code
+
+
+@contextlib.contextmanager
+def exit_on_fault(accelerator):
+    """End with one line on stderr, and the exit code of a Fault or 1 for bad data, where a run ends early."""
+    try:
+        yield
+    except DataError as e:
+        sys.exit(f'train.py: error: {e}')
+    except Fault as e:
+        if accelerator.is_main_process:
+            print(f'train.py: {e}', file=sys.stderr)
+        sys.exit(e.code)
 
 
 class Signals:
@@ -38,8 +57,8 @@ class Signals:
         accelerator: Of the processes.
         steps: Batches in an update.
     """
-    AGREE = 10  # batches within which processes find out that one of them has been told to stop
-    ECHO = 1.  # seconds within which a launcher may pass on what the process has got already
+    AGREE = 10  # batches within which all processes learn that one of them has been told to stop
+    ECHO = 1.  # seconds within which a launcher may pass on a signal that the process has got already
 
     def __init__(self, accelerator, steps: int):
         self.accelerator = accelerator
@@ -65,12 +84,12 @@ class Signals:
             self.received, self.since = number, time.monotonic()
             if self.accelerator.is_main_process:
                 name = signal.Signals(number).name
-                os.write(2, f'{erase_bar()}{name}: stopping after this step; once more ends at once.\n'.encode())
+                os.write(2, f'\n{name}: stopping after this step; once more ends at once.\n'.encode())
         elif time.monotonic() - self.since > self.ECHO:
             os._exit(128 + number)
 
     def stop(self, step: int) -> bool:
-        """Whether to stop here. All processes call it with the same steps, and get the same answer."""
+        """Return True to stop here. All processes call it with the same steps, and get the same answer."""
         if self.group is None:
             return self.received is not None
         if step % self.every:
@@ -80,43 +99,156 @@ class Signals:
         return bool(told)
 
 
-class Peers:
-    """Ends this process where another one dies, whatever it is waiting for: some collectives wait for the dead.
+def outlive_signals() -> None:
+    """In a worker of a loader, leave signals sent to all processes of a job to the main one, which ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, 'sigtimedwait'):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
-    Each process listens to the next one, which takes its leave at the end. A connection that closes before is that of a
-    process that died. That ends the one that listened, and so on round all of them.
+
+def _end_with(parent: int):
+    """End this worker when its main process says so, or has died: until then its connections would stay open."""
+    while os.getppid() == parent:
+        told = signal.sigtimedwait([signal.SIGTERM], 1)
+        if told is not None and told.si_pid == parent:
+            break
+    os._exit(0)
+
+
+def statistics(module: nn.Module) -> Dict[str, torch.Tensor]:
+    """Return the running statistics of BatchNorm layers, by name: a forward changes them before its loss is known."""
+    names = ('running_mean', 'running_var', 'num_batches_tracked')
+    return {name: buffer for name, buffer in module.named_buffers() if name.rpartition('.')[2] in names}
+
+
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Return True if all numbers of all tensors are finite; of sharded tensors, those that this process holds."""
+    held = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
+    floating = [t.detach() for t in held if t.is_floating_point() and t.numel()]
+    return not floating or isfinite(torch.nn.utils.get_total_norm(floating, norm_type=inf))
+
+
+class Guard:
+    """Clips gradients, and keeps updates that are not finite away from the weights.
+
+    All processes come to the same decision. Gradients are the same in all of them, so those of a process whose loss is
+    not finite are made NaN, too, and one norm tells all. A gradient scaler leaves out updates by itself where half
+    precision overflows; there it is the losses that count.
 
     Args:
-        accelerator: Of the processes.
+        args: The configuration.
+        accelerator: Of the run.
+        task: Its trainable module is prepared.
+        optimizer: Of that module, prepared.
+        names: Names of the classifiers, the backbone's first.
+
+    Attributes:
+        skipped: Updates that were left out.
+        skipped_since: Those of them since the last row of summary.csv.
     """
 
-    def __init__(self, accelerator):
-        self.count, self.rank = accelerator.num_processes, accelerator.process_index
-        if self.count > 1:
-            self.group = torch.distributed.new_group(backend='gloo', timeout=timedelta(days=3650))
+    def __init__(self, args, accelerator, task, optimizer, names: Sequence[str]):
+        self.args, self.accelerator, self.task, self.optimizer, self.names = args, accelerator, task, optimizer, names
+        module = task.get_trainable_module()
+        self.parameters = list(module.parameters())
+        by_dtype = defaultdict(list)  # so that a GPU copies them in a few kernels
+        for tensor in statistics(module).values():
+            by_dtype[tensor.dtype].append(tensor)
+        self.statistics = [(tensors, [t.clone() for t in tensors]) for tensors in by_dtype.values()]
+        self.skipped = self.skipped_since = self.skipped_in_a_row = 0
 
-    def __enter__(self):
-        if self.count > 1:
-            self.thread = threading.Thread(target=self._listen, args=((self.rank + 1) % self.count,), daemon=True)
-            self.thread.start()
-            atexit.register(self._die)
-        return self
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Remember the statistics, before an update."""
+        for tensors, kept in self.statistics:
+            torch._foreach_copy_(kept, tensors)
 
-    def __exit__(self, kind, *exc):
-        if self.count > 1 and (kind is None or issubclass(kind, Fault)):  # all of them come to the same end
-            torch.distributed.send(torch.zeros(1), (self.rank - 1) % self.count, group=self.group)
-            self.thread.join()
-            atexit.unregister(self._die)
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Put the statistics back."""
+        for tensors, kept in self.statistics:
+            torch._foreach_copy_(tensors, kept)
 
-    def _die(self):
-        """End a process that has not taken its leave, as the interpreter's own end may abort a thread that listens."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+    def skip(self) -> bool:
+        """Count an update that is left out; return False if there were too many in a row."""
+        self.skipped += 1
+        self.skipped_since += 1
+        self.skipped_in_a_row += 1
+        return self.skipped_in_a_row < MOST_SKIPPED
 
-    def _listen(self, peer: int):
-        try:
-            torch.distributed.recv(torch.zeros(1), peer, group=self.group)
-        except RuntimeError:
-            os.write(2, f'Process {peer} has died, so process {self.rank} ends, too.\n'.encode())
-            os._exit(1)
+    def mark(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return a loss whose gradients are NaN where it is not finite, and its own where it is."""
+        return loss if self.accelerator.scaler is not None else loss * (loss.detach() * 0 + 1)
+
+    def clip(self, losses: Sequence[torch.Tensor]) -> bool:
+        """Clip gradients as --clip-grad says.
+
+        Args:
+            losses: Of the batches of the update, scalars.
+
+        Returns:
+            True if gradients and losses are finite in all processes.
+        """
+        args, norm = self.args, None
+        scaled = self.accelerator.scaler is not None
+        if scaled:
+            total = sum(loss.detach() for loss in losses).float()
+            if not isfinite(self.accelerator.reduce(total)):
+                return False
+        if args.clip_grad is not None:
+            self.accelerator.unscale_gradients(self.optimizer)
+            parameters = self.task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
+            if args.clip_mode == 'norm':
+                norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad)
+            else:
+                dispatch_clip_grad(parameters, value=args.clip_grad, mode=args.clip_mode)
+        if scaled:
+            return True
+        if norm is None:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        return isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def report(self, outputs: Sequence[Dict[str, torch.Tensor]], images: Sequence[List[str]]) -> Tuple[str, List[str]]:
+        """Tell which number of an update is not finite, and for which images. All processes have to call it.
+
+        Args:
+            outputs: Of the task, for each batch.
+            images: Names of the images of each batch, [] where they are not known.
+
+        Returns:
+            A short text; and lines that name all images, [] where none is known.
+        """
+        found = [(self._suspect(out), names) for out, names in zip(outputs, images, strict=True)]
+        if self.accelerator.num_processes > 1:
+            gathered = [None] * self.accelerator.num_processes
+            torch.distributed.all_gather_object(gathered, found)
+            found = [
+                (what and f'{what} in process {rank}', names)
+                for rank, batches in enumerate(gathered) for what, names in batches]
+        suspects = [(what, names) for what, names in found if what]
+        if not suspects:
+            bad = _bad_gradients(unwrap_model(self.task.get_trainable_module()))
+            suspects = [(bad, [name for _, names in found for name in names])]
+        what, names = suspects[0]
+        if names:
+            what += f', on {", ".join(names[:3])}' + (f' and {len(names) - 3} more' if len(names) > 3 else '')
+        return what, [line for what, names in suspects if names for line in (f'{what}:', *names)]
+
+    def _suspect(self, out) -> str:
+        """Name the part of a task's output that is not finite; '' if all of it is."""
+        ce, synergy = out.get('ce', out['loss'][None]).tolist(), out.get('synergy')
+        parts = [
+            f'the loss of {name} is {loss}' for name, loss in zip(self.names, ce, strict=False) if not isfinite(loss)]
+        if synergy is not None and not parts:
+            pairs = (~synergy.isfinite()).nonzero().tolist()
+            parts = [f'the synergy from {self.names[p]} to {self.names[q]} is {synergy[p, q]}' for p, q in pairs]
+        loss = out['loss'].item()
+        if not parts and not isfinite(loss):
+            parts = [f'the loss is {loss}']
+        return ', '.join(parts)
+
+
+def _bad_gradients(module: nn.Module) -> str:
+    bad = [name for name, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    return f'the gradient of {", ".join(bad[:3])}{f" and {len(bad) - 3} more" if len(bad) > 3 else ""} is not finite'
