@@ -12,7 +12,7 @@ from timm.models import NaFlexVit, resolve_model_input_args
 from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwargs
 
 from ..errors import OptionError, closest, flag, naming
-from ..method.cost import exit_flops, training_cost
+from ..method.cost import training_cost
 from ..method.loss import DKSLoss
 from ..method.model import add_branches
 from ..method.plan import run_bare
@@ -147,20 +147,17 @@ def _subject(args) -> str:
     return ' with '.join(f'{flag(name)} {value}' for name, value in given.items() if value not in (None, {}))
 
 
-def place_model(args, model, input_size, device):
+def place_model(args, model, input_size, accelerator):
     """Move the model to its device, dtype and layout, with the BatchNorm that the flags ask for."""
-    if args.dks and args.rank == 0:
-        args.exit_flops = exit_flops(model, input_size)  # a checkpoint carries it, for reports
     if not args.naflex_loader:
         _check_input_size(args, model, input_size)
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
-    _check_batch_norm(args, model, input_size)
-    model.to(device=device, dtype=model_dtype(args))
+    _check_batch_norm(args, model, input_size, accelerator.num_processes > 1)
+    model.to(device=accelerator.device, dtype=model_dtype(args))
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
-    if args.distributed and args.sync_bn:
-        args.dist_bn = ''  # no statistics are left to distribute
+    if accelerator.num_processes > 1 and args.sync_bn:
         model = convert_sync_batchnorm(model)
     return model
 
@@ -177,10 +174,10 @@ def _check_input_size(args, model, input_size):
     model.train()
 
 
-def _check_batch_norm(args, model, input_size):
+def _check_batch_norm(args, model, input_size, distributed):
     """Refuse single images where BatchNorm, in training, gets one number a channel, and nothing to take a mean of."""
     smallest = min([args.batch_size, *(args.train_batch_sizes or [])])
-    if smallest > 1 or args.naflex_loader or args.distributed and args.sync_bn:
+    if smallest > 1 or args.naflex_loader or distributed and args.sync_bn:
         return
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -212,10 +209,10 @@ def create_criterion(args):
     return create_classification_loss('ce', smoothing=args.smoothing, soft_targets=soft_targets)
 
 
-def create_task(args, model, device):
+def create_task(args, model, accelerator):
     """Create the task that turns a batch into a loss: DKS, distillation, or plain classification."""
-    criterion = create_criterion(args).to(device)
-    common = dict(device=device, dtype=model_dtype(args), verbose=args.rank == 0)
+    criterion = create_criterion(args).to(accelerator.device)
+    common = dict(device=accelerator.device, dtype=model_dtype(args), verbose=accelerator.is_main_process)
     if args.dks:
         loss_fn = _create_dks_loss(args, criterion, num_classifiers=1 + len(model.branches))
         when = dict(every=args.dks_every, start_epoch=args.dks_start_epoch)
@@ -282,19 +279,18 @@ def _create_dks_loss(args, criterion, num_classifiers):
     )
 
 
-def create_optimizer(args, module):
+def create_optimizer(args, module, lr):
     """Create the optimizer of the module that is trained."""
-    kwargs = optimizer_kwargs(cfg=args)
+    kwargs = {**optimizer_kwargs(cfg=args), 'lr': lr}
     of_any = {k: v for k, v in kwargs.items() if k not in ('momentum', 'eps', 'betas', 'foreach')}
     with naming(f'--opt {args.opt}', Exception, without=partial(create_optimizer_v2, module, **of_any)):
         return create_optimizer_v2(module, **kwargs, **args.opt_kwargs)
 
 
-def set_learning_rate(args, batch_size: float) -> None:
-    """Where --lr is not given, scale --lr-base to the global batch size as timm does."""
+def learning_rate(args, batch_size: float, num_processes: int) -> float:
+    """Return --lr or, where it is not given, --lr-base scaled to the global batch size as timm does."""
     if args.lr:
-        return
-    ratio = batch_size * args.world_size * args.grad_accum_steps / args.lr_base_size
-    if not args.lr_base_scale:
-        args.lr_base_scale = 'sqrt' if any(name in args.opt.lower() for name in ('ada', 'lamb')) else 'linear'
-    args.lr = args.lr_base * (ratio ** 0.5 if args.lr_base_scale == 'sqrt' else ratio)
+        return args.lr
+    ratio = batch_size * num_processes * args.grad_accum_steps / args.lr_base_size
+    scale = args.lr_base_scale or ('sqrt' if any(name in args.opt.lower() for name in ('ada', 'lamb')) else 'linear')
+    return args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)

@@ -84,7 +84,7 @@ def model_dtype(args):
     return getattr(torch, args.model_dtype) if args.model_dtype else None
 
 
-def create_loaders(args, train, val, data_config, model, device):
+def create_loaders(args, train, val, data_config, model, accelerator):
     """Create timm's loaders, with Mixup where it was asked for.
 
     Args:
@@ -98,6 +98,8 @@ def create_loaders(args, train, val, data_config, model, device):
         Train loader, evaluation loader or None, the Mixup that the loop has to apply itself or None, and the
         batch size that learning rate and gradients are scaled by.
     """
+    device, distributed = accelerator.device, accelerator.num_processes > 1
+    args = __import__('argparse').Namespace(**{**vars(args), 'num_classes': model.num_classes, 'rank': accelerator.process_index, 'world_size': accelerator.num_processes, 'distributed': distributed})
     if args.aug_repeats and not args.distributed:
         raise OptionError(f'--aug-repeats {args.aug_repeats:g}: repeats over several processes, and this is one')
     if isinstance(train, Stream):
