@@ -34,7 +34,7 @@ def train_update(trainer, update):
 
 
 def create_run(args, given, args_text, argv):
-    """Create the run that the flags describe, in timm's order, drawing no random number that timm's script does not draw.
+    """Create the run that the flags describe, in the order of timm's script and with its random numbers.
 
     Returns:
         The Trainer, or None where nothing is left to train; the model; and its preprocessing.

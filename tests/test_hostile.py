@@ -161,7 +161,7 @@ def build_and_end(folder, argv, dks):
         with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context(
         ) as patch:
             patch.chdir(folder)  # where flags such as --output name one of their own
-            patch.setattr(loop.Trainer, 'fit', lambda *_: (_ for _ in ()).throw(SystemExit(0)))
+            patch.setattr(loop.Trainer, 'running', lambda *_: (_ for _ in ()).throw(SystemExit(0)))
             main(*common, *argv)
     except SystemExit as e:
         assert e.code in (0, 2)

@@ -155,11 +155,10 @@ def test_its_batch_learning_rate_and_epochs_are_those_of_its_header(path):
     args, _, _ = config.parse_args(commands(path)[-1])
     assert (args.batch_size, args.grad_accum_steps) == (int(per_gpu), int(accumulated or 1))
     assert int(batch) == int(gpus) * args.batch_size * args.grad_accum_steps
-    args.world_size = int(gpus)
-    build.set_learning_rate(args, args.batch_size)
-    assert args.lr == pytest.approx(float(lr))
+    scaled = build.learning_rate(args, args.batch_size, int(gpus))
+    assert scaled == pytest.approx(float(lr))
 
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.lr)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=scaled)
     _, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=100)
     assert epochs == int(said(path, r'\), (\d+) epochs')[0])
 

@@ -247,9 +247,9 @@ class Saver(Output, CheckpointSaver):
     """timm's saver, whose files are whole or not there, and hold the state of the run, its configuration and facts.
 
     Args:
-        config: The configuration.
-        facts: Findings of the run, which the saved arguments hold, too, for export and report.
-        **kwargs: See timm's ``CheckpointSaver``.
+        *args: See timm's ``CheckpointSaver``.
+        facts: Findings of the run, which the saved arguments hold beside the configuration, for export and report.
+        **kwargs: As ``*args``.
 
     Attributes:
         run: The state of the run, from :meth:`dks_timm.training.resume.RunState.collect`.
@@ -257,9 +257,9 @@ class Saver(Output, CheckpointSaver):
     run: Optional[Dict[str, Any]] = None
     source = ''  # an existing checkpoint to take in place of writing one
 
-    def __init__(self, config: argparse.Namespace, facts: Dict[str, Any], **kwargs: Any):
-        super().__init__(**kwargs)
-        self.config, self.facts = config, facts
+    def __init__(self, *args: Any, facts: Optional[Dict[str, Any]] = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.config, self.facts = self.args, {} if facts is None else facts
 
     def state_dict(self, epoch=None, metric=None):
         return {**super().state_dict(epoch, metric), 'run': self.run}
@@ -268,7 +268,8 @@ class Saver(Output, CheckpointSaver):
         if self.source:
             self._duplicate(self.source, save_path)
         else:
-            self.args = argparse.Namespace(**{**vars(self.config), **self.facts})
+            if self.config is not None:
+                self.args = argparse.Namespace(**{**vars(self.config), **self.facts})
             _write(save_path, lambda file: super(Saver, self)._save(file, epoch, metric))
 
     def _replace(self, src, dst):

@@ -152,8 +152,8 @@ class Trainer:
             return
         self.output_dir = checkpoint.create_folder(args, args_text, input_size, resume)
         self.saver = checkpoint.Saver(
-            args,
-            self.facts,
+            args=args,
+            facts=self.facts,
             model=self.task.get_trainable_module(),
             optimizer=self.shards or self.optimizer,
             amp_scaler=self.scaler,

@@ -1,10 +1,10 @@
-"""Runs train.py several times in the processes of one launch, as every launch takes seconds.
+"""Run train.py several times in the processes of one launch, as every launch takes seconds.
 
     torchrun --nproc_per_node 2 tests/helpers/several_runs.py OUT.pt RUNS.json
 
 RUNS.json holds a list of runs, each a dictionary: ``argv``, in which {rank} stands for that of the process, and where
-wanted ``engine`` ('FSDP2' or 'DeepSpeed', which Accelerate starts on accelerators only; here it is told that it has,
-since both run on gloo as well), ``env``, and ``fault``, which one process meets at a batch: ``rank``, ``batch``
+wanted ``sharded`` (by FSDP2, which Accelerate starts on accelerators only; here it is told that it has, since it runs
+on gloo as well), ``env``, and ``fault``, which one process meets at a batch: ``rank``, ``batch``
 (counted from the run's first) and ``kind`` ('SIGTERM', 'SIGKILL', 'nan' or 'raise'). OUT.pt, with the rank before its
 suffix, gets for each run the exit code, what was printed, and the tensors of the module that was trained.
 """
@@ -30,34 +30,26 @@ from dks_timm.training import distributed, loop
 
 
 class ShardingAccelerator(Accelerator):
-    """Accelerate's, on the CPU with the engine that it was given a plugin of."""
+    """Accelerate's, with FSDP2 on the CPU."""
 
-    def __init__(self, *, fsdp_plugin=None, deepspeed_plugin=None, **kwargs):
-        super().__init__(fsdp_plugin=fsdp_plugin, deepspeed_plugin=deepspeed_plugin, **kwargs)
+    def __init__(self, *, fsdp_plugin=None, **kwargs):
+        super().__init__(fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
-            self._become(DistributedType.FSDP, fsdp_plugin=fsdp_plugin)
-        if deepspeed_plugin is not None:
-            import deepspeed
-            deepspeed.init_distributed(dist_backend='gloo', auto_mpi_discovery=False)
-            self._become(DistributedType.DEEPSPEED, deepspeed_plugins=deepspeed_plugin)
-
-    def _become(self, distributed_type, **plugin):
-        for name, value in dict(distributed_type=distributed_type, **plugin).items():
-            setattr(self.state, name, value)
-        PartialState._shared_state['distributed_type'] = distributed_type
+            self.state.distributed_type, self.state.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state['distributed_type'] = DistributedType.FSDP
 
 
-def run(argv, engine_name=None, env=(), fault=None):
+def run(argv, sharded=False, env=(), fault=None):
     """Run train.py; returns exit code, standard output and error, and what the module came to."""
     seen = {}
 
     class Trainer(loop.Trainer):
         batches = 0
 
-        def _to_device(self, x, y):
-            x, y = super()._to_device(x, y)
+        def to_device(self, x, y):
+            x, y = super().to_device(x, y)
             self.batches += loop.utils.unwrap_model(self.task.get_trainable_module()).training
-            if fault and self.batches == fault['batch'] and self.args.rank == fault['rank']:
+            if fault and self.batches == fault['batch'] and self.accelerator.process_index == fault['rank']:
                 self.batches += 1
                 if fault['kind'] == 'raise':
                     raise RuntimeError('this process has met a fault')
@@ -67,23 +59,22 @@ def run(argv, engine_name=None, env=(), fault=None):
                     os.kill(os.getpid(), getattr(signal, fault['kind']))
             return x, y
 
-        def fit(self, *args, **kwargs):
-            super().fit(*args, **kwargs)
+        @contextlib.contextmanager
+        def running(self):
+            with super().running():
+                yield
             module = loop.utils.unwrap_model(self.task.get_trainable_module())
             seen.update((name, t.detach().clone()) for name, t in module.named_buffers())
-            if not engine_name:
+            if not sharded:
                 seen.update((name, t.detach().clone()) for name, t in module.named_parameters())
 
-    variables = dict(
-        FSDP2=dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2'),
-        DeepSpeed=dict(ACCELERATE_USE_DEEPSPEED='true', DS_ACCELERATOR='cpu'),
-    ).get(engine_name, {})
+    variables = dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2') if sharded else {}
     out, err = io.StringIO(), io.StringIO()
     handlers, level, code = logging.root.handlers[:], logging.root.level, 0
     with (
             mock.patch.dict(os.environ, {**variables, **dict(env)}),
             mock.patch.object(loop, 'Trainer', Trainer),
-            mock.patch.object(distributed, 'Accelerator', ShardingAccelerator if engine_name else Accelerator),
+            mock.patch.object(distributed, 'Accelerator', ShardingAccelerator if sharded else Accelerator),
             mock.patch.object(PartialState, 'destroy_process_group'),  # the next run needs it
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
@@ -103,7 +94,7 @@ if __name__ == '__main__':
     results = []
     for kwargs in json.loads(Path(sys.argv[2]).read_text()):
         argv = [a.replace('{rank}', str(rank)) for a in kwargs['argv']]
-        results.append(run(argv, kwargs.get('engine'), kwargs.get('env', {}), kwargs.get('fault')))
+        results.append(run(argv, kwargs.get('sharded'), kwargs.get('env', {}), kwargs.get('fault')))
         torch.save(results, Path(sys.argv[1]).with_suffix(f'.{rank}.pt'))
         if torch.distributed.is_initialized():
             torch.distributed.barrier()

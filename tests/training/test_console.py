@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a bar on a terminal, lines elsewhere."""
+"""The console of a run: a bar on a terminal, lines elsewhere, a table at its end."""
 import fcntl
 import logging
 import os
@@ -12,12 +12,13 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from helpers.train import image_folder, main
 
 from dks_timm.errors import LogFormatter
-from dks_timm.training.console import Bar, Progress, Speed
+from dks_timm.training.console import Progress, cost_text, outcome_table, peak_memory, training_text
 
 MEANS = dict(loss=1.25, top1_backbone=50., top1_stage2=40.)
 
@@ -107,29 +108,27 @@ def terminal(monkeypatch):
 
 def show_progress(updates, between=lambda i: None, main=True):
     Accelerator(cpu=True)  # tqdm asks for its state
-    with Progress(SimpleNamespace(is_main_process=main), 0, 2, updates, log_interval=3) as progress:
+    with Progress(SimpleNamespace(is_main_process=main), 'Epoch 0', updates) as progress:
         for i in range(updates):
-            if progress.step(last=i == updates - 1):
-                progress.show(MEANS, [dict(lr=0.1)], images=8 * progress.done)
+            progress.step()
+            progress.show(training_text(MEANS, lr=0.1, images_per_second=80., seconds_left=90.))
             between(i)
 
 
-def test_progress_is_a_line_now_and_then_where_nobody_watches(caplog, capsys):
+def test_progress_is_lines_where_nobody_watches(caplog, capsys):
     with caplog.at_level(logging.INFO):
-        show_progress(5)
-    assert [m.partition(':')[0] for m in caplog.messages] == ['Epoch 0 [1/5]', 'Epoch 0 [4/5]', 'Epoch 0 [5/5]']
-    for word in ('loss 1.2500', 'backbone 50.0', 'stage2 40.0', 'images/s', 'left', 'lr 0.1'):
-        assert word in caplog.messages[-1]
+        show_progress(2)
+    text = 'loss 1.2500, 80 images/s, 0:01:30 left, train top-1 backbone 50.0, stage2 40.0, lr 0.1'
+    assert caplog.messages == [f'Epoch 0 [1/2]: {text}', f'Epoch 0 [2/2]: {text}']
     assert 'Epoch' not in capsys.readouterr().err
 
 
 def test_progress_is_a_bar_on_a_terminal_and_leaves_nothing(terminal):
-    screen = terminal(80)
+    screen = terminal(150)
     show_progress(5)
     assert not any(screen.close())
-    bar, below = next(moment for moment in reversed(screen.moments) if 'loss' in ''.join(moment))
-    assert re.fullmatch(r'100%\|█{10}\| Epoch 0, \d+ images/s, \d:\d\d:\d\d left', bar)
-    assert below.split(', ') == ['  loss 1.2500', 'train top-1 backbone 50.0', 'stage2 40.0', 'lr 0.1']
+    bar, = next(moment for moment in reversed(screen.moments) if 'loss' in ''.join(moment))
+    assert re.fullmatch(r'Epoch 0: 100%\|█{10}\| [\d:]+ left, loss 1.2500, .*lr 0.1', bar)
 
 
 @pytest.mark.parametrize('columns', [20, 40, 41, 100])
@@ -146,30 +145,10 @@ def test_log_lines_and_warnings_stay_whole_above_the_bar(terminal, columns):
     end = '\n'.join(screen.close())
     said = [int(number) for number in re.findall(r'^(?:line |WARNING: )(\d)?', end, re.MULTILINE) if number]
     assert said == [0, 1, 2, 3] and '%|' not in end and 'loss' not in end
-    assert sum('%|' in '\n'.join(moment[-2:]) for moment in screen.moments) >= 4
+    assert sum('%|' in moment[-1] for moment in screen.moments) >= 4
     for moment in screen.moments:  # one bar at most, and below all lines
         bars = [i for i, line in enumerate(moment) if '%|' in line]
-        assert not bars or bars == [len(moment) - 2] or bars == [len(moment) - 1], moment
-
-
-def test_a_bar_without_text_below_it_says_how_long_it_takes(terminal):
-    screen = terminal(60)
-    with Bar(Accelerator(cpu=True), 'Evaluation, {remaining} left', 2) as bar:
-        bar.update()
-        bar.update()
-    assert not any(screen.close())
-    assert any(re.match(r' +0%\|.*Evaluation, .* left', line) for moment in screen.moments for line in moment)
-
-
-def test_speed_is_that_of_the_images_since_the_run_was_resumed():
-    speed = Speed()
-    assert speed.average == speed.last == 0
-    speed.add(SimpleNamespace(done=6, done_before=2, seconds=4.), images=60)
-    assert speed.average == speed.last == 10
-    speed.add(SimpleNamespace(done=6, done_before=0, seconds=1.), images=60)
-    assert speed.average == 20 and speed.last == 60
-    speed.add(SimpleNamespace(done=6, done_before=6, seconds=1.), images=60)  # nothing was left to train
-    assert speed.average == 20
+        assert not bars or bars == [len(moment) - 1], moment
 
 
 def test_other_processes_than_the_main_one_show_nothing(terminal):
@@ -194,7 +173,56 @@ def test_a_run_shows_training_and_evaluation_and_keeps_the_lines_of_its_workers_
     assert all(line.endswith('.') for line in bad)
     assert [line.partition(':')[0] for line in end if line.startswith('Epoch')] == ['Epoch 0', 'Epoch 1']
     seen = [line for moment in screen.moments for line in moment if '%|' in line]
-    for words in ('Epoch 0, ', 'Epoch 1, ', 'images/s', 'Evaluation, '):
+    for words in ('Epoch 0: ', 'Epoch 1: ', 'images/s', 'Evaluation: ', 'backbone', 'stage2', 'stage3'):
         assert any(words in line for line in seen)
-    below = [line for moment in screen.moments for line in moment if line.startswith('  loss ')]
-    assert all(name in below[-1] for name in ('backbone', 'stage2', 'stage3'))
+
+
+ROWS = [
+    {'epoch': str(epoch), 'train_loss': '3.0', 'eval_loss': str(1 / top1), 'eval_top1': str(top1),
+     'eval_top1_stage1': str(top1 - 1), 'eval_loss_stage1': '0.5', 'eval_top1_ensemble': str(top1 + 1)}
+    for epoch, top1 in enumerate([50., 62.5, 60.])]
+
+
+def test_the_table_has_every_head_in_the_best_and_in_the_last_epoch():
+    assert outcome_table(ROWS, ['backbone', 'stage1'], 1, {}).splitlines() == [
+        '                        Best epoch 1                Last epoch 2',
+        '               top-1 %          loss       top-1 %          loss',
+        'backbone         62.50        0.0160         60.00        0.0167',
+        'stage1           61.50        0.5000         59.00        0.5000',
+        'ensemble         63.50                       61.00',
+    ]
+
+
+def test_the_table_of_a_plain_run_has_its_model_alone_and_without_evaluation_its_training_loss():
+    table = outcome_table(ROWS, ['backbone'], 1, {}).splitlines()
+    assert [line.split()[0] for line in table] == ['Best', 'top-1', 'model']
+    rows = [{'epoch': '0', 'train_loss': '2.5', 'lr': '0.1'}, {'epoch': '1', 'train_loss': '1.25', 'lr': '0.1'}]
+    assert outcome_table(rows, ['backbone', 'stage1'], 0, {}).splitlines()[1:] == [
+        '            train loss    train loss', 'backbone        2.5000        1.2500']
+
+
+def test_beside_an_average_the_table_has_the_weights_themselves_where_they_were_evaluated():
+    assert outcome_table(ROWS, ['backbone'], 1, {2: dict(top1=70., loss=0.25)}).splitlines()[2:] == [
+        'model               62.50        0.0160         60.00        0.0167',
+        'without EMA                                     70.00        0.2500',
+    ]
+
+
+def test_an_epoch_that_the_summary_does_not_have_is_not_shown_as_the_best():
+    assert 'Best epoch 2' in outcome_table(ROWS, ['backbone'], None, {})
+
+
+def test_what_a_run_took_is_said_in_a_line():
+    before, _ = peak_memory(torch.device('cpu'))
+    block = torch.ones(64, 2 ** 20)  # 256 MiB, written to
+    after, where = peak_memory(torch.device('cpu'))
+    assert where == 'memory' and after >= block.nbytes and after >= before
+    line = cost_text(3725.4, 1234.5, torch.device('cpu'))
+    assert line.startswith('1:02:05 in all, 1,234 images/s in training, at most ') and line.endswith(' MiB of memory')
+    assert 'images/s' not in cost_text(1., 0., torch.device('cpu'))
+    assert cost_text(1., 0., torch.device('cpu'), processes=2).endswith('in the first process')
+
+
+def test_on_a_gpu_memory_is_that_of_its_tensors(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda device: 3 * 2 ** 30)
+    assert cost_text(1., 0., torch.device('cuda')) == '0:00:01 in all, at most 3,072 MiB of GPU memory'

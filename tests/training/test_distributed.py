@@ -1,4 +1,4 @@
-"""Several processes, nodes and engines: they come to what one process would have come to, or say why they do not."""
+"""Several processes and nodes, by DDP and FSDP2: the same numbers as one process, or a refusal that says why."""
 import importlib.util
 import json
 import os
@@ -7,13 +7,11 @@ import socket
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-import torch.nn as nn
 from accelerate import tracking
 from accelerate.commands import launch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -21,11 +19,10 @@ from accelerate.utils import LoggerType
 from accelerate.utils import launch as launchers
 from helpers.train import ROOT, image_folder, main, rows
 from PIL import Image
-from timm.optim import create_optimizer_v2
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from dks_timm import errors
-from dks_timm.training import config, distributed, sharding
+from dks_timm.training import build, config, distributed, fsdp2
 
 CONFIGS = ROOT / 'recipes/accelerate'
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
@@ -81,7 +78,7 @@ def two(noise, same, tmp_path_factory):
     resnet = [*noise, '--model', 'test_resnet', '-b', '4', '--no-ddp-bb', '--output', root]
     adamw = ['--opt', 'adamw', '--lr', '1e-3', '--clip-grad', '0.5', '--recovery-interval', '1']
     vit = [*noise, *adamw, '--model', 'test_vit', '-b', '4', '--output', root]
-    fsdp2 = dict(engine='FSDP2')
+    sharded = dict(sharded=True)
     blocks = dict(FSDP_AUTO_WRAP_POLICY='TRANSFORMER_BASED_WRAP', FSDP_TRANSFORMER_CLS_TO_WRAP='Block')
     image_folder(root / 'data0')
     image_folder(root / 'images0')
@@ -96,13 +93,13 @@ def two(noise, same, tmp_path_factory):
         broadcast_bn=dict(argv=[*resnet, '--dist-bn', 'broadcast']),
         sync_bn=dict(argv=[*resnet, '--sync-bn']),
         ddp=dict(argv=[*resnet, *adamw, '--epochs', '2']),
-        sharded=dict(**fsdp2, argv=[*resnet, *adamw, '--export-dir', root / 'model']),
-        sharded_resumed=dict(**fsdp2, argv=[
+        sharded=dict(**sharded, argv=[*resnet, *adamw, '--export-dir', root / 'model']),
+        sharded_resumed=dict(**sharded, argv=[
             *resnet, *adamw, '--epochs', '2', '--resume', root / 'ddp/checkpoint-0.pth.tar']),
         ddp_resumed=dict(argv=[*resnet, *adamw, '--epochs', '2', '--resume', root / 'sharded/last.pth.tar']),
         whole_vit=dict(argv=vit),
-        sharded_vit=dict(**fsdp2, env=blocks, argv=[*vit, '--grad-checkpointing']),
-        no_such_block=dict(**fsdp2, env={**blocks, 'FSDP_TRANSFORMER_CLS_TO_WRAP': 'Blocc'}, argv=vit),
+        sharded_vit=dict(**sharded, env=blocks, argv=[*vit, '--grad-checkpointing']),
+        no_such_block=dict(**sharded, env={**blocks, 'FSDP_TRANSFORMER_CLS_TO_WRAP': 'Blocc'}, argv=vit),
         # A folder for each process stands for the files of a node that shares none.
         first_node=dict(argv=[*resnet, '--output', root / 'node0']),
         own_checkpoint=dict(argv=[
@@ -192,14 +189,12 @@ def test_sync_bn_is_refused_on_the_cpu_which_has_none(two):
 
 
 def test_sync_bn_converts_the_branches_too():
-    from dks_timm.training import build
     args, _, _ = config.parse_args(['--model', 'test_resnet', '--num-classes', '2', '--dks', '--sync-bn'])
-    args.distributed, args.rank = True, 0
-    net = build.place_model(args, build.create_model(args), (3, 32, 32), 'cpu')
+    two = types.SimpleNamespace(num_processes=2, device='cpu')
+    net = build.place_model(args, build.create_model(args), (3, 32, 32), two)
     for part in (net.backbone, *net.branches):
         kinds = [type(m).__name__ for m in part.modules()]
         assert any('SyncBatchNorm' in kind for kind in kinds) and 'BatchNorm2d' not in kinds
-    assert args.dist_bn == ''
 
 
 @pytest.mark.skipif(not HAS_TENSORBOARD, reason='needs the package tensorboard')
@@ -317,11 +312,8 @@ def test_what_one_process_alone_misses_ends_all_of_them(two, name, words):
 
 def launcher_env(*argv):
     """What `accelerate launch` adds to the environment of a script."""
-    args, defaults, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args([*argv, 'train.py']))
-    if args.use_deepspeed:
-        args.deepspeed_fields_from_accelerate_config = ','.join(defaults.deepspeed_config)
-        env = launchers.prepare_deepspeed_cmd_env(args)[1]
-    elif args.use_fsdp or args.multi_gpu:
+    args, _, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args([*argv, 'train.py']))
+    if args.use_fsdp or args.multi_gpu:
         env = {**launchers.prepare_multi_gpu_env(args), 'LOCAL_RANK': '0'}
     else:
         env = launchers.prepare_simple_launcher_cmd_env(args)[1]
@@ -329,26 +321,24 @@ def launcher_env(*argv):
 
 
 @pytest.mark.parametrize('name, asks_for', [
-    ('multi_gpu', ''), ('two_nodes', ''), ('fsdp2', 'FSDP2'), ('deepspeed_zero2', 'DeepSpeed')])
-def test_accelerate_reads_every_config_and_asks_for_its_engine(name, asks_for, monkeypatch):
+    ('multi_gpu', False), ('two_nodes', False), ('fsdp2', True)])
+def test_accelerate_reads_every_config_and_asks_for_fsdp2_where_it_says_so(name, asks_for, monkeypatch):
     path = CONFIGS / f'{name}.yaml'
-    config = load_config_from_file(str(path))
-    assert config.num_processes == 8 * config.num_machines
+    launched = load_config_from_file(str(path))
+    assert launched.num_processes == 8 * launched.num_machines
     assert f'--config_file recipes/accelerate/{name}.yaml' in path.read_text()
-    for package in ('deepspeed', 'transformers'):
-        monkeypatch.setattr(sharding, f'is_{package}_available', lambda: True)
     for key, value in launcher_env('--config_file', str(path), '--machine_rank', '1').items():
         monkeypatch.setenv(key, value)
-    assert sharding.requested() == asks_for
-    assert sharding.accelerator_kwargs(asks_for, config.parse_args([])[0], None)
+    distributed._check_launcher()
+    assert fsdp2.requested() == asks_for
 
 
 def test_every_config_is_tested():
-    assert {p.stem for p in CONFIGS.iterdir()} == {'multi_gpu', 'two_nodes', 'fsdp2', 'deepspeed_zero2'}
+    assert {p.stem for p in CONFIGS.iterdir()} == {'multi_gpu', 'two_nodes', 'fsdp2'}
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason='needs a machine without an accelerator')
-def test_an_engine_that_accelerate_does_not_start_is_refused_before_any_work(noise, tmp_path):
+def test_fsdp2_that_accelerate_does_not_start_is_refused_before_any_work(noise, tmp_path):
     out = subprocess.run(
         [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', CONFIGS / 'fsdp2.yaml',
          '--num_processes', '1', '--main_process_port', '0', ROOT / 'train.py', *map(str, noise), '--output', 'out'],
@@ -366,17 +356,17 @@ def test_processes_that_accelerate_launch_leaves_out_are_missed(noise, tmp_path,
     err = capfd.readouterr().err.splitlines()
     assert e.value.code == 2 and 'torchrun --nproc_per_node' in err[-1] and '--num_processes' in err[-1]
     monkeypatch.setenv('WORLD_SIZE', '2')  # it was started by MPI or torchrun after all
-    assert sharding.requested() == ''
+    distributed._check_launcher()
 
 
 def test_one_process_of_accelerate_launch_misses_nobody(monkeypatch):
     for key, value in launcher_env('--cpu', '--num_processes', '1').items():
         monkeypatch.setenv(key, value)
-    assert sharding.requested() == ''
+    distributed._check_launcher()
 
 
 @pytest.mark.parametrize('env, words', [
-    (dict(ACCELERATE_USE_MEGATRON_LM='true'), ['Megatron-LM', 'FSDP2']),
+    (dict(ACCELERATE_USE_MEGATRON_LM='true'), ['MEGATRON_LM', 'FSDP2']),
     (dict(ACCELERATE_USE_FSDP='true'), ['fsdp_version 1', 'fsdp_version: 2']),
     (dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_OFFLOAD_PARAMS='true'), ['fsdp_offload_params']),
     (dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_ACTIVATION_CHECKPOINTING='true'),
@@ -384,92 +374,44 @@ def test_one_process_of_accelerate_launch_misses_nobody(monkeypatch):
     (dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_AUTO_WRAP_POLICY='SIZE_BASED_WRAP'),
      ['SIZE_BASED_WRAP', 'NO_WRAP']),
     (dict(ACCELERATE_USE_PARALLELISM_CONFIG='true', PARALLELISM_CONFIG_TP_SIZE='2'), ['tp_size 2', '1']),
-    (dict(ACCELERATE_USE_DEEPSPEED='true'), ['DeepSpeed', 'pip install deepspeed transformers']),
+    (dict(ACCELERATE_USE_DEEPSPEED='true'), ['DEEPSPEED', 'FSDP2']),
 ])
 def test_what_an_accelerate_config_must_not_ask_for_is_refused(monkeypatch, env, words):
-    for package in ('deepspeed', 'transformers'):
-        monkeypatch.setattr(sharding, f'is_{package}_available', lambda: False)
     for key, value in env.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(errors.OptionError) as e:
-        sharding.requested()
+        distributed._check_launcher()
+        fsdp2.requested()
     assert all(word in str(e.value) for word in words), e.value
 
 
-@pytest.mark.parametrize('engine_name, flags, words', [
-    ('FSDP2', '--model-ema', ['--model-ema', 'FSDP2']),
-    ('FSDP2', '--channels-last', ['--channels-last']),
-    ('FSDP2', '--torchcompile', ['--torchcompile']),
-    ('FSDP2', '--clip-grad 1 --clip-mode agc', ['--clip-mode agc', 'norm']),
-    ('FSDP2', '--opt adahessian', ['--opt adahessian', 'adamw']),
-    ('FSDP2', '--opt lookahead_adamw', ['--opt lookahead_adamw', 'adamw']),
-    ('FSDP2', '--opt adafactor', ['--opt adafactor', 'lamb']),
-    ('FSDP2', '--kd-model-name x --kd-distill-type feature', ['--kd-distill-type feature', 'logit']),
-    ('FSDP2', '--dataset wds/x', ['--dataset wds/x', '--val-split=']),
-    ('DeepSpeed', '--channels-last', ['--channels-last']),
-    ('DeepSpeed', '--clip-grad 1 --clip-mode value', ['--clip-mode value']),
-    ('DeepSpeed', '--opt lamb', ['--opt lamb', 'adamw']),
-    ('DeepSpeed', '--amp --amp-dtype float16', ['--amp-dtype float16', 'bfloat16']),
+@pytest.mark.parametrize('flags, words', [
+    ('--model-ema', ['--model-ema']),
+    ('--channels-last', ['--channels-last']),
+    ('--torchcompile', ['--torchcompile']),
+    ('--clip-grad 1 --clip-mode agc', ['--clip-mode agc', 'norm']),
+    ('--opt adahessian', ['--opt adahessian', 'adamw']),
+    ('--opt lookahead_adamw', ['--opt lookahead_adamw', 'adamw']),
+    ('--opt adafactor', ['--opt adafactor', 'lamb']),
+    ('--kd-model-name x --kd-distill-type feature', ['--kd-distill-type feature', 'logit']),
+    ('--dataset wds/x', ['--dataset wds/x', '--val-split=']),
 ])
-def test_flags_that_cannot_work_under_an_engine_are_refused_by_name(engine_name, flags, words):
+def test_flags_that_cannot_work_under_fsdp2_are_refused_by_name(flags, words):
     args, _, _ = config.parse_args(flags.split())
-    sharding.check('', args)
     with pytest.raises(errors.OptionError) as e:
-        sharding.check(engine_name, args)
-    assert all(word in str(e.value) for word in [*words, engine_name]), e.value
+        fsdp2.check(args)
+    assert all(word in str(e.value) for word in [*words, 'FSDP2']), e.value
 
 
-def test_compiling_through_accelerate_is_refused_under_an_engine(monkeypatch):
+def test_compiling_through_accelerate_is_refused_under_fsdp2(monkeypatch):
+    monkeypatch.setenv('ACCELERATE_USE_FSDP', 'true')
+    monkeypatch.setenv('FSDP_VERSION', '2')
     monkeypatch.setenv('ACCELERATE_DYNAMO_BACKEND', 'INDUCTOR')
     with pytest.raises(errors.OptionError, match='dynamo_backend INDUCTOR'):
-        sharding.check('FSDP2', config.parse_args([])[0])
+        fsdp2.requested()
 
 
-@pytest.mark.parametrize('opt', sharding.ELEMENTWISE)
-def test_optimizers_that_deepspeed_may_run_update_pieces_like_the_whole(opt):
-    generator = torch.Generator().manual_seed(0)
-    whole = torch.randn(64, 48, generator=generator)
-    params = [[nn.Parameter(t.clone()) for t in part] for part in ([whole], whole.flatten().split(1000))]
-    optimizers = [create_optimizer_v2(ps, opt=opt, lr=0.1, weight_decay=0.1, momentum=0.9) for ps in params]
-    for _ in range(4):
-        grad = torch.randn(64, 48, generator=generator)
-        for ps, grads in zip(params, ([grad], grad.flatten().split(1000)), strict=True):
-            for p, g in zip(ps, grads, strict=True):
-                p.grad = g.clone()
-        for optimizer in optimizers:
-            optimizer.step()
-    torch.testing.assert_close(*(torch.cat([p.detach().flatten() for p in ps]) for ps in params))
-
-
-def test_deepspeeds_settings_come_from_the_flags():
-    argv = ['--batch-size', '24', '--grad-accum-steps', '3', '--clip-grad', '0.5', '--amp', '--amp-dtype', 'bfloat16']
-    kwargs = sharding.accelerator_kwargs('DeepSpeed', config.parse_args(argv)[0], 'bf16')
-    settings = kwargs['deepspeed_plugin'].deepspeed_config
-    assert settings.items() >= dict(
-        train_micro_batch_size_per_gpu=24, gradient_accumulation_steps=3, gradient_clipping=0.5,
-        torch_autocast=dict(enabled=True, dtype='bfloat16'),
-    ).items()
-    assert kwargs['mixed_precision'] == 'no'  # else it rounds the weights
-    plugin = sharding.accelerator_kwargs('DeepSpeed', config.parse_args([])[0], None)['deepspeed_plugin']
-    assert plugin.deepspeed_config['gradient_clipping'] == 0  # Accelerate would clip at 1
-
-
-@pytest.mark.parametrize('name, value, words', [
-    ('ACCELERATE_DEEPSPEED_ZERO_STAGE', '3', ['zero_stage 3', '2']),
-    ('ACCELERATE_DEEPSPEED_ZERO_STAGE', '0', ['zero_stage 0', '2']),
-    ('ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE', 'cpu', ['offload_optimizer_device', 'none']),
-    ('ACCELERATE_GRADIENT_CLIPPING', '1.0', ['gradient_clipping 1.0', 'flags']),
-    ('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', '2', ['gradient_accumulation_steps 2', 'flags']),
-    ('ACCELERATE_MIXED_PRECISION', 'fp16', ['fp16', 'bf16']),
-])
-def test_deepspeed_configs_that_contradict_flags_or_cannot_work_are_refused(monkeypatch, name, value, words):
-    monkeypatch.setenv(name, value)
-    with pytest.raises(errors.OptionError) as e:
-        sharding.accelerator_kwargs('DeepSpeed', config.parse_args(['--grad-accum-steps', '3'])[0], None)
-    assert all(word in str(e.value) for word in words), e.value
-
-
-# Engines, in two processes on the CPU
+# FSDP2, in two processes on the CPU
 
 
 def test_fsdp2_gives_ddps_digits_and_files(two):
@@ -501,67 +443,6 @@ def test_fsdp2_exports_a_model_for_timm_alone(two):
     best = load_checkpoint_metadata(two[1] / 'sharded/model_best.pth.tar')['state_dict']
     assert best.keys() == model.state_dict().keys()
     assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
-
-
-@pytest.fixture
-def comparison():
-    spec = importlib.util.spec_from_file_location('engines', ROOT / 'benchmarks/engines.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_comparison_of_engines_accepts_what_fsdp2_writes_and_finds_what_differs(two, comparison):
-    sharded, ddp, model = two[1] / 'sharded', two[1] / 'ddp', two[1] / 'model'
-    assert comparison.difference_in_files(sharded, ddp, model) == ''
-    assert 'tensors differ' in comparison.difference_in_files(two[1] / 'whole_vit', ddp, model)
-    other = two[1] / 'reduce_bn'
-    assert 'other weights' in comparison.difference_in_files(other, other, model)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without CUDA')
-def test_the_comparison_of_engines_says_that_it_needs_gpus_and_writes_nothing(
-        comparison, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(sys, 'argv', ['engines.py', '--results', str(tmp_path / 'engines.md')])
-    with pytest.raises(SystemExit) as e:
-        comparison.main()
-    err = capfd.readouterr().err
-    assert e.value.code == 2 and len(err.splitlines()) == 1 and 'GPUs' in err
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_deepspeed_gives_ddps_digits_and_checkpoints_but_divides_by_its_own_rule(noise, same, tmp_path):
-    pytest.importorskip('deepspeed', reason='needs the package deepspeed')
-    argv = [
-        *noise, '--model', 'test_resnet', '-b', '4', '--no-ddp-bb', '--output', tmp_path, '--opt', 'adamw',
-        '--lr', '1e-3', '--model-ema', '--model-ema-decay', '0.5', '--clip-grad', '0.5', '--epochs', '2']
-    short = [*same, '--output', tmp_path, '-b', '2', '--grad-accum-steps', '4']  # three batches a process
-    runs = dict(
-        ddp=dict(argv=argv),
-        deepspeed=dict(engine='DeepSpeed', argv=[*argv, '--export-dir', tmp_path / 'model']),
-        accumulated_ddp=dict(argv=[*argv, '-b', '2', '--grad-accum-steps', '2']),
-        accumulated=dict(engine='DeepSpeed', argv=[*argv, '-b', '2', '--grad-accum-steps', '2']),
-        resumed=dict(engine='DeepSpeed', argv=[*argv, '--resume', tmp_path / 'ddp/checkpoint-0.pth.tar']),
-        ddp_resumed=dict(argv=[*argv, '--resume', tmp_path / 'deepspeed/checkpoint-0.pth.tar']),
-        start=dict(argv=[*short, '--lr', '1e-12']),
-        timms_rule=dict(argv=short),
-        deepspeeds_rule=dict(engine='DeepSpeed', argv=short),
-    )
-    for name, run in runs.items():
-        run['argv'] = ['--experiment', name, *run['argv']]
-    results = several_runs(tmp_path, runs)
-    assert [results[0][name]['code'] for name in runs] == [0] * len(runs)
-    assert_same_summary(tmp_path / 'ddp', tmp_path / 'deepspeed')
-    assert_same_summary(tmp_path / 'accumulated_ddp', tmp_path / 'accumulated', rel=1e-3)
-    for name in ('deepspeed', 'resumed', 'ddp_resumed'):
-        assert_same_checkpoint(tmp_path / name / 'last.pth.tar', tmp_path / 'ddp/last.pth.tar', rtol=1e-3, atol=1e-5)
-    assert Path(tmp_path, 'model/model.safetensors').is_file()
-    start, by_three, by_four = (
-        weights(tmp_path / name / 'last.pth.tar') for name in ('start', 'timms_rule', 'deepspeeds_rule'))
-    for name in start:
-        torch.testing.assert_close(
-            by_four[name] - start[name], (by_three[name] - start[name]) * 3 / 4, rtol=1e-2, atol=1e-6)
 
 
 def test_the_page_on_scaling_names_existing_files_and_flags():

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 
 from dks_timm import errors
 from dks_timm.training import checkpoint, config, distributed
-from dks_timm.training.console import Totals
+from dks_timm.training.metrics import Totals
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from timm.utils import AverageMeter
 import dks_timm
 import train
 from dks_timm.training import config, loop, readers
-from dks_timm.training.console import Totals
+from dks_timm.training.metrics import Totals
 
 sys.path.insert(0, str(Path(__file__).parents[2] / 'benchmarks'))
 import speed
@@ -42,13 +42,13 @@ def count_operations(tmp_path, monkeypatch):
     """Train an epoch of so many updates with train.py, and count what the loop asks of torch."""
     counted = Operations()
 
-    original = loop.Trainer.train_one_epoch
+    original = loop.Trainer.updates
 
-    def train_one_epoch(self, *args):
+    def updates(self, epoch):
         with counted:
-            return original(self, *args)
+            yield from original(self, epoch)
 
-    monkeypatch.setattr(loop.Trainer, 'train_one_epoch', train_one_epoch)
+    monkeypatch.setattr(loop.Trainer, 'updates', updates)
 
     def run(updates, *flags):
         nonlocal counted

@@ -24,7 +24,7 @@ def record(folder, names, groups):
     events = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
     args, _, _ = config.parse_args([])
     accelerator = Accelerator(cpu=True, log_with='tensorboard', project_dir=str(folder))
-    records = Records(args, accelerator, names, str(folder), 'run', 0)
+    records = Records(args, accelerator, names, str(folder), 0)
     train = TRAIN if len(names) > 1 else dict(loss=2., top1_backbone=40.)
     for epoch in range(2):
         records.write(epoch, train, dict(top1=50. + epoch), groups, images_per_second=100.)

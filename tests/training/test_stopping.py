@@ -22,7 +22,7 @@ from PIL import Image
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from dks_timm.training import checkpoint, config, loop, stopping
-from dks_timm.training.guard import Guard
+from dks_timm.training.stopping import Guard
 
 ROOT = Path(__file__).parents[2]
 
@@ -194,9 +194,9 @@ def test_a_run_goes_on_while_the_disk_is_full_and_saves_when_there_is_room(noise
     run(tmp_path / 'whole', *noise)
 
     class Trainer(loop.Trainer):
-        def _fit_epoch(self, epoch, on_best):
+        def updates(self, epoch):
             full_disk[:] = [what] if epoch < 2 else []
-            super()._fit_epoch(epoch, on_best)
+            return super().updates(epoch)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, 'Trainer', Trainer)
@@ -225,9 +225,9 @@ def test_a_run_goes_on_while_its_output_is_read_only(noise, tmp_path, monkeypatc
     monkeypatch.setattr(torchvision.utils, 'save_image', refusing(save_image))
 
     class Trainer(loop.Trainer):
-        def _fit_epoch(self, epoch, on_best):
+        def updates(self, epoch):
             read_only[:] = [True] * (epoch < 2)
-            super()._fit_epoch(epoch, on_best)
+            return super().updates(epoch)
 
     monkeypatch.setattr(loop, 'Trainer', Trainer)
     assert code_of(tmp_path / 'x', *noise, '--save-images') == 0
@@ -241,9 +241,9 @@ def test_a_run_that_cannot_save_its_end_keeps_what_was_there_and_exits_with_4(no
     before = {f.name: f.read_bytes() for f in (tmp_path / 'x').iterdir() if f.name != 'args.yaml'}
 
     class Trainer(loop.Trainer):
-        def fit(self, on_best=None):
+        def running(self):
             full_disk.append('tmp')
-            super().fit(on_best)
+            return super().running()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, 'Trainer', Trainer)
@@ -257,8 +257,7 @@ def test_a_run_that_cannot_save_its_end_keeps_what_was_there_and_exits_with_4(no
 def test_a_file_size_limit_of_the_system_is_survived(tmp_path, monkeypatch):
     """The real thing: the kernel refuses to let a file grow, within torch.save."""
     saver = checkpoint.Saver(
-        torch.nn.Linear(300, 300), torch.optim.SGD([torch.zeros(1)]), checkpoint_dir=str(tmp_path),
-        recovery_dir=str(tmp_path))
+        torch.nn.Linear(300, 300), torch.optim.SGD([torch.zeros(1)]), checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
     saver.save_checkpoint(0, 1.)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -280,14 +279,14 @@ def test_a_file_size_limit_of_the_system_is_survived(tmp_path, monkeypatch):
 def signalled(number, **when):
     """A Trainer that sends its process a signal in the middle of an update, or of an evaluation."""
     class Trainer(loop.Trainer):
-        def _to_device(self, x, y):
+        def to_device(self, x, y):
             if self.fetches.number == when.get('batch') and self.task.get_trainable_module().training:
                 os.kill(os.getpid(), number)
                 when.clear()
             if 'evaluation' in when and not self.task.get_trainable_module().training:
                 os.kill(os.getpid(), number)
                 when.clear()
-            return super()._to_device(x, y)
+            return super().to_device(x, y)
     return Trainer
 
 
@@ -344,8 +343,8 @@ def spoiled(batches, head=None, seen=None):
     class Trainer(loop.Trainer):
         number = -1
 
-        def _to_device(self, x, y):
-            x, y = super()._to_device(x, y)
+        def to_device(self, x, y):
+            x, y = super().to_device(x, y)
             if self.task.get_trainable_module().training:
                 self.number += 1
                 if self.number in batches and seen is not None:
@@ -355,7 +354,7 @@ def spoiled(batches, head=None, seen=None):
                     x[1] = torch.nan
             return x, y
 
-        def fit(self, on_best=None):
+        def running(self):
             forward = self.task.forward
 
             def spoiled_forward(x, y):
@@ -368,7 +367,7 @@ def spoiled(batches, head=None, seen=None):
 
             if head is not None:
                 self.task.forward = spoiled_forward
-            super().fit(on_best)
+            return super().running()
     return Trainer
 
 
@@ -427,13 +426,13 @@ def test_a_skipped_update_changes_nothing_and_is_counted(noise, tmp_path, capfd)
             states = [self.task.get_checkpoint_state(), self.task.get_checkpoint_state(ema=True)]
             return plain([states, self.optimizer.state_dict()['state']])
 
-        def train_one_epoch(self, *args):
+        def running(self):
             keep = self.guard.keep
             self.guard.keep = lambda: (keep(), kept.append(self._state()))
-            return super().train_one_epoch(*args)
+            return super().running()
 
-        def _leave_out(self, *args, **kwargs):
-            super()._leave_out(*args, **kwargs)
+        def leave_out(self, update):
+            super().leave_out(update)
             assert self._state() == kept[-1]
             kept.append('compared')
 
@@ -453,11 +452,10 @@ def test_a_run_without_a_finite_update_stops_also_where_updates_are_skipped(nois
 
 def test_nonfinite_weights_are_never_saved(noise, tmp_path, capfd):
     class Trainer(loop.Trainer):
-        def train_one_epoch(self, epoch, *args):
-            metrics = super().train_one_epoch(epoch, *args)
+        def _end_training(self, epoch, *args):
+            super()._end_training(epoch, *args)
             if epoch == 1:
                 next(self.task.get_trainable_module().parameters()).data[0] = torch.inf
-            return metrics
 
     assert code_of_spoiled(Trainer, tmp_path / 'x', *noise) == 5
     assert 'weights are not finite' in capfd.readouterr().err.splitlines()[-1]
@@ -470,24 +468,25 @@ def test_with_a_gradient_scaler_losses_count_and_gradients_are_its_own_affair():
     task = types.SimpleNamespace(get_trainable_module=lambda: module)
     optimizer = torch.optim.SGD(module.parameters())
     accelerator = types.SimpleNamespace(
-        scaler=object(), num_processes=1, distributed_type=None, reduce=lambda x: x,
-        backward=lambda loss, **kwargs: loss.backward(**kwargs))
+        scaler=object(), num_processes=1, reduce=lambda x: x)
     for scale, finite in ((1., True), (torch.inf, True), (torch.nan, True)):
         guard = Guard(args, accelerator, task, optimizer, ['backbone'])
         loss = module(torch.ones(1, 2)).sum()
         loss.register_hook(lambda grad, scale=scale: grad * scale)
-        assert guard.backward(loss, True) and guard.clip([loss]) == finite
+        guard.mark(loss).backward()
+        assert guard.clip([loss]) == finite
         assert not guard.clip([loss, loss * torch.nan])
     accelerator.scaler = None
     for scale in (1., torch.inf, torch.nan):
         optimizer.zero_grad()
         loss = module(torch.ones(1, 2)).sum()
         loss.register_hook(lambda grad, scale=scale: grad * scale)
-        assert guard.backward(loss, True) and guard.clip([loss]) == (scale == 1)
+        guard.mark(loss).backward()
+        assert guard.clip([loss]) == (scale == 1)
     # The gradient may be finite where the loss is not.
     optimizer.zero_grad()
     loss = module(torch.ones(1, 2)).sum()
-    guard.backward(loss + torch.inf, True)
+    guard.mark(loss + torch.inf).backward()
     assert not guard.clip([loss])
 
 
@@ -573,52 +572,3 @@ def test_a_process_that_is_killed_ends_the_others_workers_and_all(noise, tmp_pat
         env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=300)
     assert launched.returncode != 0 and 'exitcode  : -9' in launched.stderr
     assert not (tmp_path / 'results.0.pt').exists()
-
-
-PEER = """
-import os, signal, sys, time, types
-import torch
-from dks_timm.training import stopping
-rank, file, count, then = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
-torch.distributed.init_process_group('gloo', init_method='file://' + file, rank=rank, world_size=count)
-with stopping.Peers(types.SimpleNamespace(num_processes=count, process_index=rank)):
-    if rank == 1:
-        if then == 'SIGKILL':
-            os.kill(os.getpid(), signal.SIGKILL)
-        if then == 'raise':
-            raise RuntimeError('a fault of its own')
-        if then == 'Fault':
-            raise stopping.Fault('told to stop', 75)
-    elif then in ('SIGKILL', 'raise'):
-        time.sleep(600)  # as in a collective that never ends
-    if then == 'Fault':
-        time.sleep(1)
-        raise stopping.Fault('told to stop', 75)
-print('the end')
-"""
-
-
-def peers(tmp_path, then, count=3):
-    """Exit codes and what was printed of processes that watch each other, of which the second does something."""
-    started = [
-        subprocess.Popen(
-            [sys.executable, '-c', PEER, str(rank), str(tmp_path / 'file'), str(count), then], cwd=ROOT,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for rank in range(count)]
-    outputs = [process.communicate(timeout=300) for process in started]
-    return [(process.returncode, out, err) for process, (out, err) in zip(started, outputs, strict=True)]
-
-
-@pytest.mark.parametrize('then', ['SIGKILL', 'raise'])
-def test_a_process_that_dies_ends_those_that_wait_for_nothing(tmp_path, then):
-    (code0, _, err0), (code1, _, err1), (code2, _, err2) = peers(tmp_path, then)
-    assert (code0, code1, code2) == (1, -signal.SIGKILL if then == 'SIGKILL' else 1, 1)
-    assert 'Process 1 has died, so process 0 ends' in err0 and 'Process 0 has died, so process 2 ends' in err2
-    assert 'has died' not in err1 and ('a fault of its own' in err1) == (then == 'raise')
-
-
-@pytest.mark.parametrize('then', ['end', 'Fault'])
-def test_processes_that_end_at_different_times_but_as_agreed_end_nobody(tmp_path, then):
-    for code, out, err in peers(tmp_path, then):
-        assert code == (1 if then == 'Fault' else 0) and 'has died' not in err
-        assert ('the end' in out) == (then == 'end')
