@@ -1,4 +1,5 @@
 """train.py from end to end: what a run leaves behind, how it resumes, and what it refuses."""
+import importlib.util
 import os
 import re
 import resource
@@ -217,6 +218,26 @@ def test_the_same_seed_gives_the_same_weights_and_batches_with_dks_and_without(n
     assert len(plain['batches']) == len(seen['batches']) == 3 * (2 + 2)
     for (x, y), (x_dks, y_dks) in zip(plain['batches'], seen['batches'], strict=True):
         assert torch.equal(x, x_dks) and torch.equal(y, y_dks)
+
+
+def test_a_copy_of_train_py_trains_with_a_step_of_its_own(noise, tmp_path):
+    """Scaled gradients, between clipping and the step: the loop around it stays as it is."""
+    text, step = (ROOT / 'train.py').read_text(), '        optimizer.step()\n'
+    assert text.count(step) == 1
+    own = '        for p in task.get_trainable_module().parameters():\n            p.grad.mul_(factor)\n'
+    weights = []
+    for factor in (1., 0.5):
+        path = tmp_path / f'my_train_{factor:g}.py'
+        path.write_text(text.replace(step, own.replace('factor', str(factor)) + step))
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        main(*noise, '--dks', '--output', tmp_path, '--experiment', f'{factor:g}', script=script)
+        weights.append(load_checkpoint_metadata(tmp_path / f'{factor:g}/last.pth.tar')['state_dict'])
+    main(*noise, '--dks', '--output', tmp_path, '--experiment', 'plain')
+    plain = load_checkpoint_metadata(tmp_path / 'plain/last.pth.tar')['state_dict']
+    assert all(torch.equal(value, weights[0][name]) for name, value in plain.items())
+    assert any(not torch.equal(value, weights[1][name]) for name, value in plain.items())
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(noise, tmp_path):

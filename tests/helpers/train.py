@@ -15,11 +15,11 @@ import train
 ROOT = Path(__file__).parents[2]
 
 
-def main(*argv):
-    """Run train.py in this process and leave no trace of it in there."""
+def main(*argv, script=train):
+    """Run train.py, or a copy of it, in this process and leave no trace of it in there."""
     handlers, level = logging.root.handlers[:], logging.root.level
     try:
-        train.main([str(a) for a in argv])
+        script.main([str(a) for a in argv])
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         logging.root.handlers[:] = handlers

@@ -257,7 +257,8 @@ def test_a_run_that_cannot_save_its_end_keeps_what_was_there_and_exits_with_4(no
 def test_a_file_size_limit_of_the_system_is_survived(tmp_path, monkeypatch):
     """The real thing: the kernel refuses to let a file grow, within torch.save."""
     saver = checkpoint.Saver(
-        torch.nn.Linear(300, 300), torch.optim.SGD([torch.zeros(1)]), checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
+        torch.nn.Linear(300, 300), torch.optim.SGD([torch.zeros(1)]), checkpoint_dir=str(tmp_path),
+        recovery_dir=str(tmp_path))
     saver.save_checkpoint(0, 1.)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
