@@ -8,7 +8,6 @@ batch that the loop got, and those that orders and seeds were drawn from. Readin
 import random
 import struct
 from collections import deque
-from contextlib import suppress
 from itertools import chain, count, islice
 from typing import Any, Dict, List, NamedTuple, Optional
 
@@ -60,7 +59,6 @@ class Fetch(NamedTuple):
     random: tuple  # state of the main process before it
     worker: int  # the worker that made it
     before: Optional[List[bytes]]  # what that worker sent with the batch before, None where it was its first
-    images: Any  # indices into the dataset; names of a stream's images where its reader knows them
 
 
 class Fetches:
@@ -187,15 +185,11 @@ class Fetches:
                 next(iterator)
 
     def _receive(self, batch):
-        """Take a batch, and note the worker that sent it, its random state and its images."""
+        """Take a batch, and note the worker that sent it and its random state."""
         worker, sent = 0, None
-        if isinstance(self.loader, DeviceLoader):
-            images = self.loader.batches[self.number]
-        else:
-            batch, (worker, sent, images) = batch
-            if self.order is not None:
-                images = self.order.asked_for.popleft()
-        self.fetched.append(Fetch(self.asked_at, worker, self.workers.get(worker), images))
+        if not isinstance(self.loader, DeviceLoader):
+            batch, (worker, sent) = batch
+        self.fetched.append(Fetch(self.asked_at, worker, self.workers.get(worker)))
         if sent is not None:
             self.workers[worker] = sent
         self.number += 1
@@ -244,12 +238,6 @@ class Fetches:
         self.workers, self.seeds, self.workers_mix = state['workers'], state['seeds'], state['workers_mix']
         self.turn = (state['turn'] - state['start']) % max(1, self.num_workers) if self.multi_epochs else 0
 
-    def names(self, number: int) -> List[str]:
-        """Return the files, or other names, of the images of a batch that came lately."""
-        images = self.fetched[number - self.number].images
-        images = images.tolist() if isinstance(images, torch.Tensor) else images or []
-        return [image if isinstance(image, str) else _filename(self.loader.dataset, image) for image in images]
-
 
 def packed(state: Dict[str, Any]) -> Dict[str, Any]:
     """Return a loader's state as numbers and tensors alone, for a checkpoint."""
@@ -266,12 +254,11 @@ class _Order:
 
     Attributes:
         begun: torch's random states from which passes began that the loop is not through with.
-        asked_for: Indices of the batches that the loader has asked for and the loop has not got.
     """
 
     def __init__(self, batch_sampler):
         self.batch_sampler = batch_sampler
-        self.begun, self.asked_for = deque(), deque()
+        self.begun = deque()
         self.resume([], 0, 0)
 
     def __getattr__(self, name):
@@ -300,9 +287,7 @@ class _Order:
         first = next(batches)  # draws the order
         if again:
             torch.set_rng_state(now)
-        for batch in islice(chain([first], batches), skip, None):
-            self.asked_for.append(batch)
-            yield batch
+        yield from islice(chain([first], batches), skip, None)
 
 
 class _Collate:
@@ -318,9 +303,8 @@ class _Collate:
         info = get_worker_info()
         dataset = info.dataset if info else self.dataset
         own = dataset.random_state() if hasattr(dataset, 'random_state') else b''
-        names = dataset.take_names() if hasattr(dataset, 'take_names') else None
         sent = [bytes(pack(random_state()).numpy()) if info else b'', own] if info or own else None
-        return data, (info.id if info else 0, sent, names)
+        return data, (info.id if info else 0, sent)
 
 
 class _StartWorker:
@@ -363,12 +347,3 @@ def start_evaluation_undrawn(loader) -> None:
     """Keep the evaluation loader from drawing the seeds of its workers, as the run that is continued has drawn them."""
     if _inner(loader) is not None:
         _inner(loader).generator = torch.Generator()
-
-
-def _filename(dataset, image) -> str:
-    index = image[0] if isinstance(image, tuple) else image
-    while not hasattr(dataset, 'filename'):
-        dataset = getattr(dataset, 'dataset', None) or dataset.base_dataset
-    with suppress(Exception):  # not every reader has names
-        return str(dataset.filename(index, absolute=True)) or f'number {index}'
-    return f'number {index}'

@@ -21,7 +21,7 @@ from . import build, checkpoint, console, distributed, fsdp2, stopping
 from .data import model_dtype
 from .loader_state import Fetches, prepare_evaluation
 from .metrics import HeadMetrics, Totals
-from .records import Records
+from .records import Records, mean_lr
 from .resume import RunState
 from .update import Update, group_batches
 
@@ -164,7 +164,7 @@ class Trainer:
             task=self.shards or self.task,
         )
         logging.getLogger(utils.checkpoint_saver.__name__).setLevel(logging.WARNING)  # it lists all files every epoch
-        self.records = Records(args, self.accelerator, self.names, self.output_dir, self.start_epoch)
+        self.records = Records(args, self.accelerator, self.output_dir, self.start_epoch)
         self.pictures = checkpoint.Output()
         if resume and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(self.output_dir):
             self.saver.resume(resume)
@@ -278,12 +278,11 @@ class Trainer:
         due = progress.done == progress.total or (progress.done - 1) % self.args.log_interval == 0
         if not (progress.main and due and totals.count):
             return
-        lrs = [group['lr'] for group in self.optimizer.param_groups]
         images = totals.count * self.accelerator.num_processes / progress.done
         left = self.updates_per_epoch * (self.num_epochs - update.place['epoch']) - progress.done
         progress.show(console.training_text(
             totals.compute(),
-            lr=sum(lrs) / len(lrs),
+            lr=mean_lr(self.optimizer.param_groups),
             images_per_second=images * progress.steps_per_second,
             seconds_left=left / progress.steps_per_second,
         ))
@@ -299,13 +298,8 @@ class Trainer:
             Fault: The run stops; saved is the state before the update.
         """
         place = update.place
-        images = [self.fetches.names(place['batch'] + i) for i in range(len(update.parts))]
-        text, lines = self.guard.report([output for output, *_ in update.parts], images)
+        text = self.guard.report([output for output, *_ in update.parts])
         text = f'epoch {place["epoch"]}, update {place["done"] + 1} of {self.updates_per_epoch}: {text}'
-        if self.saver is not None and lines:
-            path = os.path.join(self.output_dir, f'nonfinite-{place["epoch"]}-{place["done"]}.txt')
-            self.saver.attempt(path, checkpoint.write_text, path, '\n'.join([*lines, '']))
-            text += f' (all in {path})'
         if self.args.on_nonfinite == 'stop' or not self.guard.skip():
             self._stop(f'{text}; --on-nonfinite skip leaves such updates out', stopping.NONFINITE, update.mark,
                        totals=update.totals, **place)
@@ -331,8 +325,8 @@ class Trainer:
             f'Epoch {epoch}', self.names, eval_metrics, train_loss=self.train_metrics['loss']))
         if self.saver is not None:
             skipped = self.guard.skipped_since if self.args.on_nonfinite == 'skip' else None
-            groups = self.optimizer.param_groups
-            self.records.write(epoch, self.train_metrics, eval_metrics, groups, skipped, self.images_per_second)
+            lr = mean_lr(self.optimizer.param_groups)
+            self.records.write(epoch, self.train_metrics, eval_metrics, lr, skipped, self.images_per_second)
         self.guard.skipped_since = 0
         best_epoch = self._save(self.state.mark(len(self.fetches)), epoch=epoch, metric=metric, over=True)
         if on_best is not None and best_epoch == epoch:

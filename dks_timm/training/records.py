@@ -27,7 +27,7 @@ class Summary(Output):
             self.rows = [row for row in rows if row.get('epoch', '').isdigit() and int(row['epoch']) < start_epoch]
             self.write()
 
-    def append(self, row: Dict[str, Any]) -> None:
+    def append(self, row: Mapping[str, Any]) -> None:
         self.rows.append({name: str(value) for name, value in row.items()})
         self.write()
 
@@ -46,13 +46,12 @@ class Records:
     Args:
         args: The configuration.
         accelerator: Of the run; it holds the trackers.
-        names: Names of the classifiers, the backbone's first.
         folder: The run's.
         start_epoch: First epoch to come.
     """
 
-    def __init__(self, args, accelerator, names: Sequence[str], folder: str, start_epoch: int):
-        self.args, self.accelerator, self.names = args, accelerator, names
+    def __init__(self, args, accelerator, folder: str, start_epoch: int):
+        self.accelerator = accelerator
         self.summary = Summary(os.path.join(folder, 'summary.csv'), start_epoch)
         self.trackers = Output()
         if accelerator.log_with:
@@ -71,56 +70,35 @@ class Records:
             epoch: int,
             train_metrics: Mapping[str, float],
             eval_metrics: Mapping[str, float],
-            param_groups: Sequence[Mapping[str, Any]],
+            lr: float,
             skipped: Optional[int] = None,
             images_per_second: float = 0.,
     ) -> None:
-        """Record an epoch: timm's columns first, ours after them.
+        """Record an epoch: timm's columns first, those of several heads after them.
 
         Args:
             epoch: Its number.
             train_metrics: From its training.
             eval_metrics: From its evaluation; {} where there was none.
-            param_groups: Of the optimizer.
+            lr: Learning rate, a mean over parameter groups.
             skipped: Updates that were left out, None for no such column.
-            images_per_second: In training, 0 where that is not known. For trackers only.
+            images_per_second: In training, 0 where that is not known; for trackers only.
         """
-        row = OrderedDict(epoch=epoch, train_loss=train_metrics['loss'])
+        row: Dict[str, Any] = OrderedDict(epoch=epoch, train_loss=train_metrics['loss'])
         row.update((f'eval_{name}', eval_metrics[name]) for name in ('loss', 'top1', 'top5') if name in eval_metrics)
-        lrs = [group['lr'] for group in param_groups]
-        row['lr'] = sum(lrs) / len(lrs)
-        if len(self.names) > 1:
+        row['lr'] = lr
+        if 'synergy' in train_metrics:
             for prefix, metrics in (('train', train_metrics), ('eval', eval_metrics)):
                 row.update((f'{prefix}_{name}', v) for name, v in metrics.items() if f'{prefix}_{name}' not in row)
         if skipped is not None:
             row['skipped'] = skipped
         self.summary.append(row)
         if self.accelerator.log_with:
-            self.trackers.attempt('The log of --log-with', self._track, row, param_groups, images_per_second)
-
-    def _track(self, row, param_groups, images_per_second):
-        """Log an epoch: its row, values that differ between machines, and the synergy matrix."""
-        epoch = row['epoch']
-        more = {}
-        if images_per_second:
-            more['train_images_per_second'] = images_per_second
-        if any('lr_scale' in group for group in param_groups):  # --layer-decay
-            lrs = [group['lr'] for group in param_groups]
-            more.update(lr_lowest=min(lrs), lr_highest=max(lrs))
-        self.accelerator.log({**row, **more}, step=epoch)
-        if 'train_synergy' not in row:
-            return
-        columns = ['teacher', *self.names]
-        matrix = [
-            [teacher, *(row.get(f'train_synergy_{teacher}_{student}', 0.) for student in self.names)]
-            for teacher in self.names]
-        for tracker in self.accelerator.trackers:
-            if hasattr(tracker, 'log_table'):
-                tracker.log_table('train_synergy_matrix', columns=columns, data=matrix, step=epoch)
-            elif tracker.name == 'tensorboard':  # shows text as Markdown
-                tracker.log({'train_synergy_matrix': _markdown(columns, matrix)}, step=epoch)
+            more = dict(train_images_per_second=images_per_second) if images_per_second else {}
+            self.trackers.attempt('The log of --log-with', self.accelerator.log, {**row, **more}, step=epoch)
 
 
-def _markdown(columns, rows):
-    numbers = [[name, *(f'{value:.4f}' for value in values)] for name, *values in rows]
-    return '\n'.join(f'| {" | ".join(line)} |' for line in [columns, ['---'] * len(columns), *numbers])
+def mean_lr(param_groups: Sequence[Mapping[str, Any]]) -> float:
+    """Return the mean of the learning rates of an optimizer's parameter groups, as timm notes it."""
+    lrs = [group['lr'] for group in param_groups]
+    return sum(lrs) / len(lrs)

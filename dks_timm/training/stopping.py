@@ -7,7 +7,7 @@ import threading
 import time
 from collections import defaultdict
 from math import inf, isfinite
-from typing import Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Dict, Iterable, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -209,31 +209,18 @@ class Guard:
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         return isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
-    def report(self, outputs: Sequence[Dict[str, torch.Tensor]], images: Sequence[List[str]]) -> Tuple[str, List[str]]:
-        """Tell which number of an update is not finite, and for which images. All processes have to call it.
+    def report(self, outputs: Sequence[Dict[str, torch.Tensor]]) -> str:
+        """Name a number of an update that is not finite. All processes have to call it.
 
         Args:
             outputs: Of the task, for each batch.
-            images: Names of the images of each batch, [] where they are not known.
-
-        Returns:
-            A short text; and lines that name all images, [] where none is known.
         """
-        found = [(self._suspect(out), names) for out, names in zip(outputs, images, strict=True)]
+        found = next(filter(None, map(self._suspect, outputs)), '')
         if self.accelerator.num_processes > 1:
             gathered = [None] * self.accelerator.num_processes
             torch.distributed.all_gather_object(gathered, found)
-            found = [
-                (what and f'{what} in process {rank}', names)
-                for rank, batches in enumerate(gathered) for what, names in batches]
-        suspects = [(what, names) for what, names in found if what]
-        if not suspects:
-            bad = _bad_gradients(unwrap_model(self.task.get_trainable_module()))
-            suspects = [(bad, [name for _, names in found for name in names])]
-        what, names = suspects[0]
-        if names:
-            what += f', on {", ".join(names[:3])}' + (f' and {len(names) - 3} more' if len(names) > 3 else '')
-        return what, [line for what, names in suspects if names for line in (f'{what}:', *names)]
+            found = next((f'{what} in process {rank}' for rank, what in enumerate(gathered) if what), '')
+        return found or _bad_gradients(unwrap_model(self.task.get_trainable_module()))
 
     def _suspect(self, out) -> str:
         """Name the part of a task's output that is not finite; '' if all of it is."""

@@ -12,13 +12,10 @@ import sys
 import types
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers.datasets import make
 from helpers.resume import Killed, assert_same_end, noise_flags, plain, run
-from PIL import Image
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from dks_timm.training import checkpoint, config, loop, stopping
@@ -339,7 +336,7 @@ def test_a_run_that_diverges_stops_before_its_weights_are_not_finite(noise, tmp_
     assert all(t.isfinite().all() for t in state.values())
 
 
-def spoiled(batches, head=None, seen=None):
+def spoiled(batches, head=None):
     """A Trainer for which the second image of some batches is NaN, or a classifier's loss for them."""
     class Trainer(loop.Trainer):
         number = -1
@@ -348,8 +345,6 @@ def spoiled(batches, head=None, seen=None):
             x, y = super().to_device(x, y)
             if self.task.get_trainable_module().training:
                 self.number += 1
-                if self.number in batches and seen is not None:
-                    seen.append(x.clone())
                 if self.number in batches and head is None:
                     x = x.clone()
                     x[1] = torch.nan
@@ -383,40 +378,21 @@ def code_of_spoiled(trainer, folder, *argv):
     ('--workers 1 --grad-accum-steps 2', {8}, 'epoch 1, update 2 of 3'),
     ('--data-on-device --model-ema', {5}, 'epoch 1, update 1 of 5'),
 ])
-def test_a_nonfinite_batch_is_named_and_the_run_goes_on_from_before_it(
+def test_a_nonfinite_update_is_named_and_the_run_goes_on_from_before_it(
         noise, tmp_path, capfd, flags, batches, update):
-    argv, seen = [*noise, '--no-aug', *flags.split()], []
+    argv = [*noise, '--no-aug', *flags.split()]
     run(tmp_path / 'whole', *argv)
     capfd.readouterr()
-    assert code_of_spoiled(spoiled(batches, seen=seen), tmp_path / 'parts', *argv) == 5
+    assert code_of_spoiled(spoiled(batches), tmp_path / 'parts', *argv) == 5
     line = capfd.readouterr().err.splitlines()[-1]
     assert update in line and 'the loss of backbone is nan' in line and '--on-nonfinite skip' in line
-    listing, = (tmp_path / 'parts').glob('nonfinite-1-*.txt')
-    assert str(listing) in line
-    _, *names = listing.read_text().splitlines()
-    assert len(names) == 4 and names[0] in line
-    for x, name in zip(seen[0], names, strict=True):  # without augmentation, an image is its file
-        pixels = torch.from_numpy(np.array(Image.open(name))).permute(2, 0, 1) / 255
-        torch.testing.assert_close(x, (pixels - 0.5) / 0.5, rtol=0, atol=1e-5)
-    listing.unlink()
     run(tmp_path / 'parts', *argv, '--resume', 'auto')
     assert_same_end(tmp_path / 'whole', tmp_path / 'parts')
 
 
-@pytest.mark.parametrize('workers', [0, 1])
-def test_a_nonfinite_batch_of_a_stream_is_named_by_shard_and_key(noise, tmp_path, capfd, workers):
-    argv = [*noise, '--data-dir', '', *make('wds', tmp_path / 'data'), '--num-classes', '3', '--workers', workers]
-    assert code_of_spoiled(spoiled({1}), tmp_path / 'x', *argv) == 5
-    line = capfd.readouterr().err.splitlines()[-1]
-    listing, = (tmp_path / 'x').glob('nonfinite-0-*.txt')
-    _, *names = listing.read_text().splitlines()
-    assert len(set(names)) == 4 and names[0] in line
-    assert all(re.fullmatch(rf'\S+ of {tmp_path}/data/train-[01]\.tar', name) for name in names)
-
-
 def test_a_classifier_whose_loss_is_not_finite_is_named(noise, tmp_path, capfd):
     assert code_of_spoiled(spoiled({1}, head=2), tmp_path / 'x', *noise, '--dks') == 5
-    assert 'the loss of stage3 is inf, on ' in capfd.readouterr().err.splitlines()[-1]
+    assert 'the loss of stage3 is inf' in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_a_skipped_update_changes_nothing_and_is_counted(noise, tmp_path, capfd):
@@ -540,8 +516,6 @@ def test_processes_end_together_and_go_on_bit_for_bit(together, whole, parts):
     for result in results:
         for key, tensor in result[whole]['tensors'].items():
             assert torch.equal(tensor, result[f'{parts}_on']['tensors'][key]), key
-    for listing in (root / parts).glob('nonfinite*'):
-        listing.unlink()
     assert_same_end(root / whole, root / parts)
 
 
@@ -553,7 +527,7 @@ def test_processes_stop_within_ten_batches(together):
 
 def test_the_process_whose_numbers_went_wrong_is_named(together):
     line = together[1][0]['spoiled']['err'].splitlines()[-1]
-    assert 'the loss of backbone is nan in process 1, on ' in line
+    assert 'the loss of backbone is nan in process 1' in line
 
 
 def test_a_process_that_raises_ends_the_others_and_is_heard(together):
