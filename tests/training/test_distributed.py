@@ -503,33 +503,6 @@ def test_fsdp2_exports_a_model_for_timm_alone(two):
     assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
 
 
-@pytest.fixture
-def comparison():
-    spec = importlib.util.spec_from_file_location('engines', ROOT / 'benchmarks/engines.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_comparison_of_engines_accepts_what_fsdp2_writes_and_finds_what_differs(two, comparison):
-    sharded, ddp, model = two[1] / 'sharded', two[1] / 'ddp', two[1] / 'model'
-    assert comparison.difference_in_files(sharded, ddp, model) == ''
-    assert 'tensors differ' in comparison.difference_in_files(two[1] / 'whole_vit', ddp, model)
-    other = two[1] / 'reduce_bn'
-    assert 'other weights' in comparison.difference_in_files(other, other, model)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without CUDA')
-def test_the_comparison_of_engines_says_that_it_needs_gpus_and_writes_nothing(
-        comparison, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(sys, 'argv', ['engines.py', '--results', str(tmp_path / 'engines.md')])
-    with pytest.raises(SystemExit) as e:
-        comparison.main()
-    err = capfd.readouterr().err
-    assert e.value.code == 2 and len(err.splitlines()) == 1 and 'GPUs' in err
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.slow
 def test_deepspeed_gives_ddps_digits_and_checkpoints_but_divides_by_its_own_rule(noise, same, tmp_path):
     pytest.importorskip('deepspeed', reason='needs the package deepspeed')
