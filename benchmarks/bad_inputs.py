@@ -14,8 +14,9 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+from common import ROOT, table
+
+sys.path.insert(0, str(ROOT / 'tests'))
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
@@ -32,7 +33,7 @@ MEANING = {
 
 
 def run(case, root):
-    """Run a case in this process; its exit code."""
+    """Run a case in this process; return its exit code."""
     case.make(bad_inputs.make_data(root))
     os.chdir(root)
     os.environ['HF_HOME'] = str(root / 'cache')
@@ -77,7 +78,7 @@ def run_forked(case):
 
 
 def said(code, lines):
-    """What a run had to say about its input: its last line, or where it trained its warnings."""
+    """Return what a run said about its input: its last line, or its warnings where it trained."""
     if code:
         return lines[-1].removeprefix('train.py: error: ') if lines else ''
     return '; '.join(line.removeprefix('WARNING: ') for line in lines if 'Bad image' in line or '16 bits' in line)
@@ -103,7 +104,7 @@ def main():
             bad.append(case.name)
             print(case.name, code, *lines[-3:], sep='\n    ')
         counts[code] += 1
-        rows.append(f'| {cell(case.name, 90)} | {code} | {cell(said(code, lines))} |')
+        rows.append((cell(case.name, 90), code, cell(said(code, lines))))
     summary = ', '.join(f'{count} {MEANING.get(code, "failed")} ({code})' for code, count in sorted(counts.items()))
     print(f'{len(rows)} bad inputs: {summary}; not as they should: {len(bad)}')
     if results:
@@ -115,7 +116,7 @@ def main():
             f'{len(rows)} inputs: {summary}. Of no file did code run, no run ended in a traceback.'
             if not bad else f'**Not as they should: {", ".join(bad)}.**', '',
             '`DIR` is the folder of the case. Where a run trains, the last column has its warnings of the input.', '',
-            '| input | exit code | what it says |', '|---|---:|---|', *rows, '']))
+            *table(('input', 'exit code', 'what it says'), rows), '']))
     sys.exit(bool(bad))
 
 

@@ -12,20 +12,20 @@ import logging
 import multiprocessing
 import os
 import platform
-import resource
 import time
 import warnings
 from collections import defaultdict
-from pathlib import Path
 
-COLUMNS = ('name', 'family', 'wrapper', 'stages', 'supervised', 'kinds', 'parameters', 'parameters_ratio',
-           'gflops', 'flops_ratio', 'seconds', 'peak_mib', 'reason')
-RESULTS = Path(__file__).parent.parent / 'results'
+from common import ROOT, table, versions
+
+COLUMNS = ('name', 'family', 'stages', 'supervised', 'kinds', 'parameters', 'parameters_ratio', 'gflops', 'flops_ratio',
+           'seconds', 'reason')
+RESULTS = ROOT / 'results'
 NUM_CLASSES = 1000  # for the architectures that have no classifier by default
 
 
 def cover(name):
-    """One row of the table."""
+    """Return the row of an architecture."""
     warnings.simplefilter('ignore')
     logging.disable(logging.WARNING)
     import timm
@@ -35,7 +35,7 @@ def cover(name):
 
     torch.set_num_threads(1)
     started = time.process_time()
-    row = dict(name=name, family=timm.models._registry._model_to_module[name], wrapper=wrapper(name))
+    row = dict(name=name, family=timm.models.model_entrypoint(name).__module__.rpartition('.')[2])
     try:
         try:
             found = inspect_model(name)
@@ -56,61 +56,46 @@ def cover(name):
             reason='; '.join(sorted({b['made_of'] for b in branches})),
         )
     row['seconds'] = round(time.process_time() - started, 2)
-    row['peak_mib'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     return row
 
 
-def wrapper(name):
-    """The features_only wrapper of an architecture."""
-    import timm
-    import torch
-    try:
-        with torch.device('meta'):
-            return type(timm.create_model(name, features_only=True, out_indices=(0,))).__name__
-    except Exception as e:  # some have none, each in its own way
-        return f'none ({type(e).__name__})'
-
-
 def summarise(rows):
-    """Markdown: totals, branches by family, and the rows without tails."""
+    """Return the page: totals, branches by family, and the rows without tails."""
     done = [r for r in rows if r['kinds'] != 'error']
     tails = [r for r in done if set(r['kinds'].split()) == {'tail'}]
     some = [r for r in done if 'tail' in r['kinds'].split()]
     lines = [
         '# Coverage of timm', '',
-        f'`python benchmarks/coverage.py` attached branches to {len(done):,} of {len(rows):,} architectures of timm '
-        f'{version("timm")} (torch {version("torch")}, {platform.machine()}), each at its own image size. '
+        f'`python benchmarks/coverage.py` attached branches to {len(done):,} of {len(rows):,} architectures '
+        f'({versions("timm", "torch")}, {platform.machine()}), each at its own image size. '
         f'{len(some):,} ({len(some) / len(done):.1%}) got at least one `tail` branch, {len(tails):,} '
         f'({len(tails) / len(done):.1%}) only tails.', '',
         f'CPU time: {sum(float(r["seconds"]) for r in rows) / 60:.0f} minutes in all, {median(rows, "seconds"):.1f} s '
         f'for the median architecture, {max(float(r["seconds"]) for r in rows):.0f} s for the slowest.', '',
         'Cost is the forward FLOPs of backbone and branches over the backbone\'s.', '',
-        '| family | architectures | only tails | with conv | errors | cost, median | cost, range |',
-        '|---|---:|---:|---:|---:|---:|---|',
     ]
     families = defaultdict(list)
     for row in rows:
         families[row['family']].append(row)
+    cells = []
     for family, members in sorted(families.items()):
         fine = [r for r in members if r['kinds'] != 'error']
         only = sum(set(r['kinds'].split()) == {'tail'} for r in fine)
         costs = sorted(float(r['flops_ratio']) for r in fine)
-        cost = f'{median(fine, "flops_ratio"):.2f}x | {costs[0]:.2f}x to {costs[-1]:.2f}x' if costs else '|'
-        lines.append(
-            f'| {family} | {len(members)} | {only} | {len(fine) - only} | {len(members) - len(fine)} | {cost} |')
+        cost = ('', '')
+        if fine:
+            cost = f'{median(fine, "flops_ratio"):.2f}x', f'{costs[0]:.2f}x to {costs[-1]:.2f}x'
+        cells.append([family, len(members), only, len(fine) - only, len(members) - len(fine), *cost])
+    columns = ('family', 'architectures', 'only tails', 'with conv', 'errors', 'cost, median', 'cost, range')
+    lines += table(columns, cells, left=1)
     lines += ['', '## Without a tail on every supervised stage', '']
-    lines += ['| architecture | branches | reason |', '|---|---|---|']
-    lines += [f'| {r["name"]} | {r["kinds"]} | {r["reason"].replace("|", "/")} |' for r in rows if r not in tails]
+    lines += table(('architecture', 'branches', 'reason'), [
+        (r['name'], r['kinds'], r['reason'].replace('|', '/')) for r in rows if r not in tails])
     return '\n'.join(lines) + '\n'
 
 
 def median(rows, column):
     return sorted(float(r[column]) for r in rows)[len(rows) // 2]
-
-
-def version(package):
-    from importlib.metadata import version
-    return version(package)
 
 
 def main():

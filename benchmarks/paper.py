@@ -18,7 +18,6 @@ import json
 import math
 import os
 import pickle
-import platform
 import re
 import shlex
 import signal
@@ -29,13 +28,10 @@ import time
 from collections import deque
 from pathlib import Path
 
+import paper_tables
 import psutil
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]  # for dks_timm, where it is not installed
-
-import paper_tables  # noqa: E402
-from paper_plan import METHODS, RECIPES, ROWS, Run, planned  # noqa: E402
+from common import ROOT, processor
+from paper_plan import METHODS, RECIPES, ROWS, Run, planned
 
 KEPT = re.compile(r'lr|train_loss|eval_loss|eval_top[15](_\w+)?')  # of the columns of summary.csv
 PROGRESS = re.compile(r'Epoch (\d+) \[(\d+)/(\d+)\]')  # what train.py logs after the first and the last update
@@ -186,13 +182,6 @@ def make_subset(source: Path, target: Path, classes: int, images: int) -> None:
                 if not link.exists():
                     link.unlink(missing_ok=True)
                     link.symlink_to(file.resolve())
-
-
-def processor() -> str:
-    """The CPU's name."""
-    info = Path('/proc/cpuinfo')
-    known = re.search(r'model name\s*:\s*(.*)', info.read_text()) if info.exists() else None
-    return known[1] if known else platform.processor()
 
 
 def execute(args, runs) -> int:

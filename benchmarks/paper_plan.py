@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import yaml
+from common import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / 'recipes' / 'cifar100'
 
 # A row is a recipe. Top-1 errors (%) are those that the paper reports.

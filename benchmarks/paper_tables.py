@@ -4,6 +4,7 @@ import math
 import statistics
 from pathlib import Path
 
+from common import table
 from paper_plan import METHODS, RECIPES, ROWS, THREE, found, recipe
 
 INTRODUCTION = '''\
@@ -89,9 +90,7 @@ class Section:
         cells = {title: column for title, column in cells.items() if any(column)}
         text = []
         if self.methods:
-            text += ['| ' + ' | '.join(cells) + ' |', '|---' * len(cells) + '|']
-            text += ['| ' + ' | '.join(row) + ' |' for row in zip(*cells.values(), strict=True)]
-            text += ['', self.origin()]
+            text += [*table(cells, zip(*cells.values(), strict=True)), '', self.origin()]
         if self.unfinished:
             text += ['', 'Not finished: ' + ', '.join(
                 f'{METHODS[run.method][0]}, seed {run.seed} ({len(run.lines())} of {run.epochs} epochs, '

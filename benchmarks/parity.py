@@ -15,18 +15,17 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from importlib.metadata import version
 from pathlib import Path
 
 import timm
 import torch
 import yaml
+from common import ROOT, table, versions
 from PIL import Image
 from sklearn.datasets import load_digits
 from timm.models import save_for_hf
 from timm.utils import load_checkpoint_metadata
 
-ROOT = Path(__file__).resolve().parent.parent
 BASE = '--num-classes 10 --img-size 32 --epochs 2 -b 32 -j 1 --device cpu --warmup-epochs 1'
 CNN = '--model resnet10t --lr 0.05'
 COMBINATIONS = {
@@ -173,9 +172,9 @@ def read_with_timms_tools(timm_scripts, work, ours):
     averaged.unlink(missing_ok=True)
     script('avg_checkpoints.py', '--input', out / 'ours', '--output', averaged)
     return [
-        f'| `validate.py --use-ema` | last.pth.tar of a run with `--dks` | top-1 {found:.3f}, in summary.csv '
-        f'{recorded:.3f} |',
-        f'| `avg_checkpoints.py`, `validate.py` | its checkpoints | top-1 {validate(averaged):.3f} |',
+        ('`validate.py --use-ema`', 'last.pth.tar of a run with `--dks`',
+         f'top-1 {found:.3f}, in summary.csv {recorded:.3f}'),
+        ('`avg_checkpoints.py`, `validate.py`', 'its checkpoints', f'top-1 {validate(averaged):.3f}'),
     ]
 
 
@@ -191,7 +190,7 @@ def main():
     make_teacher(work)
     scripts = dict(ours=ROOT / 'train.py', timm=copy_timm_script(args.timm_train, work))
 
-    lines = []
+    rows = []
     for name, flags in COMBINATIONS.items():
         if args.names and name not in args.names:
             continue
@@ -205,22 +204,21 @@ def main():
         for who, script in scripts.items():
             run(script, flags, out, who, processes=2 if name.startswith('two processes') else 1)
         difference, column, rest = compare(out)
-        lines.append(f'| {name} | `{COMBINATIONS[name]}` | {difference:.2g} | {column} | {rest} |')
-        print(lines[-1], flush=True)
+        rows.append((name, f'`{COMBINATIONS[name]}`', f'{difference:.2g}', column, rest))
+        print(*rows[-1], sep=' | ', flush=True)
     if not args.names:
         tools = read_with_timms_tools(args.timm_train.resolve().parent, work, scripts['ours'])
-        print(*tools, sep='\n')
-        versions = ', '.join(f'{package} {version(package)}' for package in ('torch', 'timm', 'accelerate'))
         (ROOT / 'results' / 'parity.md').write_text('\n'.join([
             "# The same digits as timm's script", '',
             '`python benchmarks/parity.py --timm-train path/to/pytorch-image-models/train.py` runs both scripts with '
-            f'the flags `{BASE}` and those of the row, on a CPU in float32 ({versions}). The difference is the largest '
-            'in summary.csv, relative, or in percentage points for top-1 and top-5; 0 is equality to the last digit. '
-            'The last column compares args.yaml, the names of the files, and the keys of the last checkpoint and '
-            'of its weights.', '',
-            '| combination | flags | largest difference | column | settings and files |', '|---|---|---:|---|---|',
-            *lines, '',
-            "timm's other scripts read our checkpoints:", '', '| script | reads | finds |', '|---|---|---|', *tools,
+            f'the flags `{BASE}` and those of the row, on a CPU in float32 '
+            f'({versions("torch", "timm", "accelerate")}). '
+            'The difference is the largest in summary.csv, relative, or in percentage points for top-1 and top-5; 0 is '
+            'equality to the last digit. The last column compares args.yaml, the names of the files, and the keys of '
+            'the last checkpoint and of its weights.', '',
+            *table(('combination', 'flags', 'largest difference', 'column', 'settings and files'), rows), '',
+            "timm's other scripts read our checkpoints:", '',
+            *table(('script', 'reads', 'finds'), tools),
         ]) + '\n')
 
 

@@ -26,8 +26,10 @@ _logger = logging.getLogger(__name__)
 
 class _Flow(threading.local):
     """Where outputs of tapped modules go in the forward that a thread runs; nowhere, if it is the backbone's own."""
-    outputs: Optional[Dict[str, Any]] = None
-    ask: Optional[Callable[[str, Any], None]] = None
+
+    def __init__(self):  # for each thread; torch.compile does not follow defaults of the class
+        self.outputs: Optional[Dict[str, Any]] = None
+        self.ask: Optional[Callable[[str, Any], None]] = None
 
 
 _flow = _Flow()

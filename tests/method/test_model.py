@@ -2,6 +2,7 @@
 import copy
 import functools
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -148,6 +149,17 @@ def test_the_training_forward_compiles_to_one_graph(name):
     compiled = torch.compile(net.exits, backend='aot_eager', fullgraph=True)
     for a, b in zip(compiled(x), expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_second_network_compiles_in_the_same_thread():
+    torch.compiler.reset()
+
+    def compile_two():
+        x = torch.randn(2, 3, 32, 32)
+        return [len(torch.compile(make('test_resnet'), backend='aot_eager')(x)) for _ in range(2)]
+
+    with ThreadPoolExecutor(1) as fresh:  # a thread without an earlier forward
+        assert fresh.submit(compile_two).result() == [3, 3]
 
 
 @pytest.mark.parametrize(('name', 'layer_decay'), [('resnet10t', None), ('resnet10t', 0.7), ('test_vit', 0.65)])

@@ -1,16 +1,12 @@
 """What the training loop costs beside the step: values read from the device, operations; and data to time it on."""
-import contextlib
 import csv
-import fcntl
-import sys
-import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from helpers.operations import Operations
 from timm.data import create_loader
 from timm.utils import AverageMeter
 
@@ -19,12 +15,6 @@ import train
 from dks_timm.training import config, loop, readers
 from dks_timm.training.metrics import Totals
 
-sys.path.insert(0, str(Path(__file__).parents[2] / 'benchmarks'))
-import speed
-import traffic
-from loop import Operations
-
-ROOT = Path(__file__).parents[2]
 SYNTHETIC = [
     '--dataset', 'synthetic', '--val-split', '', '--num-classes', '10', '--img-size', '32', '--workers', '0', '-b', '4',
     '--model', 'test_resnet', '--device', 'cpu', '--opt', 'momentum', '--lr', '0.01', '--epochs', '1', '--no-aug',
@@ -150,84 +140,6 @@ def test_a_run_on_synthetic_data_evaluates_and_stays_finite(tmp_path):
     with open(tmp_path / 'run' / 'summary.csv', newline='') as f:
         row = next(csv.DictReader(f))
     assert 0 < float(row['eval_loss']) < 10 and 0 < float(row['train_loss']) < 30
-
-
-@pytest.fixture(scope='module')
-def costs():
-    return traffic.Costs(ROOT / 'recipes' / 'paper_resnet152.yaml')
-
-
-def test_the_page_on_cost_says_what_the_command_prints(costs):
-    page = (ROOT / 'docs' / 'cost.md').read_text()
-    flags = [], ['--network', '40']
-    slow, fast = (traffic.estimate(traffic.create_parser().parse_args(f), costs) for f in flags)
-    assert len(slow) == 13 and all(line in page.splitlines() for line in [*slow, *fast])
-
-
-def test_an_estimate_counts_arithmetic_gradients_and_what_does_not_fit_behind_backward(costs):
-    assert costs.parameters == [60192808, 60192808 + 33055720 + 58668008]
-    assert costs.gflops[1] / costs.gflops[0] == pytest.approx(1.65, abs=0.005)
-    steps = 90 * 1281167 / 64
-    rate = 640  # steps of 0.1 s
-    assert costs.hours(0, 1, rate, 1, 1) == pytest.approx([steps * 0.1 / 3600] * 2)
-    exchange = 2 * 7 / 8 * 4 * 60192808 / 2e9  # longer than the backward pass
-    assert costs.hours(0, 8, rate, 2, 1) == pytest.approx(
-        [steps / 8 * (0.1 + exchange - 0.2 / 3) / 3600, steps / 8 * (0.1 + exchange) / 3600])
-    assert costs.hours(0, 8, rate, 100, 1)[0] == pytest.approx(steps / 8 * 0.1 / 3600)
-    assert costs.all_reduce(1, 64, 100, 1) == pytest.approx(100 * costs.all_reduce(1, 64, 100, 100))
-
-
-def test_benchmarks_go_on_where_the_time_was_over(tmp_path, monkeypatch):
-    codes, ran = dict(whole=0, rows=0, broken=2, slow=None), []
-
-    def run(command, seconds):
-        ran.append(command[0])
-        if command[0] != 'broken':
-            (tmp_path / command[0]).touch()
-        if command[0] == 'slow':
-            monkeypatch.setattr(speed.time, 'monotonic', lambda: float('inf'))
-        return codes[command[0]]
-
-    monkeypatch.setattr(speed, 'run', run)
-    benchmarks = (
-        speed.Benchmark('whole {}', 'whole'),
-        speed.Benchmark('rows', 'rows', keeps_rows=True),
-        speed.Benchmark('other', 'other', devices=('cuda',)),
-        speed.Benchmark('broken', 'broken'),
-        speed.Benchmark('slow', 'rows', keeps_rows=True),
-        speed.Benchmark('late', 'late'),
-    )
-    for before in ('done', 'was done already'):
-        ran.clear()
-        monkeypatch.setattr(speed.time, 'monotonic', lambda: 0.)
-        lines, complete = speed.run_all(benchmarks, 'cpu', 0, 60, tmp_path)
-        assert [line.partition(': ')[2].partition(';')[0] for line in lines] == [
-            before, 'done', 'failed with exit code 2', 'stopped, as the time was over', 'not begun']
-        assert not complete and ran == ['whole'] * (before == 'done') + ['rows', 'broken', 'slow']
-
-
-def test_a_benchmark_that_is_stopped_takes_its_processes_along(tmp_path):
-    held, ready = tmp_path / 'held', tmp_path / 'ready'
-    child = (
-        f'import fcntl, time; f = open({str(held)!r}, "w"); fcntl.flock(f, fcntl.LOCK_EX); '
-        f'open({str(ready)!r}, "w"); time.sleep(600)')
-    (tmp_path / 'slow.py').write_text(f'import subprocess, sys\nsubprocess.run([sys.executable, "-c", {child!r}])\n')
-    seconds = 0.5
-    while not ready.exists():
-        assert speed.run([str(tmp_path / 'slow.py')], seconds) is None
-        seconds *= 2
-    with held.open() as f:
-        for _ in range(600):  # its end may come a moment after that of its parent
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            time.sleep(0.1)
-    pytest.fail('the process still runs')
-
-
-def test_benchmarks_for_several_gpus_are_left_out_on_one(tmp_path):
-    lines, complete = speed.run_all([b for b in speed.BENCHMARKS if b.gpus > 1], 'cuda', 1, 0, tmp_path)
-    assert len(lines) == 2 and complete and all('needs 2 GPUs' in line for line in lines)
 
 
 @pytest.mark.parametrize('name, size', [('resnet18', 64), ('test_vit', 160)])
