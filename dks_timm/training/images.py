@@ -166,7 +166,7 @@ class Stream(IterableImageDataset):
         self.bad_images = BadImages(max_bad, 'passed over')
         self.num_classes = None  # set where it is known
         self.names = deque(maxlen=1 << 14)  # of the last images, '' where they have none
-        self.shuffler_state = b''  # to start from
+        self.shuffler_state = None  # to start from
 
     def __iter__(self):
         reader = self.reader
@@ -189,12 +189,12 @@ class Stream(IterableImageDataset):
         self.names.clear()
         return names
 
-    def random_state(self) -> bytes:
+    def random_state(self):
         """The state of the generator that samples of wds/ are shuffled by; others start from a seed in every epoch."""
         shuffler = self._shuffler()
-        return _TWISTER.pack(*shuffler.getstate()[1]) if shuffler else self.shuffler_state
+        return shuffler.getstate() if shuffler else self.shuffler_state
 
-    def set_random_state(self, state: bytes):
+    def set_random_state(self, state):
         self.shuffler_state = state
 
     def _shuffler(self):
@@ -224,7 +224,7 @@ class Stream(IterableImageDataset):
             decode.keywords['image_mode'] = ''  # converted here
             stages[-2] = lambda samples: self._decode_wds(samples, decode)
             if self.shuffler_state:
-                self._shuffler().setstate((3, _TWISTER.unpack(self.shuffler_state), None))
+                self._shuffler().setstate(self.shuffler_state)
         elif hasattr(reader.ds, 'cast_column'):  # hfids/
             feature = (reader.ds.features or {}).get(reader.input_key)
             if getattr(feature, 'decode', False):

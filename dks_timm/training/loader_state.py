@@ -6,7 +6,6 @@ main process's random states from before each batch that the loop has not got ye
 batch that the loop got, and those that orders and seeds were drawn from. Reading it draws no random number.
 """
 import random
-import struct
 from collections import deque
 from itertools import chain, count, islice
 from typing import Any, Dict, List, NamedTuple, Optional
@@ -14,51 +13,44 @@ from typing import Any, Dict, List, NamedTuple, Optional
 import numpy as np
 import torch
 from timm.data.loader import MultiEpochsDataLoader
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .device_data import DeviceLoader
 from .stopping import outlive_signals
 
-# Python's Mersenne twister and its spare normal variate; numpy's, its position and its variate; the length of torch's.
-_LAYOUT = struct.Struct('<625I?d2496sI?dI')
-
 
 def random_state(device: Optional[torch.device] = None) -> tuple:
-    """Return the states of Python's, numpy's and torch's generators, and of torch's on a device."""
+    """Return the states of Python's, numpy's and torch's generators, and of torch's on a device.
+
+    They are numbers and numpy arrays, which workers can send through their queues by value.
+    """
+    _, keys, *rest = np.random.get_state()
     there = () if device is None or device.type == 'cpu' else (torch.get_device_module(device).get_rng_state(),)
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), *there
+    torch_states = [state.cpu().numpy() for state in (torch.get_rng_state(), *there)]
+    return random.getstate(), (keys.view(np.uint8), *rest), *torch_states
 
 
-def pack(state: tuple) -> torch.Tensor:
-    """Return a random state as bytes, for other processes and for files that hold no code."""
-    if isinstance(state, torch.Tensor):
-        return state
-    (_, twister, variate), (_, keys, position, has_spare, spare), here, *there = state
-    head = _LAYOUT.pack(
-        *twister, variate is not None, variate or 0., keys.tobytes(), position, bool(has_spare), spare, len(here))
-    return torch.cat([_as_tensor(head), here, *there])
+def set_random_state(state: tuple, device: Optional[torch.device] = None) -> None:
+    """Set the generators to a state, also one that has become tensors in a checkpoint."""
+    python, (keys, *rest), here, *there = state
+    random.setstate(python)
+    np.random.set_state(('MT19937', np.asarray(keys).view(np.uint32), *rest))
+    torch.set_rng_state(torch.as_tensor(here))
+    if there and device is not None and device.type != 'cpu':
+        torch.get_device_module(device).set_rng_state(torch.as_tensor(there[0]))
 
 
-def set_random_state(packed: torch.Tensor, device: Optional[torch.device] = None) -> None:
-    """Set the generators to a state that was packed."""
-    *twister, has_variate, variate, keys, position, has_spare, spare, size = _LAYOUT.unpack_from(packed.numpy())
-    random.setstate((3, tuple(twister), variate if has_variate else None))
-    np.random.set_state(('MT19937', np.frombuffer(keys, np.uint32), position, int(has_spare), spare))
-    here, there = (part.clone() for part in packed[_LAYOUT.size:].tensor_split([size]))  # torch reads them aligned
-    torch.set_rng_state(here)
-    if len(there) and device is not None and device.type != 'cpu':
-        torch.get_device_module(device).set_rng_state(there)
-
-
-def _as_tensor(data: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+def packed(state: Any) -> Any:
+    """Return a state with tensors for arrays, as a file that holds no code can only have these."""
+    return tree_map_only(np.ndarray, lambda array: torch.from_numpy(array.copy()), state)
 
 
 class Fetch(NamedTuple):
     """A batch that has come from a loader."""
     random: tuple  # state of the main process before it
     worker: int  # the worker that made it
-    before: Optional[List[bytes]]  # what that worker sent with the batch before, None where it was its first
+    before: Optional[tuple]  # random states that it sent with its batch before, None where this was its first
 
 
 class Fetches:
@@ -69,7 +61,7 @@ class Fetches:
     Args:
         loader: A DataLoader that timm made, or a DeviceLoader.
         device: Whose random state matters besides the CPU's.
-        memory: How many batches to remember: those of an update, and those that a prefetcher is ahead.
+        memory: Number of batches to remember: those of an update, and those that a prefetcher is ahead.
     """
 
     def __init__(self, loader, device: torch.device, memory: int = 2):
@@ -87,8 +79,8 @@ class Fetches:
         self.resumed: Optional[Dict[str, Any]] = None  # a state to start from
         self.seeds: Optional[torch.Tensor] = None  # torch's state that the workers' seeds were drawn from
         self.workers_mix = True  # workers keep to what they started with, whatever the loop sets later
-        self.workers: Dict[int, List[bytes]] = {}  # what each sent with its last batch
-        self.workers_before: Dict[int, List[bytes]] = {}  # the same at the beginning of the epoch
+        self.workers: Dict[int, tuple] = {}  # random states that each sent with its last batch
+        self.workers_before: Dict[int, tuple] = {}  # the same at the beginning of the epoch
         self.turn = 0  # the worker whose batch is the first of the epoch
         self.number = 0  # how many batches of the epoch have come
         self.fetched: deque = deque(maxlen=memory)
@@ -221,7 +213,6 @@ class Fetches:
             ahead=ahead,
             random=random_state(self.device) if now else self.asked_at,
             workers={number: sent for number, sent in workers.items() if sent is not None},
-            num_workers=self.num_workers,
             turn=first % max(1, self.num_workers),
             passes=self.order.passes()[over:] if self.order is not None else [],
             seeds=self.seeds,
@@ -230,23 +221,9 @@ class Fetches:
 
     def resume(self, state: Dict[str, Any]) -> None:
         """Start from a state that :func:`packed` returned."""
-        state = {**state, 'workers': {
-            number: [bytes(part.numpy()) for part in sent] for number, sent in state['workers'].items()}}
-        if state['num_workers'] != self.num_workers:
-            state.update(workers={}, num_workers=self.num_workers, seeds=None, turn=0)
         self.resumed = state
         self.workers, self.seeds, self.workers_mix = state['workers'], state['seeds'], state['workers_mix']
         self.turn = (state['turn'] - state['start']) % max(1, self.num_workers) if self.multi_epochs else 0
-
-
-def packed(state: Dict[str, Any]) -> Dict[str, Any]:
-    """Return a loader's state as numbers and tensors alone, for a checkpoint."""
-    return {
-        **state,
-        'random': pack(state['random']),
-        'ahead': [pack(random) for random in state['ahead']],
-        'workers': {number: [_as_tensor(part) for part in sent] for number, sent in state['workers'].items()},
-    }
 
 
 class _Order:
@@ -302,8 +279,8 @@ class _Collate:
         data = self.collate_fn(batch)
         info = get_worker_info()
         dataset = info.dataset if info else self.dataset
-        own = dataset.random_state() if hasattr(dataset, 'random_state') else b''
-        sent = [bytes(pack(random_state()).numpy()) if info else b'', own] if info or own else None
+        own = dataset.random_state() if hasattr(dataset, 'random_state') else None
+        sent = (random_state() if info else None, own) if info or own else None
         return data, (info.id if info else 0, sent)
 
 
@@ -312,7 +289,7 @@ class _StartWorker:
 
     def __init__(self, init_fn):
         self.init_fn = init_fn
-        self.sent: Dict[int, List[bytes]] = {}
+        self.sent: Dict[int, tuple] = {}
 
     def __call__(self, number: int):
         if self.init_fn is not None:
@@ -320,7 +297,7 @@ class _StartWorker:
         outlive_signals()
         if number in self.sent:
             state, own = self.sent[number]
-            set_random_state(_as_tensor(state))
+            set_random_state(state)
             if own:
                 get_worker_info().dataset.set_random_state(own)
 

@@ -42,6 +42,7 @@ class RunState:
             batches=len(fetches),
             batch_size=args.batch_size,
             accumulation=args.grad_accum_steps,
+            workers=fetches.num_workers,
         )
 
     def mark(self, done: int, now: bool = True) -> Dict[str, Any]:
@@ -134,9 +135,6 @@ class RunState:
         self.guard.skipped, self.guard.skipped_since = run['skipped']
         if process['evaluation_started']:
             start_evaluation_undrawn(self.loader_eval)
-        if process['loader']['num_workers'] != self.fetches.num_workers:
-            _logger.warning(
-                f'{path} is of a run with {process["loader"]["num_workers"]} workers a process: augmentation differs.')
         self.fetches.resume(process['loader'])
         set_random_state(process['loader']['random'], self.accelerator.device)
         return run

@@ -5,7 +5,7 @@ from typing import Any, Dict, Iterator, Tuple
 
 import torch
 
-from .loader_state import pack, random_state, set_random_state
+from .loader_state import random_state, set_random_state
 
 
 def group_batches(first: int, batches: int, accum: int) -> Iterator[Tuple[int, int]]:
@@ -78,7 +78,7 @@ class Update:
         trainer = self.trainer
         trainer.unsettled = False
         device = trainer.accelerator.device
-        random = pack(random_state(device))
+        random = random_state(device)
         with trainer.accelerator.autocast():
             loss = trainer.task(images, target)['loss']
         trainer.accelerator.backward(loss)

@@ -87,7 +87,7 @@ def test_a_run_that_was_killed_often_ends_like_one_that_was_not(noise, tmp_path,
 @pytest.mark.parametrize('flags, said', [
     ('-b 6', 'batch_size 4 there and 6 here'),
     ('--grad-accum-steps 2', 'accumulation 1 there and 2 here'),
-    ('--workers 1', '0 workers'),
+    ('--workers 1', 'workers 0 there and 1 here'),
 ])
 def test_a_run_that_cannot_go_on_exactly_says_so_and_goes_on(noise, tmp_path, capfd, flags, said):
     run_killed(tmp_path / 'x', *noise, '--recovery-interval', '2', when=dict(done=2, epoch=1))
