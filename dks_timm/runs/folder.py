@@ -171,19 +171,15 @@ def read_run(folder: PathLike) -> Run:
 
 def _read_settings(path: Path, notes: List[str]) -> Optional[Dict[str, Any]]:
     try:
-        text = path.read_text(encoding='utf-8')
-        settings = yaml.safe_load(text)
+        settings = yaml.safe_load(path.read_text(encoding='utf-8'))
     except FileNotFoundError:
         notes.append('There is no args.yaml: settings are unknown.')
         return None
     except (OSError, ValueError, yaml.YAMLError):
+        settings = None
+    if not isinstance(settings, dict):
         notes.append('args.yaml cannot be read: settings are unknown.')
         return None
-    if not isinstance(settings, dict):
-        notes.append('args.yaml holds no arguments.')
-        return None
-    if not text.endswith('\n'):
-        notes.append('args.yaml does not end with a line break: it may be cut off.')
     return {str(key): value for key, value in settings.items()}
 
 

@@ -1,4 +1,5 @@
 """A page about one run, or about several side by side, with means and bands over seeds."""
+import itertools
 import math
 import os
 import re
@@ -6,13 +7,13 @@ import statistics
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 from jinja2 import Environment
 
 from .. import __version__
 from ..errors import InputError, naming
-from .folder import Epoch, Group, Run, dataset_name, differing, group_runs, read_run, run_settings
+from .folder import Group, Run, dataset_name, differing, group_runs, read_run, run_settings
 from .pictures import INKS, Chart, Line, clean, column_line, draw, head_color, themed
 
 __all__ = ['write_report']
@@ -83,40 +84,42 @@ def write_report(folders: Sequence[PathLike], out_dir: Optional[PathLike] = None
 
 def _render(runs: Sequence[Run]) -> Tuple[str, Dict[str, str]]:
     """Return the page, and its pictures by name."""
-    pictures: Dict[str, str] = {}
-
-    def drawn(sections: Iterator[Section], prefix: str = '') -> List[Tuple[Section, List[str]]]:
-        found = []
-        for section in sections:
-            own = {
-                re.sub('[^A-Za-z0-9_.-]+', '-', f'{prefix}{name}'): draw([chart])
-                for name, chart in section.charts.items() if chart.lines}
-            pictures.update(own)
-            found.append((section, [themed(svg) for svg in own.values()]))
-        return found
-
-    comparison, problems = [], runs[0].notes
+    comparison, pictures = [], {}
+    notes: Dict[str, List[str]] = {}
     if len(runs) > 1:
         groups = group_runs(runs)
         runs = [run for group in groups for run in group.runs]
         headline, lede = _headline_of_groups(groups)
-        comparison = drawn(iter([_comparison(groups)]))
-        problems = [f'{run.name}: {note}' for run in runs for note in run.notes]
+        comparison = _drawn([_comparison(groups)], pictures)
     else:
         headline, lede = _headline_of_run(runs[0])
-    parts = [
-        dict(
-            run=run,
-            top1=_percent(run.best.get('eval_top1')),
-            sections=drawn(_sections(run), f'{i}-{Path(run.name).name}-' if comparison else ''),
-            facts=_facts(run),
-            settings=[(k, _text(v)) for k, v in sorted(run_settings(run.args).items())] if run.known else [],
-        ) for i, run in enumerate(runs, 1)]
+    parts = []
+    for i, run in enumerate(runs, 1):
+        prefix = f'{i}-{Path(run.name).name}-' if comparison else ''
+        settings = sorted(run_settings(run.args).items()) if run.known else []
+        parts.append(dict(
+            run=run, sections=_drawn(_sections(run), pictures, prefix), facts=_facts(run), settings=settings,
+            top1=_percent(run.best.get('eval_top1'))))
+        for note in run.notes:
+            notes.setdefault(note, []).append(run.name)
     template = Path(__file__).with_suffix('.html').read_text(encoding='utf-8')
     text = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template).render(
-        headline=headline, lede=lede, problems=problems, comparison=comparison, parts=parts, pictures=list(pictures),
+        headline=headline, lede=lede, notes=notes, comparison=comparison, parts=parts, pictures=list(pictures),
         inks=INKS, version=__version__)
     return clean(text), pictures
+
+
+def _drawn(sections: Iterable[Section], pictures: Dict[str, str], prefix: str = '') -> List[Tuple[Section, List[str]]]:
+    """Draw the charts of sections, add them to the pictures, and return sections with something to show."""
+    found = []
+    for section in sections:
+        own = {
+            re.sub('[^A-Za-z0-9_.-]+', '-', f'{prefix}{name}'): draw([chart])
+            for name, chart in section.charts.items() if chart.lines}
+        pictures.update(own)
+        if own or section.rows:
+            found.append((section, [themed(svg) for svg in own.values()]))
+    return found
 
 
 def _number(value: Optional[float], digits: int = 2) -> str:
@@ -125,15 +128,6 @@ def _number(value: Optional[float], digits: int = 2) -> str:
 
 def _percent(value: Optional[float], digits: int = 2) -> str:
     return f'{text}%' if (text := _number(value, digits)) else ''
-
-
-def _text(value: Any) -> str:
-    """Return a setting as it stands in a recipe or on the command line."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, dict):
-        return ' '.join(f'{k}={v}' for k, v in value.items())
-    return ' '.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _duration(seconds: float) -> str:
@@ -163,9 +157,9 @@ def _headline_of_run(run: Run) -> Tuple[str, str]:
 
 def _sections(run: Run) -> Iterator[Section]:
     colors = {head: head_color(i) for i, head in enumerate(run.heads)}
-    yield from _heads(run, colors)
-    yield from _teaching(run, colors)
-    yield from _agreement(run, colors)
+    yield _heads(run, colors)
+    yield _teaching(run, colors)
+    yield _agreement(run, colors)
     yield from _exits(run, colors)
 
 
@@ -173,10 +167,7 @@ def _column(prefix: str, head: str) -> str:
     return prefix if head == 'backbone' else f'{prefix}_{head}'
 
 
-def _heads(run: Run, colors: Mapping[str, str]) -> Iterator[Section]:
-    if not run.epochs:
-        return
-
+def _heads(run: Run, colors: Mapping[str, str]) -> Section:
     def lines(column: str, of_backbone: str) -> List[Line]:
         return [
             column_line(run.epochs, of_backbone if head == 'backbone' else f'{column}_{head}', head, color)
@@ -190,7 +181,7 @@ def _heads(run: Run, colors: Mapping[str, str]) -> Iterator[Section]:
         if last := _percent(run.last.get(top1)):
             rows.append((color, [head, _percent(run.best.get(top1)), last, loss]))
     whole_loss = 'train_ce_backbone' if len(colors) > 1 else 'train_loss'
-    yield Section(
+    return Section(
         title='Heads',
         columns=['head', 'top-1, best epoch', 'top-1, last epoch', 'eval loss, last epoch'],
         rows=rows,
@@ -203,44 +194,34 @@ def _heads(run: Run, colors: Mapping[str, str]) -> Iterator[Section]:
     )
 
 
-def _teaching(run: Run, colors: Mapping[str, str]) -> Iterator[Section]:
-    columns = {(a, b): f'train_synergy_{a}_{b}' for a in colors for b in colors if a != b}
-    rows = _complete(run, columns.values())
-    if not rows:
-        return
-    text = (
-        "Synergy is the Kullback-Leibler divergence of the student's prediction from the teacher's, in nats, as a mean "
-        'over the training images of an epoch. At 0 there is nothing left to learn from that teacher.')
-    direction, weight = run.args['dks_direction'], _text(run.args['dks_synergy_weight'])
-    if run.method == 'DS':
-        text += ' Nobody taught in this run: the charts show how far apart the heads are by themselves.'
-    elif direction != 'both' or weight != '1.0':
-        text += f' This run has direction {direction} and weight {weight}; the charts show all pairs, unweighted.'
-    highest = max(row[column] for row in rows[len(rows) // 10:] for column in columns.values())
-    charts = {
-        f'teaching-{student}': Chart(
-            f'{student} learns from',
-            [column_line(rows, columns[a, student], a, color, digits=3) for a, color in colors.items() if a != student],
-            y_range=(0., highest),  # one for all, to be compared
-        ) for student in colors}
-    yield Section('Who teaches whom', text, charts=charts)
+def _teaching(run: Run, colors: Mapping[str, str]) -> Section:
+    lines = {
+        student: [
+            column_line(run.epochs, f'train_synergy_{teacher}_{student}', teacher, color, digits=3)
+            for teacher, color in colors.items() if teacher != student]
+        for student in colors}
+    settled = [y for of in lines.values() for line in of for _, y in line.points[len(line.points) // 10:]]
+    return Section(
+        title='Who teaches whom',
+        text="Synergy is the Kullback-Leibler divergence of the student's prediction from the teacher's, in nats, as a "
+             'mean over the training images of an epoch. At 0 there is nothing left to learn from that teacher. The '
+             'charts show all pairs, unweighted, also those that direction and weights leave out.',
+        charts={
+            # One range for all, so that they can be compared.
+            f'teaching-{student}': Chart(f'{student} learns from', of, y_range=(0., max(settled, default=0.)))
+            for student, of in lines.items()},
+    )
 
 
-def _agreement(run: Run, colors: Mapping[str, str]) -> Iterator[Section]:
-    heads = list(colors)
-    pairs = {(a, b): f'eval_agree_{a}_{b}' for i, a in enumerate(heads) for b in heads[i + 1:]}
-    rows = _complete(run, pairs.values())
-    if rows:
-        lines = [
-            column_line(rows, column, f'{a}, {b}', colors[a], second=colors[b], digits=1)
-            for (a, b), column in pairs.items() if len(heads) <= _MOST_HEADS or a == 'backbone']
-        text = 'The share of evaluation images to which two heads give the same class, right or wrong.'
-        yield Section('How often heads agree', text, charts=dict(agreement=Chart('Same class, %', lines)))
-
-
-def _complete(run: Run, columns: Sequence[str]) -> List[Epoch]:
-    """Return the epochs in which all of these columns have a number."""
-    return [row for row in run.epochs if columns and all(math.isfinite(row.get(c, math.nan)) for c in columns)]
+def _agreement(run: Run, colors: Mapping[str, str]) -> Section:
+    lines = [
+        column_line(run.epochs, f'eval_agree_{a}_{b}', f'{a}, {b}', colors[a], second=colors[b], digits=1)
+        for a, b in itertools.combinations(colors, 2) if len(colors) <= _MOST_HEADS or a == 'backbone']
+    return Section(
+        title='How often heads agree',
+        text='The share of evaluation images to which two heads give the same class, right or wrong.',
+        charts=dict(agreement=Chart('Same class, %', lines)),
+    )
 
 
 def _exits(run: Run, colors: Mapping[str, str]) -> Iterator[Section]:
@@ -278,18 +259,14 @@ def _exits(run: Run, colors: Mapping[str, str]) -> Iterator[Section]:
 
 
 def _finding(points: Sequence[Mapping[str, Any]], top1: float) -> str:
-    """Return a sentence about the cheapest early exit without a loss, else the cheapest that loses a point at most."""
-    for loss, words in ((0, 'no less accurate than'), (1, 'within a point of')):
-        good = [point for point in points if point['cost'] < 1 and point['top1'] >= top1 - loss]
-        if good:
-            best = min(good, key=lambda point: point['cost'])
-            who = f'If all images leave at {best["exit"]}'
-            if best['threshold'] > 0:
-                who = (f'If images leave at {best["exit"]} from a confidence of {best["threshold"]:g} on, '
-                       f'{_percent(best["leave"], 1)} do')
-            return (f"{who}: {_percent(best['top1'])} top-1 for {_number(best['cost'])} of the backbone's FLOPs, "
-                    f'{words} the backbone ({_percent(top1)}).')
-    return 'No early exit of this run is both cheaper than the backbone and within a point of its accuracy.'
+    """Return a sentence about the cheapest early exit that loses a point of accuracy at most."""
+    good = [point for point in points if point['cost'] < 1 and point['top1'] >= top1 - 1]
+    if not good:
+        return 'No early exit of this run is both cheaper than the backbone and within a point of its accuracy.'
+    best = min(good, key=lambda point: point['cost'])
+    return (f'If images leave at {best["exit"]} from a confidence of {best["threshold"]:g} on, '
+            f'{_percent(best["leave"], 1)} do: {_percent(best["top1"])} top-1 for {_number(best["cost"])} of the '
+            f"backbone's FLOPs, within a point of the backbone ({_percent(top1)}).")
 
 
 def _facts(run: Run) -> List[Tuple[str, Any]]:
@@ -319,38 +296,32 @@ def _baseline(groups: Sequence[Group]) -> Optional[Group]:
 
 def _headline_of_groups(groups: Sequence[Group]) -> Tuple[str, str]:
     runs = [run for group in groups for run in group.runs]
-    subjects = {_subject(run) for run in runs}
-    baseline = _baseline(groups)
-    if len(subjects) > 1:
-        return f'{len(runs)} runs side by side', 'Top-1 of the backbone alone.'
-    subject = subjects.pop()
+    subjects, baseline = {_subject(run) for run in runs}, _baseline(groups)
+    subject = ', '.join(sorted(subjects))
     for method in ('DKS', 'DS'):
         mine = [group for group in groups if group.method == method]
-        if baseline and len(mine) == 1 and mine[0].finished:
-            a, b = (statistics.fmean(group.values('last')) for group in (mine[0], baseline))
-            counts = ', '.join(f'{g.method}: {len(g.counted)}' for g in (mine[0], baseline))
-            return f'{method} backbone {_percent(a)}, baseline {_percent(b)}: {a - b:+.2f} points', (
-                f'{subject}. Top-1 of the backbone alone after the last epoch; runs of {counts}. '
-                + _error_of_difference(mine[0], baseline))
-    if len(groups) == 1 and groups[0].finished:
-        return f'{groups[0].method} backbone {_spread(groups[0], "last")}% top-1', (
-            f'{subject}. The backbone alone after the last epoch, mean and standard deviation of '
-            f'{len(groups[0].counted)} runs that differ in their seed only.')
+        if len(subjects) == 1 and baseline and len(mine) == 1 and mine[0].finished:
+            a, b = (_percent(statistics.fmean(group.values('last'))) for group in (mine[0], baseline))
+            return f'{method} backbone {a}, baseline {b}: {_difference(mine[0], baseline)} points', (
+                f'{subject}. Top-1 of the backbone alone after the last epoch, means of {len(mine[0].counted)} '
+                f'{method} and {len(baseline.counted)} baseline runs.')
     return f'{len(runs)} runs side by side', f'{subject}. Top-1 of the backbone alone.'
 
 
 def _spread(group: Group, which: str) -> str:
     values = group.values(which)
-    deviation = f' \N{PLUS-MINUS SIGN} {_number(statistics.stdev(values))}' if len(values) > 1 else ''
+    deviation = f' ± {_number(statistics.stdev(values))}' if len(values) > 1 else ''
     return _number(statistics.fmean(values)) + deviation if values else ''
 
 
-def _error_of_difference(a: Group, b: Group) -> str:
-    samples = [group.values('last') for group in (a, b)]
-    if min(map(len, samples)) < 2:
-        return 'A single run of a kind cannot tell how much of the difference is chance.'
-    error = math.sqrt(sum(statistics.variance(values) / len(values) for values in samples))
-    return f'The standard error of the difference is {_number(error)} points.'
+def _difference(a: Group, b: Group) -> str:
+    """Return the difference of two means after the last epoch, with its standard error where both have several runs."""
+    samples = a.values('last'), b.values('last')
+    means = [statistics.fmean(values) for values in samples]
+    text = f'{means[0] - means[1]:+.2f}'
+    if min(map(len, samples)) > 1:
+        text += f' ± {math.sqrt(sum(statistics.variance(values) / len(values) for values in samples)):.2f}'
+    return text
 
 
 def _comparison(groups: Sequence[Group]) -> Section:
@@ -360,14 +331,14 @@ def _comparison(groups: Sequence[Group]) -> Section:
     for group, color in zip(groups, colors, strict=True):
         seeds = ', '.join(str(run.args['seed']) if run.known else '?' for run in group.runs)
         seconds = [run.noted.get('train_seconds') for run in group.counted]
-        difference = ''
-        if baseline and group is not baseline and group.finished:
-            difference = f'{statistics.fmean(group.values("last")) - statistics.fmean(baseline.values("last")):+.2f}'
+        compared = baseline and group is not baseline and group.finished
         time = _duration(statistics.fmean(seconds)) if all(seconds) else ''
         rows.append((color, [
-            group.label, seeds, _spread(group, 'last'), difference, _spread(group, 'best'), time]))
-    text = ('Top-1 accuracy of the backbone alone in %: mean over the seeds and standard deviation. Lines are means, '
-            'bands reach from the lowest to the highest seed.')
+            group.label, seeds, _spread(group, 'last'), _difference(group, baseline) if compared else '',
+            _spread(group, 'best'), time]))
+    text = ('Top-1 accuracy of the backbone alone in %: mean over the seeds and standard deviation; of the difference '
+            'to the baseline, after the last epoch, the standard error. Lines are means, bands reach from the lowest '
+            'to the highest seed.')
     left_out = [run.name for group in groups for run in group.runs if run not in group.counted]
     if left_out:
         text += f' Not in the means, because unfinished: {", ".join(left_out)}.'
