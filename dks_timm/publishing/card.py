@@ -19,8 +19,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .. import __version__
 from ..errors import InputError, naming, printable, why
 from ..models import ARCHITECTURES
-from ..runs.charts import curves_svg
 from ..runs.folder import best_epoch, dataset_name, read_summary, run_settings
+from ..runs.pictures import curves_svg
 from ..training.config import check_types, create_parser
 
 __all__ = ['baseline', 'describe_run', 'eval_results', 'local_name', 'provenance', 'write_card']

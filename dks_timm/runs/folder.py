@@ -1,4 +1,4 @@
-"""What a training run leaves in its folder, read back: also of one that is still going, or was cut off."""
+"""The folder of a training run, read back: also of a run that is still going, or was cut off."""
 import csv
 import math
 import os
@@ -15,6 +15,7 @@ __all__ = ['Group', 'Run', 'best_epoch', 'dataset_name', 'group_runs', 'read_run
 
 PathLike = Union[str, os.PathLike]
 Epoch = Dict[str, float]  # a row of summary.csv
+_CHECKPOINTS = ('last.pth.tar', 'model_best.pth.tar')
 
 # Flags that say nothing about how a model was trained, or only where its owner keeps things.
 _HOUSEKEEPING = {
@@ -25,7 +26,7 @@ _HOUSEKEEPING = {
 
 
 def run_settings(args: Mapping[str, Any]) -> Dict[str, Any]:
-    """The flags of ``train.py`` by which a run differs from its defaults, for ``card={'training': ...}``.
+    """Return the flags of ``train.py`` by which a run differs from its defaults, for ``card={'training': ...}``.
 
     Args:
         args: The arguments of the run.
@@ -35,47 +36,41 @@ def run_settings(args: Mapping[str, Any]) -> Dict[str, Any]:
 
 
 def dataset_name(args: Mapping[str, Any]) -> str:
-    """Name of the dataset of a run; of a path, its last part."""
+    """Return the name of the dataset of a run; of a path, its last part."""
     dataset = str(args.get('dataset') or args.get('data_dir') or args.get('data') or '')
     return os.path.basename(os.path.abspath(dataset)) if os.path.exists(dataset) else dataset
 
 
 def read_summary(path: PathLike) -> List[Epoch]:
-    """The epochs in a run's ``summary.csv``, without empty cells and lines that are not whole; [] without a file."""
-    return _read_epochs(Path(path))[0]
+    """Return the epochs in a run's ``summary.csv``, without lines that are cut off or broken; [] without a file."""
+    return _read_epochs(Path(path), [])
 
 
-def _read_epochs(path: Path) -> Tuple[List[Epoch], List[str]]:
-    """The epochs, and what is wrong with the file."""
+def _read_epochs(path: Path, notes: List[str]) -> List[Epoch]:
     try:
         text = path.read_text(encoding='utf-8', errors='replace')
     except FileNotFoundError:
-        return [], ['There is no summary.csv yet: no epoch was completed.']
-    except OSError as e:
-        return [], [f'summary.csv cannot be read: {e.strerror}.']
-    notes = []
-    *lines, rest = text.replace('\0', '').split('\n')
-    if rest.strip():
-        notes.append('The last line of summary.csv is cut off; it is left out.')
+        notes.append('There is no summary.csv yet: no epoch was completed.')
+        return []
+    *lines, cut_off = text.replace('\0', '').split('\n')
     header, *rows = list(csv.reader(lines)) or [[]]
     epochs: Dict[float, Epoch] = {}
-    bad = 0
+    broken = int(bool(cut_off.strip()))
     for row in filter(None, rows):
         try:
             found = {name: float(value) for name, value in zip(header, row, strict=True) if value}
             epochs[int(found['epoch'])] = found
         except (KeyError, OverflowError, ValueError):
-            bad += 1
-    if bad:
-        notes.append(f'{bad} line{"s" * (bad > 1)} of summary.csv could not be read, and {"are" if bad > 1 else "is"} '
-                     'left out.')
-    if not epochs and not notes:
+            broken += 1
+    if broken:
+        notes.append(f'Lines of summary.csv that are cut off or broken, and left out: {broken}.')
+    elif not epochs:
         notes.append('summary.csv has no epoch yet.')
-    return [epochs[epoch] for epoch in sorted(epochs)], notes
+    return [epochs[epoch] for epoch in sorted(epochs)]
 
 
 def best_epoch(epochs: Iterable[Epoch], metric: str) -> Optional[Epoch]:
-    """The evaluated epoch with the best metric, the earliest of equals; None without any."""
+    """Return the evaluated epoch with the best metric, the earliest of equals; None without any."""
     sign = 1 if metric == 'loss' else -1
     evaluated = [row for row in epochs if math.isfinite(row.get(f'eval_{metric}', math.nan))]
     return min(evaluated, key=lambda row: sign * row[f'eval_{metric}'], default=None)
@@ -88,11 +83,12 @@ class Run:
     Attributes:
         folder: The folder.
         args: The arguments, with the defaults of those that were not noted.
-        noted: What checkpoints carry beside the arguments, see :func:`dks_timm.publishing.card.provenance`.
+        noted: The content of its checkpoints besides the weights: arguments, and what
+            :func:`dks_timm.publishing.card.provenance` lists.
         epochs: Rows of summary.csv.
-        notes: What is missing or broken, for people.
-        known: Whether the arguments are those of the run, not the defaults.
-        name: What to call it.
+        notes: Sentences about files that are missing or broken.
+        known: True if the arguments are those of the run, False if they are the defaults.
+        name: Name of the folder.
     """
     folder: Path
     args: Dict[str, Any]
@@ -107,7 +103,7 @@ class Run:
 
     @property
     def heads(self) -> List[str]:
-        """Names of the classifiers, the backbone's first."""
+        """Names of the heads, the backbone's first."""
         columns = [name for row in self.epochs for name in row]
         found = [name.partition('_top1_')[2] for name in columns if name.startswith(('eval_top1_', 'train_top1_'))]
         return ['backbone', *(name for name in dict.fromkeys(found) if name not in ('backbone', 'ensemble'))]
@@ -125,17 +121,18 @@ class Run:
 
     @property
     def finished(self) -> bool:
+        """True if all epochs that were asked for are done."""
         epochs = self.args['epochs']
         return bool(self.epochs) and isinstance(epochs, int) and self.epochs[-1]['epoch'] + 1 >= epochs
 
     @property
     def best(self) -> Epoch:
-        """The epoch of model_best.pth.tar."""
+        """The epoch of model_best.pth.tar; {} without an evaluation."""
         return best_epoch(self.epochs, self.args['eval_metric']) or {}
 
     @property
     def last(self) -> Epoch:
-        """The last epoch with an evaluation."""
+        """The last epoch with an evaluation; {} without one."""
         return next((row for row in reversed(self.epochs) if math.isfinite(row.get('eval_top1', math.nan))), {})
 
 
@@ -143,19 +140,18 @@ def read_run(folder: PathLike) -> Run:
     """Read the folder of a run.
 
     Raises:
-        ValueError: There is nothing of a run in it.
+        ValueError: The folder holds nothing of a run.
     """
     folder = Path(folder)
+    advice = 'give the folder of a run, the one with its args.yaml'
     if not folder.is_dir():
-        raise InputError(f'RUN {folder}: {"not a folder" if folder.exists() else "no such folder"}; give the folder of '
-                         'a run, the one with its args.yaml')
-    checkpoints = sorted(folder.glob('*.pth.tar'))
-    if not checkpoints and not any((folder / name).is_file() for name in ('args.yaml', 'summary.csv')):
-        inside = sorted(p.parent.name for p in folder.glob('*/args.yaml'))
-        hint = f'it holds the runs {", ".join(inside[:5])}{", ..." * (len(inside) > 5)}; give those' if inside else (
-            'give the folder of a run, the one with its args.yaml')
-        raise InputError(f'RUN {folder}: has no args.yaml, summary.csv or checkpoint; {hint}')
-    epochs, notes = _read_epochs(folder / 'summary.csv')
+        raise InputError(f'RUN {folder}: {"not a folder" if folder.exists() else "no such folder"}; {advice}')
+    if not any((folder / name).is_file() for name in ('args.yaml', 'summary.csv', *_CHECKPOINTS)):
+        if inside := sorted(path.parent.name for path in folder.glob('*/args.yaml')):
+            advice = f'it holds the runs {", ".join(inside[:5])}{", ..." * (len(inside) > 5)}; give those'
+        raise InputError(f'RUN {folder}: has no args.yaml, summary.csv or checkpoint; {advice}')
+    notes: List[str] = []
+    epochs = _read_epochs(folder / 'summary.csv', notes)
     noted = _read_checkpoints(folder, notes)
     settings = _read_settings(folder / 'args.yaml', notes)
     if settings is None and noted:
@@ -175,40 +171,35 @@ def read_run(folder: PathLike) -> Run:
 
 def _read_settings(path: Path, notes: List[str]) -> Optional[Dict[str, Any]]:
     try:
-        text = path.read_text(encoding='utf-8')
-        settings = yaml.safe_load(text)
-        if isinstance(settings, dict):
-            if not text.endswith('\n'):
-                notes.append('args.yaml does not end with a line break: it may be cut off.')
-            return {str(key): value for key, value in settings.items()}
-        notes.append('args.yaml holds no arguments.')
+        settings = yaml.safe_load(path.read_text(encoding='utf-8'))
     except FileNotFoundError:
         notes.append('There is no args.yaml: settings are unknown.')
-    except Exception:  # YAML raises what it likes
+        return None
+    except (OSError, ValueError, yaml.YAMLError):
+        settings = None
+    if not isinstance(settings, dict):
         notes.append('args.yaml cannot be read: settings are unknown.')
-    return None
+        return None
+    return {str(key): value for key, value in settings.items()}
 
 
 def _read_checkpoints(folder: Path, notes: List[str]) -> Dict[str, Any]:
-    """The arguments of the newest checkpoint that can be read; ``exits`` and ``exits_epoch`` of the best one."""
+    """Return the arguments of the last checkpoint, else of the best; ``exits`` and ``exits_epoch`` of the best."""
     from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-    def read(file):
-        try:
-            checkpoint = load_checkpoint_metadata(file)
-            return {**vars(checkpoint['args']), 'epoch': checkpoint['epoch']}
-        except (*UNREADABLE, ValueError):
-            notes.append(f'{file.name} is no whole checkpoint.')
-            return {}
-
-    best, last = folder / 'model_best.pth.tar', folder / 'last.pth.tar'
-    best_args = read(best) if best.is_file() else {}
-    others = sorted(folder.glob('checkpoint-*.pth.tar'), key=lambda f: f.stat().st_mtime, reverse=True)
-    found = next((args for file in ([last] if last.is_file() else []) + others if (args := read(file))), best_args)
+    found = {}
+    for name in _CHECKPOINTS:
+        if (folder / name).is_file():
+            try:
+                checkpoint = load_checkpoint_metadata(folder / name)
+                found[name] = {**vars(checkpoint['args']), 'exits_epoch': checkpoint['epoch']}
+            except UNREADABLE:
+                notes.append(f'{name} is no whole checkpoint.')
     if not found:
         notes.append('There is no checkpoint: command, versions, machine, time and early exits are unknown.')
         return {}
-    return {**found, 'exits': best_args.get('exits'), 'exits_epoch': best_args.get('epoch')}
+    last, best = (found.get(name, {}) for name in _CHECKPOINTS)
+    return {**(last or best), **{key: best.get(key) for key in ('exits', 'exits_epoch')}}
 
 
 @dataclass(eq=False)
@@ -237,12 +228,15 @@ class Group:
     def finished(self) -> bool:
         return all(run.finished and run.last for run in self.counted)
 
+    def values(self, which: str) -> List[float]:
+        """Return top-1 accuracies of the counted runs in their 'last' or 'best' epoch."""
+        return [epoch['eval_top1'] for run in self.counted if 'eval_top1' in (epoch := getattr(run, which))]
+
     def curve(self, column: str) -> List[Tuple[float, List[float]]]:
-        """Values of a column at the epochs that all counted runs have."""
+        """Return the values of a column at the epochs that all counted runs have."""
         tables = [{row['epoch']: row[column] for row in run.epochs if math.isfinite(row.get(column, math.nan))}
                   for run in self.counted]
-        shared = set.intersection(*map(set, tables))
-        return [(epoch, [table[epoch] for table in tables]) for epoch in sorted(shared)]
+        return [(epoch, [table[epoch] for table in tables]) for epoch in sorted(set.intersection(*map(set, tables)))]
 
 
 def group_runs(runs: Sequence[Run]) -> List[Group]:
@@ -251,21 +245,20 @@ def group_runs(runs: Sequence[Run]) -> List[Group]:
     for run in runs:
         settings = {**run_settings(run.args), 'data': dataset_name(run.args)}
         settings = {k: v for k, v in settings.items() if k not in ('seed', 'wandb_tags', 'log_with', 'log_wandb')}
-        key = repr(sorted(settings.items(), key=lambda item: item[0]))
-        groups.setdefault(key, Group(run.method, [], settings)).runs.append(run)
+        groups.setdefault(repr(sorted(settings.items())), Group(run.method, [], settings)).runs.append(run)
     found = sorted(groups.values(), key=lambda g: ('baseline', 'DS', 'DKS', 'unknown').index(g.method))
+    defaults = {**vars(create_parser().parse_args([])), 'data': ''}
     for group in found:
-        others = [g.settings for g in found if g is not group]
         # Within a method all that differs, between methods only what has nothing to do with them.
-        alike = [g.settings for g in found if g.method == group.method and g is not group]
-        keys = {k for other in others for k in differing(group.settings, other) if not k.startswith('dks')}
-        keys |= {k for other in alike for k in differing(group.settings, other)}
-        defaults = {**vars(create_parser().parse_args([])), 'data': ''}
-        parts = [f'{key} {group.settings.get(key, defaults[key])}' for key in sorted(keys)]
+        keys = {
+            key for other in found for key in differing(group.settings, other.settings)
+            if other.method == group.method or not key.startswith('dks')}
+        parts = [f'{key} {group.settings.get(key, defaults[key])}'
+                 for key in sorted(keys, key=lambda key: (not key.startswith('dks'), key))]
         group.label = ', '.join([group.method, *parts])
     return found
 
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> List[str]:
-    """Keys by which two settings differ."""
+    """Return the keys by which two settings differ."""
     return sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k))
