@@ -16,7 +16,7 @@ import torch
 import yaml
 from timm.models import safe_model_name
 from timm.task import resume_task_checkpoint
-from timm.utils import CheckpointSaver, get_outdir
+from timm.utils import CheckpointSaver, get_outdir, unwrap_model
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch.utils._pytree import tree_map_only
 
@@ -34,9 +34,6 @@ def create_folder(args, args_text: str, input_size: Sequence[int], resume: str) 
     """Create the folder of a run, named as timm names it, with its args.yaml.
 
     Args:
-        args: The configuration.
-        args_text: Content of args.yaml.
-        input_size: (C, H, W).
         resume: Checkpoint that the run continues from, or ''; with --resume auto the run stays in its folder.
 
     Raises:
@@ -138,7 +135,8 @@ def load(path, args, task, optimizer, scaler):
         raise OptionError(f'--resume {path}: holds a {type(checkpoint).__name__}; give a checkpoint of a run')
     misfit = (
         f'--resume {path}: holds weights of {checkpoint.get("arch", "another model")} that do not fit '
-        f'--model {args.model} with {args.num_classes} classes; resume with the model it was made by'
+        f'--model {args.model} with {unwrap_model(task.get_trainable_module()).num_classes} classes; resume with the '
+        'model it was made by'
     )
     if not holds_weights(checkpoint) or args.model_ema and not holds_weights(checkpoint, ema=True):
         raise OptionError(misfit)

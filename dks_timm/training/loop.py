@@ -143,8 +143,8 @@ class Trainer:
 
         Args:
             args_text: Content of args.yaml.
-            input_size: (C, H, W), named in the folder's name where --experiment does not name it.
-            resume: Checkpoint that the run continues from, or ''; with --resume auto the run stays in its folder.
+            input_size: Of an image, (C, H, W).
+            resume: Checkpoint that the run continues from, or ''.
         """
         args = self.args
         self.input_size = input_size

@@ -40,16 +40,12 @@ class Update:
         size: Number of batches.
         divisor: Of their losses.
         totals: Sums of the epoch so far.
-        epoch: Its number.
-        batch: Batches of the epoch before the update.
-        done: Updates of the epoch before it.
-        updates: Those since the beginning of the run.
+        **place: Numbers before the update: ``epoch``, ``batch`` and ``done`` updates in it, ``updates`` of the run.
 
     Attributes:
         finite: False once :meth:`clip_gradients` has found a number that is not finite.
         parts: For each batch the task's output, its loss, target and number of images.
         mark: State of this process before the update.
-        images: Of the last batch.
     """
 
     def __init__(self, trainer, batches: Iterator, size: int, divisor: int, totals, **place: int):
