@@ -22,6 +22,7 @@ def main(argv=None):
         from timm.data import resolve_data_config
         from timm.layers import set_fast_norm
 
+        from dks_timm.method.cost import exit_flops
         from dks_timm.publishing import card, export
         from dks_timm.training import build, checkpoint, data, distributed, loop, stopping
 
@@ -41,11 +42,15 @@ def main(argv=None):
                 args.num_classes = model.num_classes
                 data.check_num_classes(args.num_classes, dataset_train, dataset_eval)
             data_config = resolve_data_config(vars(args), model=model, verbose=accelerator.is_main_process)
-            model = build.place_model(args, model, data_config['input_size'], accelerator.device)
+            if args.dks and accelerator.is_main_process:
+                args.exit_flops = exit_flops(model, data_config['input_size'])  # for reports
+            model = build.place_model(args, model, data_config['input_size'], accelerator)
+            if args.sync_bn and args.distributed:
+                args.dist_bn = ''  # no statistics are left to distribute
             loaders = data.create_loaders(args, dataset_train, dataset_eval, data_config, model, accelerator.device)
-            task = build.create_task(args, model, accelerator.device)
-            build.set_learning_rate(args, batch_size=loaders[-1])
-            optimizer = build.create_optimizer(args, task.get_trainable_module())
+            task = build.create_task(args, model, accelerator)
+            args.lr = build.learning_rate(args, loaders[-1], accelerator.num_processes)
+            optimizer = build.create_optimizer(args, task.get_trainable_module(), args.lr)
             names = ['backbone', *(f'stage{stage}' for stage in model.stages)] if args.dks else ['backbone']
             trainer = loop.Trainer(args, accelerator, task, optimizer, loaders, names, resume)
             if trainer.finished:

@@ -81,8 +81,8 @@ class Step:
         self.model = build.create_model(self.args)
         self.args.num_classes = self.model.num_classes
         size = resolve_data_config(vars(self.args), model=self.model)['input_size']
-        self.model = build.place_model(self.args, self.model, size, self.device)
-        self.task = build.create_task(self.args, self.model, self.device)
+        self.model = build.place_model(self.args, self.model, size, self.accelerator)
+        self.task = build.create_task(self.args, self.model, self.accelerator)
         optimizer = create_optimizer_v2(self.model, **optimizer_kwargs(cfg=self.args))
         if self.args.torchcompile:
             self.task.compile(backend=self.args.torchcompile)

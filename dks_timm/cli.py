@@ -5,9 +5,8 @@ import sys
 from typing import Optional, Sequence
 
 from .errors import ExportError, InputError, PushError, flag, naming, one_line
-from .training.checks import check_numbers
-from .training.config import Parser, add_branch_flags, add_card_flags, add_hub_flags, add_thrift_flags
-from .training.flags import ParseKwargs
+from .training.config import check_numbers
+from .training.flags import Parser, add_branch_flags, add_card_flags, add_hub_flags, add_input_flags, add_thrift_flags
 
 
 def _create_parser() -> Parser:
@@ -25,9 +24,9 @@ def _create_parser() -> Parser:
     export.add_argument('--no-ema', action='store_true', help='take the trained weights where there are averaged ones')
     export.add_argument('--overwrite', action='store_true',
                         help='replace a model that the folder or the repository already holds')
-    add_card_flags(export)
+    add_card_flags(export.add_argument)
     export.add_argument('--push-to-hub', metavar='OWNER/NAME', help='push the folder to this repository, too')
-    add_hub_flags(export)
+    add_hub_flags(export.add_argument)
     export.set_defaults(run=_export)
 
     push = commands.add_parser(
@@ -39,7 +38,7 @@ def _create_parser() -> Parser:
     push.add_argument('folder', metavar='DIR', help='folder of an exported model')
     push.add_argument('push_to_hub', metavar='OWNER/NAME', help='repository, created if need be')
     push.add_argument('--overwrite', action='store_true', help='replace another model that the repository holds')
-    add_hub_flags(push)
+    add_hub_flags(push.add_argument)
     push.set_defaults(run=_push)
 
     inspect = commands.add_parser(
@@ -49,13 +48,9 @@ def _create_parser() -> Parser:
                     'and what a training step costs over the plain model.',
     )
     inspect.add_argument('model', metavar='MODEL', help='timm model name, also hf-hub:owner/name and local-dir:path')
-    inspect.add_argument('--num-classes', type=int, metavar='N', help="number of classes, the model's if not given")
-    inspect.add_argument('--img-size', type=int, metavar='N', help="height and width, the model's if not given")
-    inspect.add_argument('--in-chans', type=int, metavar='N', help="input channels, the model's if not given")
-    inspect.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
-                         help='more arguments for timm.create_model')
-    add_branch_flags(inspect)
-    add_thrift_flags(inspect)
+    add_input_flags(inspect.add_argument)
+    add_branch_flags(inspect.add_argument)
+    add_thrift_flags(inspect.add_argument)
     inspect.add_argument('--json', action='store_true', help='print it for machines')
     inspect.set_defaults(run=_inspect)
 

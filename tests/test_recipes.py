@@ -1,4 +1,5 @@
 """The recipes: what each says of itself is what it does."""
+import argparse
 import contextlib
 import csv
 import functools
@@ -16,7 +17,6 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
-from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
@@ -67,8 +67,7 @@ def commands(path):
 def dks_args(path):
     """The arguments of the recipe's last command, with --dks where the recipe leaves it to the command line."""
     args, _, _ = config.parse_args([*commands(path)[-1], '--dks'])
-    args.rank, args.world_size, args.pretrained = 0, 1, False
-    return args
+    return argparse.Namespace(**{**vars(args), 'pretrained': False})
 
 
 @functools.cache
@@ -105,8 +104,7 @@ def test_it_builds_model_loss_optimizer_and_schedule(path):
     assert len(model.branches) >= 1
     loss_fn = build._create_dks_loss(args, build.create_criterion(args), 1 + len(model.branches))
     loss_fn.resolve_weights(1 + len(model.branches))
-    build.set_learning_rate(args, args.batch_size)
-    optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    optimizer = build.create_optimizer(args, model, build.learning_rate(args, args.batch_size, 1))
     assert sum(len(g['params']) for g in optimizer.param_groups) == len(list(model.parameters()))
     scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=100)
     assert scheduler is not None and epochs >= args.epochs
@@ -155,11 +153,10 @@ def test_its_batch_learning_rate_and_epochs_are_those_of_its_header(path):
     args, _, _ = config.parse_args(commands(path)[-1])
     assert (args.batch_size, args.grad_accum_steps) == (int(per_gpu), int(accumulated or 1))
     assert int(batch) == int(gpus) * args.batch_size * args.grad_accum_steps
-    args.world_size = int(gpus)
-    build.set_learning_rate(args, args.batch_size)
-    assert args.lr == pytest.approx(float(lr))
+    found = build.learning_rate(args, args.batch_size, int(gpus))
+    assert found == pytest.approx(float(lr))
 
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.lr)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=found)
     _, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=100)
     assert epochs == int(said(path, r'\), (\d+) epochs')[0])
 

@@ -28,8 +28,7 @@ from ..method.model import DKSModel, create_dks_model, prune
 from ..models import ARCHITECTURES
 from ..training.build import check_model_name, create_model
 from ..training.checkpoint import holds_weights
-from ..training.checks import check_numbers
-from ..training.config import check_types, create_parser
+from ..training.config import check_numbers, check_types, create_parser
 from .card import FACTS, METADATA, baseline, describe_run, write_card
 from .push import FILES, BackgroundPush, PushError, check_repository, finishing_line, push_folder
 

@@ -1,4 +1,4 @@
-"""From flags to model, task and learning rate, each as timm's trainer makes it."""
+"""From the configuration to model, task, optimizer and learning rate, each as timm's train.py makes it."""
 import logging
 from copy import deepcopy
 from functools import partial
@@ -12,33 +12,15 @@ from timm.models import NaFlexVit, resolve_model_input_args
 from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwargs
 
 from ..errors import OptionError, closest, flag, naming
-from ..method.cost import exit_flops, training_cost
+from ..method.cost import training_cost
 from ..method.loss import DKSLoss
 from ..method.model import add_branches
 from ..method.plan import run_bare
 from ..method.task import DKSDistillationTask, DKSTask
-from .checks import mixup_active
+from .config import mixup_active
 from .data import model_dtype
 
 _logger = logging.getLogger(__name__)
-
-
-def check_model_name(name: str, flag: str = 'MODEL') -> None:
-    """Refuse a model that timm does not have."""
-    if ':' not in name and not timm.is_model(name.partition('.')[0]):
-        raise OptionError(f'{flag} {name}: timm has no such model{closest(name, timm.list_models())}')
-    with naming(f'{flag} {name}', Exception, without=lambda: _architecture('resnet18')):
-        _architecture(name)
-
-
-def _architecture(name: str) -> str:
-    """Name of the architecture of a model, from its config.json where that is published."""
-    return resolve_model_input_args(name)['model_name']
-
-
-def naming_model(subject: str, name: str):
-    """Name a model in what timm raises about it, where its architecture without further settings works."""
-    return naming(subject, Exception, without=lambda: run_bare(_architecture(name)))
 
 
 def check_names(args) -> None:
@@ -51,12 +33,30 @@ def check_names(args) -> None:
         try:
             get_optimizer_class(optimizer)
         except ValueError:
-            names = timm.optim.list_optimizers()
-            raise OptionError(f'--opt {args.opt}: timm has no such optimizer{closest(optimizer, names)}') from None
+            hint = closest(optimizer, timm.optim.list_optimizers())
+            raise OptionError(f'--opt {args.opt}: timm has no such optimizer{hint}') from None
     if args.torchcompile:
         mode = f' --torchcompile-mode {args.torchcompile_mode}' if args.torchcompile_mode else ''
         with naming(f'--torchcompile {args.torchcompile}{mode}', RuntimeError):
             torch.compile(lambda: None, backend=args.torchcompile, mode=args.torchcompile_mode)  # looked up, not run
+
+
+def check_model_name(name: str, flag: str = 'MODEL') -> None:
+    """Refuse a model that timm does not have."""
+    if ':' not in name and not timm.is_model(name.partition('.')[0]):
+        raise OptionError(f'{flag} {name}: timm has no such model{closest(name, timm.list_models())}')
+    with naming(f'{flag} {name}', Exception, without=lambda: _architecture('resnet18')):
+        _architecture(name)
+
+
+def _architecture(name):
+    """Return the architecture of a model: the name itself, or what its published config.json says."""
+    return resolve_model_input_args(name)['model_name']
+
+
+def naming_model(subject: str, name: str):
+    """Name a model in what timm raises about it, if its architecture works without further settings."""
+    return naming(subject, Exception, without=lambda: run_bare(_architecture(name)))
 
 
 def create_model(args):
@@ -78,109 +78,115 @@ def create_model(args):
     kwargs.update(args.model_kwargs)
     if args.pretrained_path:
         kwargs['pretrained_cfg_overlay'] = dict(file=args.pretrained_path, num_classes=-1)  # -1 adapts the classifier
-    image_size = tuple(args.input_size[1:]) if args.input_size else args.img_size and (args.img_size, args.img_size)
     subject = _subject(args)
-    if args.initial_checkpoint:
-        subject += f' with --initial-checkpoint {args.initial_checkpoint}, which should hold its weights'
-    if args.pretrained_path:
-        subject += f' with --pretrained-path {args.pretrained_path}, which should hold its weights'
+    for name in ('initial_checkpoint', 'pretrained_path'):
+        if getattr(args, name):
+            subject += f' with {flag(name)} {getattr(args, name)}, which should hold its weights'
     with naming_model(subject, args.model):
         model = timm.create_model(args.model, **kwargs)
     if not hasattr(model, 'get_classifier'):
         raise OptionError(f'{subject}: has no classifier to train')
     if args.dks:
         with naming(subject):
-            model = add_branches(
-                model,
-                args.model,
-                args.pretrained,
-                args.dks_stages,
-                args.dks_branches,
-                args.dks_branch_kwargs,
-                args.dks_budget,
-                image_size,
-                args.dks_batch_fraction,
-                {k: v for k, v in kwargs.items() if k != 'pretrained'},
-            )
-        _logger.info(model.describe())
-        if args.dks_batch_fraction < 1 or args.dks_every > 1:
-            cost = training_cost(model, kwargs['in_chans'])
-            if cost is not None:
-                _logger.info(
-                    f'Training forward, on average: {1 + (cost - 1) / args.dks_every:.2f}x the FLOPs of the backbone.')
-
+            model = _add_branches(args, model, kwargs)
     _set_heads(args, model)
     if args.grad_checkpointing:
         subject = f'--grad-checkpointing with --model {args.model}'
         if not hasattr(model, 'set_grad_checkpointing'):
             raise OptionError(f'{subject}: cannot recompute activations; leave the flag out')
-        with naming(subject, AssertionError):  # timm's word for a model that cannot
+        with naming(subject, AssertionError):  # which timm raises for a model that cannot
             model.set_grad_checkpointing(enable=True)
     if args.naflex_loader and not isinstance(model, NaFlexVit):
         raise OptionError(f'--naflex-loader: --model {args.model} does not take patch sequences; use a naflexvit model')
     return model
 
 
+def _add_branches(args, backbone, kwargs):
+    image_size = tuple(args.input_size[1:]) if args.input_size else args.img_size and (args.img_size, args.img_size)
+    model = add_branches(
+        backbone,
+        args.model,
+        args.pretrained,
+        args.dks_stages,
+        args.dks_branches,
+        args.dks_branch_kwargs,
+        args.dks_budget,
+        image_size,
+        args.dks_batch_fraction,
+        {k: v for k, v in kwargs.items() if k != 'pretrained'},
+    )
+    _logger.info(model.describe())
+    if args.dks_batch_fraction < 1 or args.dks_every > 1:
+        cost = training_cost(model, kwargs['in_chans'])
+        if cost is not None:
+            _logger.info(
+                f'Training forward, on average: {1 + (cost - 1) / args.dks_every:.2f}x the FLOPs of the backbone.')
+    return model
+
+
 def _set_heads(args, model):
     """Scale and bias the classifiers as --head-init-scale and --head-init-bias say."""
-    for name in ('head_init_scale', 'head_init_bias'):
-        value = getattr(args, name)
-        if value is None:
-            continue
-        heads = model.get_classifiers() if args.dks else model.get_classifier()
-        for head in heads if isinstance(heads, (list, tuple)) else [heads]:
-            weight, bias = getattr(head, 'weight', None), getattr(head, 'bias', None)
-            if bias is None or weight is None:
-                raise OptionError(f'{flag(name)} {value}: the classifier of --model {args.model} has no '
-                                  'weight and bias of its own; leave the flag out')
-            with torch.no_grad():
-                if name == 'head_init_bias':
-                    bias.fill_(value)
-                else:
-                    weight.mul_(value)
-                    bias.mul_(value)
+    given = [name for name in ('head_init_scale', 'head_init_bias') if getattr(args, name) is not None]
+    if not given:
+        return
+    heads = model.get_classifiers() if args.dks else model.get_classifier()
+    for head in heads if isinstance(heads, (list, tuple)) else [heads]:
+        if getattr(head, 'weight', None) is None or getattr(head, 'bias', None) is None:
+            raise OptionError(f'{flag(given[0])} {getattr(args, given[0])}: the classifier of --model {args.model} has '
+                              'no weight and bias of its own; leave the flag out')
+        with torch.no_grad():
+            if 'head_init_scale' in given:
+                head.weight.mul_(args.head_init_scale)
+                head.bias.mul_(args.head_init_scale)
+            if 'head_init_bias' in given:
+                head.bias.fill_(args.head_init_bias)
 
 
-def _subject(args) -> str:
-    """What a complaint about the model begins with."""
+def _subject(args):
+    """Return the flags that a complaint about the model begins with."""
     given = {name: getattr(args, name) for name in ('model', 'model_kwargs', 'gp')}
     return ' with '.join(f'{flag(name)} {value}' for name, value in given.items() if value not in (None, {}))
 
 
-def place_model(args, model, input_size, device):
-    """Move the model to its device, dtype and layout, with the BatchNorm that the flags ask for."""
-    if args.dks and args.rank == 0:
-        args.exit_flops = exit_flops(model, input_size)  # a checkpoint carries it, for reports
+def place_model(args, model, input_size, accelerator):
+    """Move the model to its device, dtype and layout, with the BatchNorm that the flags ask for.
+
+    Args:
+        args: The configuration.
+        model: From :func:`create_model`.
+        input_size: (C, H, W) of its images.
+        accelerator: Its ``device`` and ``num_processes`` count.
+
+    Raises:
+        OptionError: if the model does not take such images, or BatchNorm cannot train on batches of one.
+    """
+    synced = args.sync_bn and accelerator.num_processes > 1
     if not args.naflex_loader:
         _check_input_size(args, model, input_size)
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
-    _check_batch_norm(args, model, input_size)
-    model.to(device=device, dtype=model_dtype(args))
+    if not (args.naflex_loader or synced):
+        _check_batch_norm(args, model, input_size)
+    model.to(device=accelerator.device, dtype=model_dtype(args))
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
-    if args.distributed and args.sync_bn:
-        args.dist_bn = ''  # no statistics are left to distribute
-        model = convert_sync_batchnorm(model)
-    return model
+    return convert_sync_batchnorm(model) if synced else model
 
 
 def _check_input_size(args, model, input_size):
-    """Refuse images that the model does not take, by one that it evaluates."""
+    """Refuse images that the model does not take, by evaluating one."""
     channels = input_size[0]
     model.eval()
     with torch.no_grad():
         for size in [input_size[1:], *((size, size) for size in args.train_img_sizes or ())]:
-            subject = f'{_subject(args)}: input size {(channels, *size)}'
-            with naming_model(subject, args.model):
+            with naming_model(f'{_subject(args)}: input size {(channels, *size)}', args.model):
                 model(torch.zeros(1, channels, *size))
     model.train()
 
 
 def _check_batch_norm(args, model, input_size):
-    """Refuse single images where BatchNorm, in training, gets one number a channel, and nothing to take a mean of."""
-    smallest = min([args.batch_size, *(args.train_batch_sizes or [])])
-    if smallest > 1 or args.naflex_loader or args.distributed and args.sync_bn:
+    """Refuse batches of one image where BatchNorm would get a single number per channel."""
+    if min([args.batch_size, *(args.train_batch_sizes or [])]) > 1:
         return
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -212,10 +218,10 @@ def create_criterion(args):
     return create_classification_loss('ce', smoothing=args.smoothing, soft_targets=soft_targets)
 
 
-def create_task(args, model, device):
+def create_task(args, model, accelerator):
     """Create the task that turns a batch into a loss: DKS, distillation, or plain classification."""
-    criterion = create_criterion(args).to(device)
-    common = dict(device=device, dtype=model_dtype(args), verbose=args.rank == 0)
+    criterion = create_criterion(args).to(accelerator.device)
+    common = dict(device=accelerator.device, dtype=model_dtype(args), verbose=accelerator.is_main_process)
     if args.dks:
         loss_fn = _create_dks_loss(args, criterion, num_classifiers=1 + len(model.branches))
         when = dict(every=args.dks_every, start_epoch=args.dks_start_epoch)
@@ -282,19 +288,24 @@ def _create_dks_loss(args, criterion, num_classifiers):
     )
 
 
-def create_optimizer(args, module):
+def create_optimizer(args, module, lr: float):
     """Create the optimizer of the module that is trained."""
-    kwargs = optimizer_kwargs(cfg=args)
+    kwargs = {**optimizer_kwargs(cfg=args), 'lr': lr}
     of_any = {k: v for k, v in kwargs.items() if k not in ('momentum', 'eps', 'betas', 'foreach')}
     with naming(f'--opt {args.opt}', Exception, without=partial(create_optimizer_v2, module, **of_any)):
         return create_optimizer_v2(module, **kwargs, **args.opt_kwargs)
 
 
-def set_learning_rate(args, batch_size: float) -> None:
-    """Where --lr is not given, scale --lr-base to the global batch size as timm does."""
+def learning_rate(args, batch_size: float, num_processes: int) -> float:
+    """Return --lr or, where it is not given, --lr-base scaled to the global batch size as timm does.
+
+    Args:
+        args: The configuration.
+        batch_size: Images of a batch of one process.
+        num_processes: Processes that train together.
+    """
     if args.lr:
-        return
-    ratio = batch_size * args.world_size * args.grad_accum_steps / args.lr_base_size
-    if not args.lr_base_scale:
-        args.lr_base_scale = 'sqrt' if any(name in args.opt.lower() for name in ('ada', 'lamb')) else 'linear'
-    args.lr = args.lr_base * (ratio ** 0.5 if args.lr_base_scale == 'sqrt' else ratio)
+        return args.lr
+    ratio = batch_size * num_processes * args.grad_accum_steps / args.lr_base_size
+    scale = args.lr_base_scale or ('sqrt' if any(name in args.opt.lower() for name in ('ada', 'lamb')) else 'linear')
+    return args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)

@@ -503,7 +503,8 @@ class Trainer:
         if self.engine == sharding.FSDP2:
             elsewhere = dict(pretrained=False, pretrained_path=None, initial_checkpoint='')
             args = argparse.Namespace(**{**vars(self.args), **elsewhere})
-            model = build.place_model(args, build.create_model(args), self.input_size, 'cpu')
+            cpu = argparse.Namespace(device='cpu', num_processes=self.accelerator.num_processes)
+            model = build.place_model(args, build.create_model(args), self.input_size, cpu)
         else:
             self.accelerator.unwrap_model(self.task.get_trainable_module(), keep_fp32_wrapper=False)
         load_checkpoint(

@@ -194,12 +194,11 @@ def test_sync_bn_is_refused_on_the_cpu_which_has_none(two):
 def test_sync_bn_converts_the_branches_too():
     from dks_timm.training import build
     args, _, _ = config.parse_args(['--model', 'test_resnet', '--num-classes', '2', '--dks', '--sync-bn'])
-    args.distributed, args.rank = True, 0
-    net = build.place_model(args, build.create_model(args), (3, 32, 32), 'cpu')
+    processes = types.SimpleNamespace(device='cpu', num_processes=2)
+    net = build.place_model(args, build.create_model(args), (3, 32, 32), processes)
     for part in (net.backbone, *net.branches):
         kinds = [type(m).__name__ for m in part.modules()]
         assert any('SyncBatchNorm' in kind for kind in kinds) and 'BatchNorm2d' not in kinds
-    assert args.dist_bn == ''
 
 
 @pytest.mark.skipif(not HAS_TENSORBOARD, reason='needs the package tensorboard')
