@@ -5,8 +5,7 @@ import sys
 from typing import Optional, Sequence
 
 from .errors import ExportError, InputError, PushError, flag, naming, one_line
-from .training.config import check_numbers
-from .training.flags import Parser, add_branch_flags, add_card_flags, add_hub_flags, add_input_flags, add_thrift_flags
+from .training.flags import Parser, add_branch_flags, add_card_flags, add_hub_flags, add_input_flags
 
 
 def _create_parser() -> Parser:
@@ -50,7 +49,6 @@ def _create_parser() -> Parser:
     inspect.add_argument('model', metavar='MODEL', help='timm model name, also hf-hub:owner/name and local-dir:path')
     add_input_flags(inspect.add_argument)
     add_branch_flags(inspect.add_argument)
-    add_thrift_flags(inspect.add_argument)
     inspect.add_argument('--json', action='store_true', help='print it for machines')
     inspect.set_defaults(run=_inspect)
 
@@ -78,7 +76,6 @@ def _inspect(args: argparse.Namespace):
     from .method.cost import backbone_without_weights, format_inspection, inspect_model
     from .training.build import check_model_name, naming_model
 
-    check_numbers(args)
     check_model_name(args.model)
     given = f' with --model-kwargs {args.model_kwargs}' if args.model_kwargs else ''
     subject = f'MODEL {args.model}{given}'

@@ -13,11 +13,8 @@ import struct
 import sys
 import traceback
 
-from safetensors import SafetensorError
-
-# Raised by torch and safetensors for a file that is no checkpoint, or not a whole one.
-UNREADABLE = (
-    EOFError, LookupError, OSError, RuntimeError, ValueError, SafetensorError, pickle.PickleError, struct.error)
+# Raised by torch.load for a file that is no checkpoint, or not a whole one.
+UNREADABLE = (EOFError, LookupError, OSError, RuntimeError, ValueError, pickle.PickleError, struct.error)
 # Arguments that an InputError begins with -> their flags.
 _FLAGS = dict(
     stages='dks_stages', branches='dks_branches', branch_kwargs='dks_branch_kwargs', budget='dks_budget',

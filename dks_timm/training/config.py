@@ -4,7 +4,6 @@ Nothing here imports torch or timm when it is loaded: ``--help`` and a mistyped 
 """
 import argparse
 import contextlib
-import math
 import os
 import re
 import sys
@@ -13,9 +12,8 @@ import psutil
 import yaml
 
 from ..errors import OptionError, closest, flag, shown
-from .flags import BOUNDS, NOT_YET, ParseKwargs, Parser, add_timm_flags, create_parser
+from .flags import ParseKwargs, Parser, StoreAction, add_timm_flags, create_parser
 
-LARGEST = 2 ** 63 - 1  # whole number that torch takes
 # Pillow's modes that timm's transforms take, with their channels.
 IMAGE_MODES = dict(L=1, LA=2, RGB=3, YCbCr=3, HSV=3, RGBA=4, RGBX=4, CMYK=4)
 POLICIES = ('rand', 'augmix', 'original', 'originalr', 'v0', 'v0r', '3a')
@@ -64,12 +62,9 @@ def parse_args(argv=None):
 
 
 def _read_command_line(argv):
-    """The values that were given, by name."""
+    """Return the values that were given, by name."""
     for word in argv:
-        name, _, value = word.partition('=')
-        if name in NOT_YET:
-            raise OptionError(f'{name}: a flag of a later timm, which train.py does not have yet')
-        if value == '--':  # argparse drops it and stores an empty list
+        if word.endswith('=--'):  # argparse drops the dashes and stores an empty list
             raise OptionError(f'{word}: is no value; give one')
     parser = create_parser()
     for action in parser._actions:
@@ -113,9 +108,9 @@ def launcher_settings(given) -> dict:
 
 
 def _launch_command():
-    """The flags of the `accelerate launch` that started this process, or None.
+    """Return the flags of the `accelerate launch` that started this process, or None.
 
-    Some of them it tells to nobody, as --gradient_accumulation_steps.
+    It puts some of them nowhere else, such as --gradient_accumulation_steps.
     """
     try:
         words = psutil.Process().parent().cmdline()
@@ -164,10 +159,14 @@ def check_types(source: str, values: dict) -> dict:
         values: By name of the flag; other names are left as they are.
 
     Raises:
-        OptionError: for a value of another type.
+        OptionError: for a value of another type, or a number out of bounds.
     """
     actions = {action.dest: action for action in create_parser()._actions}
-    return {k: _typed(source, k, value, actions[k]) if k in actions else value for k, value in values.items()}
+    typed = {k: _typed(source, k, value, actions[k]) if k in actions else value for k, value in values.items()}
+    for name, value in typed.items():
+        if isinstance(actions.get(name), StoreAction):
+            actions[name].check(value)
+    return typed
 
 
 def _typed(source, key, given, action):
@@ -194,40 +193,13 @@ def _typed(source, key, given, action):
 
 
 def _typed_scalar(value, action):
-    """The value where it is of the flag's type and one of its choices, else None. YAML reads 5e-4 as text."""
+    """Return the value if it is of the flag's type and one of its choices, else None. YAML reads 5e-4 as text."""
     if isinstance(value, str) and action.type in (int, float):
         with contextlib.suppress(ValueError):
             value = action.type(value)
     types = {int: int, float: (int, float)}.get(action.type, str)
     good = isinstance(value, types) and not isinstance(value, bool) and value in (action.choices or [value])
     return value if good else None
-
-
-def check_numbers(args) -> None:
-    """Refuse numbers outside the range that their flag declares.
-
-    Raises:
-        OptionError: naming flag, value and range.
-    """
-    for action in create_parser()._actions:
-        value = getattr(args, action.dest, None)
-        for number in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(number, (int, float)) and not isinstance(number, bool):
-                fault = _out_of_range(number, getattr(action, 'bounds', {}))
-                if fault:
-                    raise OptionError(f'{flag(action.dest)} {shown(number)}: must be {fault}')
-
-
-def _out_of_range(number, bounds):
-    if isinstance(number, int) and abs(number) > LARGEST:
-        return f'at most {LARGEST} either way'
-    if not math.isfinite(number):
-        return 'a finite number'
-    for name, bound in bounds.items():
-        words, within = BOUNDS[name]
-        if not within(number, bound):
-            return f'{words} {bound}'
-    return None
 
 
 def mixup_active(args) -> bool:
@@ -245,8 +217,7 @@ def check(args, given) -> None:
     Raises:
         OptionError: naming flag, value and what works.
     """
-    check_numbers(args)
-    for refusals in (_values, _pairs, _lists, _small_images, _dks):
+    for refusals in (_values, _pairs, _lists, _data_on_device, _dks):
         for refused, message in refusals(args, given):
             if refused:
                 raise OptionError(message)
@@ -280,24 +251,15 @@ def _values(args, given):
 
 # Flag -> the flag without which it has no effect.
 NEEDS = dict(
-    pretrained_path='pretrained',
-    wandb_resume_id='resume',
-    hub_revision='push_to_hub',
-    hub_timeout='push_to_hub',
-    push_every_best='push_to_hub',
-    keep_branches='dks',
-    jsd_loss='aug_splits',
-)
-EXCLUSIVE = (
-    ('split_bn', 'sync_bn'),
-    ('naflex_loader', 'train_img_sizes'),
-    ('naflex_loader', 'use_multi_epochs_loader'),
-    ('naflex_loader', 'aug_splits'),
-    ('naflex_loader', 'dks'),
-    ('aug_splits', 'mixup'),
-    ('aug_splits', 'cutmix'),
-    ('aug_splits', 'cutmix_minmax'),
-    ('aug_splits', 'no_prefetcher'),  # the prefetcher puts splits together
+    pretrained_path='pretrained', wandb_resume_id='resume', hub_revision='push_to_hub', hub_timeout='push_to_hub',
+    push_every_best='push_to_hub', keep_branches='dks', jsd_loss='aug_splits')
+# Flag -> flags that cannot be given beside it.
+EXCLUSIVE = dict(
+    split_bn=('sync_bn',),
+    aug_splits=('mixup', 'cutmix', 'cutmix_minmax', 'no_prefetcher'),
+    naflex_loader=('train_img_sizes', 'use_multi_epochs_loader', 'aug_splits', 'dks'),
+    train_pad=('no_aug', 'train_crop_mode', 'scale', 'ratio', 'train_img_sizes', 'naflex_loader'),
+    data_on_device=('aug_repeats', 'aug_splits', 'train_img_sizes', 'naflex_loader', 'no_prefetcher'),
 )
 
 
@@ -309,9 +271,10 @@ def _spelled(args, name):
 def _pairs(args, given):
     for name, other in NEEDS.items():
         yield getattr(args, name) and not getattr(args, other), f'{_spelled(args, name)}: needs {flag(other)}'
-    for name, other in EXCLUSIVE:
-        yield getattr(args, name) and getattr(args, other), (
-            f'{_spelled(args, name)}: cannot be combined with {_spelled(args, other)}; use one of the two')
+    for name, others in EXCLUSIVE.items():
+        for other in others:
+            yield given.get(name) and given.get(other), (
+                f'{_spelled(args, name)}: cannot be combined with {_spelled(args, other)}; use one of the two')
     yield args.split_bn and not (args.aug_splits or args.resplit), '--split-bn: needs --aug-splits or --resplit'
     yield args.amp and args.model_dtype not in (None, 'float32'), (
         f'--model-dtype {args.model_dtype}: cannot be combined with --amp; use one of the two')
@@ -326,10 +289,10 @@ def _lists(args, given):
         f'--in-chans {in_chans}: not the channels of --input-img-mode {mode}; there are '
         + ', '.join(f'{name} with {count}' for name, count in IMAGE_MODES.items()))
     for name, counts in dict(
-            mean=(1, in_chans), std=(1, in_chans), scale=(2,), ratio=(2,), cutmix_minmax=(2,), lr_noise=(1, 2)).items():
+            mean={1, in_chans}, std={1, in_chans}, scale={2}, ratio={2}, cutmix_minmax={2}, lr_noise={1, 2}).items():
         values = getattr(args, name)
         yield values is not None and len(values) not in counts, (
-            f'{flag(name)} {values}: must be {" or ".join(map(str, counts))} numbers')
+            f'{flag(name)} {values}: must be {" or ".join(map(str, sorted(counts)))} numbers')
     for name, of in (
             ('train_batch_sizes', 'train_img_sizes'),
             ('train_size_probs', 'train_img_sizes'),
@@ -341,20 +304,16 @@ def _lists(args, given):
         yield values is not None and not sum(values), f'{flag(name)} {values}: must add up to more than 0'
 
 
-def _small_images(args, given):
-    if args.train_pad is not None:
-        for name in ('no_aug', 'train_crop_mode', 'scale', 'ratio', 'train_img_sizes', 'naflex_loader'):
-            yield given.get(name) not in (None, False), (
-                f'{flag(name)}: cannot be combined with --train-pad; use one of the two')
-    if args.data_on_device:
-        yield args.train_pad is None and not args.no_aug, (
-            '--data-on-device: does not do resized crops; give --train-pad, or --no-aug')
-        yield args.mixup_mode == 'half', '--mixup-mode half: not with --data-on-device; use batch, pair or elem'
-        augmentations = ('color_jitter', 'grayscale_prob', 'gaussian_blur_prob', 'aa', 'reprob', 'resplit')
-        others = ('aug_repeats', 'aug_splits', 'train_img_sizes', 'naflex_loader', 'no_prefetcher')
-        for name in others if args.no_aug else augmentations + others:  # --no-aug switches augmentations off
-            yield getattr(args, name), f'{_spelled(args, name)}: not with --data-on-device; ' + (
-                'use --color-jitter 0' if name == 'color_jitter' else 'leave out one of the two')
+def _data_on_device(args, given):
+    if not args.data_on_device:
+        return
+    yield args.mixup_mode == 'half', '--mixup-mode half: not with --data-on-device; use batch, pair or elem'
+    if args.no_aug:
+        return
+    yield args.train_pad is None, '--data-on-device: does not do resized crops; give --train-pad, or --no-aug'
+    yield args.color_jitter, f'--color-jitter {args.color_jitter}: not with --data-on-device; use --color-jitter 0'
+    for name in ('grayscale_prob', 'gaussian_blur_prob', 'aa', 'reprob', 'resplit'):
+        yield getattr(args, name), f'{_spelled(args, name)}: not with --data-on-device; leave out one of the two'
 
 
 def _dks(args, given):

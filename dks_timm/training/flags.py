@@ -4,40 +4,52 @@ timm's flags keep timm's names, types and defaults; their help texts are ours. N
 when it is loaded: ``--help`` and a mistyped flag are answered at once.
 """
 import argparse
+import math
 import operator
 import os
 
-from ..errors import OptionError
+from ..errors import OptionError, flag, shown
 
-# Flags of later versions of timm's script, which must not be taken for abbreviations of others.
-NOT_YET = (
-    '--loss', '--lr-decay-fn', '--lr-stable-timescale', '--multilabel-threshold', '--save-epochs', '--stop-epoch',
-    '--target-format', '--task')
+SCALES = ('none', 'sqrt', 'linear')
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
-# Bounds that a flag may declare: what a message says, and the comparison that a number within passes.
-BOUNDS = {
-    'least': ('at least', operator.ge),
-    'most': ('at most', operator.le),
-    'above': ('above', operator.gt),
-    'below': ('below', operator.lt),
-}
+# Bounds that a flag may declare, with the comparison that a number within them passes.
+BOUNDS = dict(at_least=operator.ge, at_most=operator.le, above=operator.gt, below=operator.lt)
 
 
 class StoreAction(argparse.Action):
-    """Store a value, and declare what argparse has no word for.
+    """Store a value that is within the bounds of its flag.
 
     Args:
         runs_code: The flag makes a run load code from elsewhere, so that a recipe must not set it.
-        least, most, above, below: Bounds of a number, or of each number of a list.
+        at_least, at_most, above, below: Bounds of a number, or of each number of a list.
     """
 
     def __init__(self, *args, runs_code=False, **kwargs):
         self.runs_code = runs_code
+        kwargs.setdefault('metavar', {int: 'N', float: 'X'}.get(kwargs.get('type')))
         self.bounds = {name: kwargs.pop(name) for name in BOUNDS if name in kwargs}
         super().__init__(*args, **kwargs)
 
     def __call__(self, parser, namespace, values, option_string=None):
+        self.check(values)
         setattr(namespace, self.dest, True if self.nargs == 0 else values)
+
+    def check(self, values) -> None:
+        """Refuse numbers out of bounds.
+
+        Raises:
+            OptionError: naming flag, value and bound.
+        """
+        for number in values if isinstance(values, (list, tuple)) else [values]:
+            if not isinstance(number, (int, float)):
+                continue
+            if isinstance(number, int) and abs(number) >= 2 ** 63:
+                raise OptionError(f'{flag(self.dest)} {shown(number)}: must be at most {2 ** 63 - 1} either way')
+            if not math.isfinite(number):
+                raise OptionError(f'{flag(self.dest)} {number}: must be a finite number')
+            for name, bound in self.bounds.items():
+                if not BOUNDS[name](number, bound):
+                    raise OptionError(f'{flag(self.dest)} {number}: must be {name.replace("_", " ")} {bound}')
 
 
 class StoreTrueAction(StoreAction):
@@ -87,9 +99,11 @@ def create_parser() -> Parser:
 
 def add_timm_flags(parser: Parser) -> None:
     """Add the flags of timm's train.py."""
-    for add_flags in (
-            _add_data_flags, _add_model_flags, _add_optimizer_flags, _add_augmentation_flags, _add_run_flags):
-        add_flags(parser)
+    _add_data_flags(parser)
+    _add_model_flags(parser)
+    _add_optimizer_flags(parser)
+    _add_augmentation_flags(parser)
+    _add_run_flags(parser)
 
 
 def _add_data_flags(parser):
@@ -97,12 +111,11 @@ def _add_data_flags(parser):
     parser.add_argument('data', nargs='?', metavar='DIR', help='dataset folder (older spelling of --data-dir)')
     add('--data-dir', metavar='DIR', help='dataset folder, or a .tar of class folders')
     add('--dataset', metavar='NAME', default='',
-        help='dataset as "type/name": folder or tar if empty, torch/, hfds/, hfids/, wds/, tfds/, "digits" '
-             '(the small one of scikit-learn), or "synthetic" (random pixels, to time a run with)')
+        help='torch/, hfds/, hfids/, wds/ or tfds/ with a name; "digits" of scikit-learn; "synthetic", random pixels')
     add('--train-split', metavar='NAME', default='train', help='split to train on')
     add('--val-split', metavar='NAME', default='validation', help='split to evaluate on, "" for none')
-    add('--train-num-samples', type=int, metavar='N', least=1, help='length of a streamed or synthetic train split')
-    add('--val-num-samples', type=int, metavar='N', least=1, help='length of a streamed or synthetic validation split')
+    add('--train-num-samples', type=int, at_least=1, help='length of a streamed or synthetic split')
+    add('--val-num-samples', type=int, at_least=1, help='length of a streamed or synthetic split')
     add('--dataset-download', action='store_true', help='let torch/ and tfds/ datasets download')
     add('--class-map', type=str, default='', metavar='FILENAME', help='file of class name -> index')
     add('--input-img-mode', type=str, help='PIL mode images are converted to')
@@ -123,16 +136,16 @@ def _add_model_flags(parser):
     add('--no-resume-opt', action='store_true', help='resume the weights, not the optimizer')
     add('--gp', type=str, metavar='POOL', help='global pooling: fast, avg, max, avgmax, catavgmax')
     add_input_flags(add)
-    add('--input-size', type=int, nargs=3, metavar='N', least=1, most=16384, help='channels, height and width')
-    add('--crop-pct', type=float, least=0.05, most=2, help='share of the image that evaluation crops')
-    add('--mean', type=float, nargs='+', metavar='MEAN', help='pixel mean for normalization')
-    add('--std', type=float, nargs='+', metavar='STD', above=0, help='standard deviation of pixels for normalization')
+    add('--input-size', type=int, nargs=3, at_least=1, at_most=16384, help='channels, height and width')
+    add('--crop-pct', type=float, at_least=0.05, at_most=2, help='share of the image that evaluation crops')
+    add('--mean', type=float, nargs='+', help='pixel mean for normalization')
+    add('--std', type=float, nargs='+', above=0, help='standard deviation of pixels for normalization')
     add('--interpolation', type=str, default='', choices=('', *INTERPOLATIONS), help='resize filter for evaluation')
-    add('-b', '--batch-size', type=int, default=128, metavar='N', least=1, help='images per process and step')
-    add('-vb', '--validation-batch-size', type=int, metavar='N', least=1, help='batch size for evaluation')
+    add('-b', '--batch-size', type=int, default=128, at_least=1, help='images per process and step')
+    add('-vb', '--validation-batch-size', type=int, at_least=1, help='batch size for evaluation')
     add('--channels-last', action='store_true', help='keep tensors in channels_last layout')
     add('--fuser', type=str, default='', help='TorchScript fuser (refused: use --torchcompile)')
-    add('--grad-accum-steps', type=int, default=1, metavar='N', help='batches per optimizer update')
+    add('--grad-accum-steps', type=int, default=1, help='batches per optimizer update')
     add('--grad-checkpointing', action='store_true', help='recompute activations to save memory')
     add('--fast-norm', action='store_true', help='normalize in low precision under autocast')
     add('--head-init-scale', type=float, help='factor on the classifier\'s initial weights')
@@ -140,13 +153,13 @@ def _add_model_flags(parser):
     add('--torchcompile-mode', type=str, help='mode of torch.compile')
     either = group.add_mutually_exclusive_group()
     either.add_argument('--torchscript', action='store_true', help='script the model (refused: use --torchcompile)')
-    either.add_argument('--torchcompile', nargs='?', type=str, const='inductor', metavar='BACKEND',
-                        help='compile the model, with inductor unless another backend is named')
+    either.add_argument('--torchcompile', nargs='?', type=str, const='inductor', help='compile the model')
 
     add = parser.add_argument_group('Device parameters').add_argument
     add('--device', type=str, default='cuda', help='device to train on; where not given, the best one present')
     add('--amp', action='store_true', help='mixed precision')
-    add('--amp-dtype', type=str, default='float16', choices=('float16', 'bfloat16'), help='default on a CPU: bfloat16')
+    add('--amp-dtype', type=str, default='float16', choices=('float16', 'bfloat16'),
+        help='dtype of --amp; on a CPU bfloat16, if not given')
     add('--model-dtype', type=str, choices=('float32', 'float16', 'bfloat16'), help='dtype of the weights')
     add('--no-ddp-bb', action='store_true', help='do not broadcast buffers between processes')
     add('--synchronize-step', action='store_true', help='wait for the device after each step')
@@ -157,13 +170,13 @@ def _add_model_flags(parser):
 def _add_optimizer_flags(parser):
     add = parser.add_argument_group('Optimizer parameters').add_argument
     add('--opt', type=str, default='sgd', metavar='OPTIMIZER', help='one of timm\'s optimizers')
-    add('--opt-eps', type=float, metavar='EPSILON', help='epsilon, the optimizer\'s if not given')
-    add('--opt-betas', type=float, nargs='+', metavar='BETA', help='betas, the optimizer\'s if not given')
-    add('--momentum', type=float, default=0.9, metavar='M', least=0, most=1, help='momentum')
-    add('--weight-decay', type=float, default=2e-5, least=0, help='weight decay')
-    add('--clip-grad', type=float, metavar='NORM', least=0, help='clip gradients to this')
+    add('--opt-eps', type=float, help='epsilon, the optimizer\'s if not given')
+    add('--opt-betas', type=float, nargs='+', help='betas, the optimizer\'s if not given')
+    add('--momentum', type=float, default=0.9, at_least=0, at_most=1, help='momentum')
+    add('--weight-decay', type=float, default=2e-5, at_least=0, help='weight decay')
+    add('--clip-grad', type=float, at_least=0, help='clip gradients to this')
     add('--clip-mode', type=str, default='norm', choices=('norm', 'value', 'agc'), help='what --clip-grad bounds')
-    add('--layer-decay', type=float, least=0, most=1, help='factor on the learning rate from layer to layer')
+    add('--layer-decay', type=float, at_least=0, at_most=1, help='factor on the learning rate from layer to layer')
     add('--layer-decay-min-scale', type=float, default=0, help='least learning rate scale')
     add('--layer-decay-no-opt-scale', type=float, help='scale under which a layer is frozen')
     add('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help='more arguments of --opt')
@@ -172,69 +185,69 @@ def _add_optimizer_flags(parser):
     add('--sched', type=str, default='cosine', help='one of timm\'s schedules',
         choices=('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'plateau', 'none'))
     add('--sched-on-updates', action='store_true', help='step the schedule at every update')
-    add('--lr', type=float, metavar='LR', least=0, help='learning rate, in place of --lr-base')
-    add('--lr-base', type=float, default=0.1, least=0, help='learning rate at --lr-base-size, scaled to the batch size')
-    add('--lr-base-size', type=int, default=256, metavar='DIV', least=1, help='batch size --lr-base is for')
+    add('--lr', type=float, at_least=0, help='learning rate, in place of --lr-base')
+    add('--lr-base', type=float, default=0.1, at_least=0, help='learning rate for batches of --lr-base-size images')
+    add('--lr-base-size', type=int, default=256, at_least=1, help='batch size --lr-base is for')
     add('--lr-base-scale', type=str, default='', choices=('', 'linear', 'sqrt'), help='chosen by --opt if empty')
-    add('--lr-noise', type=float, nargs='+', metavar='PCT', help='from and to where noise is added')
-    add('--lr-noise-pct', type=float, default=0.67, metavar='PERCENT', help='bound of the noise')
-    add('--lr-noise-std', type=float, default=1.0, metavar='STDDEV', help='deviation of the noise')
-    add('--lr-cycle-mul', type=float, default=1.0, metavar='MULT', above=0, help='growth of cycle lengths')
-    add('--lr-cycle-decay', type=float, default=0.5, metavar='MULT', help='decay from cycle to cycle')
-    add('--lr-cycle-limit', type=int, default=1, metavar='N', least=1, help='number of cycles')
+    add('--lr-noise', type=float, nargs='+', help='from and to where noise is added')
+    add('--lr-noise-pct', type=float, default=0.67, help='bound of the noise')
+    add('--lr-noise-std', type=float, default=1.0, help='deviation of the noise')
+    add('--lr-cycle-mul', type=float, default=1.0, above=0, help='growth of cycle lengths')
+    add('--lr-cycle-decay', type=float, default=0.5, help='decay from cycle to cycle')
+    add('--lr-cycle-limit', type=int, default=1, at_least=1, help='number of cycles')
     add('--lr-k-decay', type=float, default=1.0, help='k-decay of cosine and poly')
-    add('--warmup-lr', type=float, default=1e-5, metavar='LR', least=0, help='learning rate warm-up starts at')
-    add('--min-lr', type=float, default=0, metavar='LR', least=0, help='learning rate the schedule ends at')
-    add('--epochs', type=int, default=300, metavar='N', least=1, help='epochs to train')
-    add('--epoch-repeats', type=float, default=0., least=0, help='times a streamed dataset is read in one epoch')
-    add('--start-epoch', type=int, metavar='N', least=0, help='epoch to start at, whatever a checkpoint says')
-    add('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], least=0, help='epochs of multistep')
-    add('--decay-epochs', type=float, default=90, metavar='N', above=0, help='epochs between decays')
-    add('--warmup-epochs', type=int, default=5, metavar='N', least=0, help='epochs of warm-up')
+    add('--warmup-lr', type=float, default=1e-5, at_least=0, help='learning rate warm-up starts at')
+    add('--min-lr', type=float, default=0, at_least=0, help='learning rate the schedule ends at')
+    add('--epochs', type=int, default=300, at_least=1, help='epochs to train')
+    add('--epoch-repeats', type=float, default=0., at_least=0, help='times a streamed dataset is read in one epoch')
+    add('--start-epoch', type=int, at_least=0, help='epoch to start at, whatever a checkpoint says')
+    add('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], at_least=0, help='epochs of multistep')
+    add('--decay-epochs', type=float, default=90, above=0, help='epochs between decays')
+    add('--warmup-epochs', type=int, default=5, at_least=0, help='epochs of warm-up')
     add('--warmup-prefix', action='store_true', help='warm up before the schedule, not within it')
-    add('--cooldown-epochs', type=int, default=0, metavar='N', least=0, help='epochs at --min-lr at the end')
-    add('--patience-epochs', type=int, default=10, metavar='N', least=0, help='patience of plateau')
-    add('--decay-rate', '--dr', type=float, default=0.1, metavar='RATE', help='factor of a decay')
+    add('--cooldown-epochs', type=int, default=0, at_least=0, help='epochs at --min-lr at the end')
+    add('--patience-epochs', type=int, default=10, at_least=0, help='patience of plateau')
+    add('--decay-rate', '--dr', type=float, default=0.1, help='factor of a decay')
 
 
 def _add_augmentation_flags(parser):
     add = parser.add_argument_group('Augmentation and regularization parameters').add_argument
     add('--no-aug', action='store_true', help='train on unaugmented images')
     add('--train-crop-mode', type=str, choices=('rrc', 'rkrc', 'rkrr'), help='kind of random crop')
-    add('--scale', type=float, nargs='+', default=[0.08, 1.0], least=0, help='area range of the random crop')
+    add('--scale', type=float, nargs='+', default=[0.08, 1.0], at_least=0, help='area range of the random crop')
     add('--ratio', type=float, nargs='+', default=[3 / 4, 4 / 3], above=0, help='aspect range of the random crop')
-    add('--hflip', type=float, default=0.5, least=0, most=1, help='probability of a horizontal flip')
-    add('--vflip', type=float, default=0., least=0, most=1, help='probability of a vertical flip')
-    add('--color-jitter', type=float, default=0.4, least=0, help='strength of color jitter')
-    add('--color-jitter-prob', type=float, least=0, most=1, help='probability of color jitter')
-    add('--grayscale-prob', type=float, least=0, most=1, help='probability of gray images')
-    add('--gaussian-blur-prob', type=float, least=0, most=1, help='probability of blur')
+    add('--hflip', type=float, default=0.5, at_least=0, at_most=1, help='probability of a horizontal flip')
+    add('--vflip', type=float, default=0., at_least=0, at_most=1, help='probability of a vertical flip')
+    add('--color-jitter', type=float, default=0.4, at_least=0, help='strength of color jitter')
+    add('--color-jitter-prob', type=float, at_least=0, at_most=1, help='probability of color jitter')
+    add('--grayscale-prob', type=float, at_least=0, at_most=1, help='probability of gray images')
+    add('--gaussian-blur-prob', type=float, at_least=0, at_most=1, help='probability of blur')
     add('--aa', type=str, metavar='NAME', help='AutoAugment, RandAugment, AugMix policy')
-    add('--aug-repeats', type=float, default=0, least=0, help='times that processes repeat an image in a batch')
-    add('--aug-splits', type=int, default=0, least=0, most=64, help='augmentation splits, 0 or at least 2')
+    add('--aug-repeats', type=float, default=0, at_least=0, help='times that processes repeat an image in a batch')
+    add('--aug-splits', type=int, default=0, at_least=0, at_most=64, help='augmentation splits, 0 or at least 2')
     add('--jsd-loss', action='store_true', help='Jensen-Shannon loss over --aug-splits')
     add('--bce-loss', action='store_true', help='binary cross-entropy')
     add('--bce-sum', action='store_true', help='sum binary cross-entropy over the classes')
     add('--bce-target-thresh', type=float, help='binarize soft targets at this value')
     add('--bce-pos-weight', type=float, help='weight of positives in binary cross-entropy')
-    add('--reprob', type=float, default=0., least=0, most=1, help='probability of random erasing')
+    add('--reprob', type=float, default=0., at_least=0, at_most=1, help='probability of random erasing')
     add('--remode', type=str, default='pixel', choices=('const', 'rand', 'pixel'), help='fill of random erasing')
-    add('--recount', type=int, default=1, least=1, help='most regions to erase')
+    add('--recount', type=int, default=1, at_least=1, help='most regions to erase')
     add('--resplit', action='store_true', help='leave the first augmentation split unerased')
-    add('--mixup', type=float, default=0.0, least=0, help='alpha of mixup, off at 0')
-    add('--cutmix', type=float, default=0.0, least=0, help='alpha of cutmix, off at 0')
+    add('--mixup', type=float, default=0.0, at_least=0, help='alpha of mixup, off at 0')
+    add('--cutmix', type=float, default=0.0, at_least=0, help='alpha of cutmix, off at 0')
     add('--cutmix-minmax', type=float, nargs='+', help='size range of cutmix, in place of alpha')
-    add('--mixup-prob', type=float, default=1.0, least=0, most=1, help='probability of either')
-    add('--mixup-switch-prob', type=float, default=0.5, least=0, most=1, help='probability of cutmix where both are on')
+    add('--mixup-prob', type=float, default=1.0, at_least=0, at_most=1, help='probability of mixup or cutmix')
+    add('--mixup-switch-prob', type=float, default=0.5, at_least=0, at_most=1, help='probability of cutmix of the two')
     add('--mixup-mode', type=str, default='batch', choices=('batch', 'pair', 'elem', 'half'), help='unit of mixing')
-    add('--mixup-off-epoch', type=int, default=0, metavar='N', least=0, help='epoch at which mixing stops')
-    add('--smoothing', type=float, default=0.1, least=0, below=1, help='label smoothing')
+    add('--mixup-off-epoch', type=int, default=0, at_least=0, help='epoch at which mixing stops')
+    add('--smoothing', type=float, default=0.1, at_least=0, below=1, help='label smoothing')
     add('--train-interpolation', type=str, default='random', choices=('', 'random', *INTERPOLATIONS),
         help='resize filter for training')
-    add('--drop', type=float, default=0.0, least=0, most=1, help='dropout')
-    add('--drop-connect', type=float, least=0, most=1, help='deprecated: use --drop-path')
-    add('--drop-path', type=float, least=0, most=1, help='stochastic depth')
-    add('--drop-block', type=float, least=0, most=1, help='drop block')
+    add('--drop', type=float, default=0.0, at_least=0, at_most=1, help='dropout')
+    add('--drop-connect', type=float, at_least=0, at_most=1, help='deprecated: use --drop-path')
+    add('--drop-path', type=float, at_least=0, at_most=1, help='stochastic depth')
+    add('--drop-block', type=float, at_least=0, at_most=1, help='drop block')
     add = parser.add_argument_group(
         'Batch norm parameters', 'The first two work with EfficientNet-like models only.').add_argument
     add('--bn-momentum', type=float, help='momentum of BatchNorm')
@@ -247,60 +260,58 @@ def _add_augmentation_flags(parser):
     add = parser.add_argument_group('Model exponential moving average parameters').add_argument
     add('--model-ema', action='store_true', help='keep, evaluate and export an average of the weights')
     add('--model-ema-force-cpu', action='store_true', help='keep it on the CPU, unevaluated')
-    add('--model-ema-decay', type=float, default=0.9998, least=0, most=1, help='decay of the average')
+    add('--model-ema-decay', type=float, default=0.9998, at_least=0, at_most=1, help='decay of the average')
     add('--model-ema-warmup', action='store_true', help='warm the decay up')
 
 
 def _add_run_flags(parser):
     add = parser.add_argument_group('Miscellaneous parameters').add_argument
-    add('--seed', type=int, default=42, metavar='S', least=0, most=2 ** 32 - 1, help='random seed')
+    add('--seed', type=int, default=42, at_least=0, at_most=2 ** 32 - 1, help='random seed')
     add('--worker-seeding', type=str, default='all', choices=('all', 'part'), help='part leaves numpy unseeded')
-    add('--log-interval', type=int, default=50, metavar='N', least=1, help='updates between log lines')
-    add('--val-interval', type=int, default=1, metavar='N', least=1, help='epochs between evaluations')
-    add('--recovery-interval', type=int, default=0, metavar='N', least=0, help='updates between recovery checkpoints')
-    add('--checkpoint-hist', type=int, default=10, metavar='N', least=1, help='checkpoints to keep')
-    add('-j', '--workers', type=int, default=4, metavar='N', least=0, help='loader workers per process')
+    add('--log-interval', type=int, default=50, at_least=1, help='updates between log lines')
+    add('--val-interval', type=int, default=1, at_least=1, help='epochs between evaluations')
+    add('--recovery-interval', type=int, default=0, at_least=0, help='updates between such checkpoints')
+    add('--checkpoint-hist', type=int, default=10, at_least=1, help='checkpoints to keep')
+    add('-j', '--workers', type=int, default=4, at_least=0, help='loader workers per process')
     add('--save-images', action='store_true', help='write a training batch at every log line')
     add('--pin-mem', action='store_true', help='pin host memory')
     add('--no-prefetcher', action='store_true', help='normalize on the CPU')
     add('--output', type=str, default='', metavar='PATH', help='root of the output, ./output/train')
     add('--experiment', type=str, default='', metavar='NAME', help='folder of this run in --output')
     add('--eval-metric', type=str, default='top1', choices=('top1', 'top5', 'loss'), help='metric of the best epoch')
-    add('--tta', type=int, default=0, metavar='N', least=0, help='views of each image that evaluation averages')
+    add('--tta', type=int, default=0, at_least=0, help='views of each image that evaluation averages')
     add('--use-multi-epochs-loader', action='store_true', help='keep the loader running over epochs')
     add('--log-wandb', action='store_true', help='log to Weights & Biases')
     add('--wandb-project', type=str, help='project there')
     add('--wandb-tags', type=str, nargs='+', default=[], help='tags there')
     add('--wandb-resume-id', type=str, default='', metavar='ID', help='run there to continue')
-    add('--train-img-sizes', type=int, nargs='+', least=1, most=16384, help='image sizes to choose from by batch')
-    add('--train-batch-sizes', type=int, nargs='+', least=1, help='batch size for each of them')
-    add('--train-size-probs', type=float, nargs='+', least=0, help='weight of each of them')
+    add('--train-img-sizes', type=int, nargs='+', at_least=1, at_most=16384, help='image sizes to choose from by batch')
+    add('--train-batch-sizes', type=int, nargs='+', at_least=1, help='batch size for each of them')
+    add('--train-size-probs', type=float, nargs='+', at_least=0, help='weight of each of them')
     add('--train-size-schedule', type=str, default='constant', choices=('constant', 'progressive'),
         help='keep the weights, or move from the first size to the last')
-    add('--train-size-schedule-spread', type=float, default=0.65, least=0, help='width of that window')
-    add('--train-size-random-mix', type=float, default=0.1, least=0, most=1, help='share of random sizes in it')
-    add('--train-batches-per-epoch', '--train-steps-per-epoch', type=int, least=1, help='with --train-img-sizes')
-    add('--variable-batch-loss-scale', type=str, default='none', choices=('none', 'sqrt', 'linear'),
-        help='scale gradients by the size of the batch')
+    add('--train-size-schedule-spread', type=float, default=0.65, at_least=0, help='width of that window')
+    add('--train-size-random-mix', type=float, default=0.1, at_least=0, at_most=1, help='share of random sizes in it')
+    add('--train-batches-per-epoch', '--train-steps-per-epoch', type=int, at_least=1, help='with --train-img-sizes')
+    add('--variable-batch-loss-scale', type=str, default='none', choices=SCALES, help='of gradients, by batch size')
     add('--naflex-loader', action='store_true', help='loader of patch sequences, for NaFlex models')
-    add('--naflex-train-seq-lens', type=int, nargs='+', default=[128, 256, 576, 784, 1024], least=1,
+    add('--naflex-train-seq-lens', type=int, nargs='+', default=[128, 256, 576, 784, 1024], at_least=1,
         help='sequence lengths for training')
-    add('--naflex-max-seq-len', type=int, default=576, least=1, help='sequence length for evaluation')
-    add('--naflex-patch-sizes', type=int, nargs='+', least=1, help='patch sizes to choose from')
-    add('--naflex-patch-size-probs', type=float, nargs='+', least=0, help='probability of each of them')
-    add('--naflex-loss-scale', type=str, default='linear', choices=('none', 'sqrt', 'linear'),
-        help='scale gradients by the size of the batch')
+    add('--naflex-max-seq-len', type=int, default=576, at_least=1, help='sequence length for evaluation')
+    add('--naflex-patch-sizes', type=int, nargs='+', at_least=1, help='patch sizes to choose from')
+    add('--naflex-patch-size-probs', type=float, nargs='+', at_least=0, help='probability of each of them')
+    add('--naflex-loss-scale', type=str, default='linear', choices=SCALES, help='of gradients, by batch size')
     add('--naflex-patchify-channels-first', action='store_true', help='channels first within a patch')
     add = parser.add_argument
     add('--kd-model-name', type=str, help='teacher, a timm model')
     add('--kd-distill-type', type=str, default='logit', choices=('logit', 'feature', 'token'), help='what is distilled')
     add('--kd-loss-type', type=str, default='kl', choices=('kl',), help='loss of logit distillation')
-    add('--distill-loss-weight', type=float, least=0, help='weight of the distillation loss')
-    add('--task-loss-weight', type=float, least=0,
+    add('--distill-loss-weight', type=float, at_least=0, help='weight of the distillation loss')
+    add('--task-loss-weight', type=float, at_least=0,
         help='weight of the label loss; alone, the distillation loss gets one minus it')
     add('--kd-temperature', type=float, default=4.0, above=0, help='temperature of distillation')
-    add('--kd-student-feature-dim', type=int, least=1, help='features of the student, found if not given')
-    add('--kd-teacher-feature-dim', type=int, least=1, help='features of the teacher, found if not given')
+    add('--kd-student-feature-dim', type=int, at_least=1, help='features of the student, found if not given')
+    add('--kd-teacher-feature-dim', type=int, at_least=1, help='features of the teacher, found if not given')
     add('--kd-token-distill-type', type=str, default='soft', choices=('soft', 'hard'), help='targets of token')
 
 
@@ -312,30 +323,26 @@ def add_our_flags(parser: Parser) -> None:
     add('--dks', action=argparse.BooleanOptionalAction, default=False,
         help='train with supervision branches and synergy; --no-dks overrules a recipe')
     add_branch_flags(add)
-    add('--dks-ce-weight', type=float, nargs='+', default=[1.0], metavar='W', least=0,
+    add('--dks-ce-weight', type=float, nargs='+', default=[1.0], at_least=0,
         help='weight of the label loss, one, or one per classifier (backbone first)')
-    add('--dks-synergy-weight', type=float, nargs='+', default=[1.0], metavar='W', least=0,
+    add('--dks-synergy-weight', type=float, nargs='+', default=[1.0], at_least=0,
         help='weight of synergy, one or a whole matrix (rows teach columns)')
     add('--dks-direction', type=str, default='both', choices=('both', 'top-down', 'bottom-up', 'none'),
         help='who teaches: each other, deeper the shallower, shallower the deeper, nobody')
-    add('--dks-temperature', type=float, default=1.0, metavar='T', above=0, help='temperature of synergy')
-    add_thrift_flags(add)
-    add('--dks-start-epoch', type=int, default=0, metavar='N', least=0,
+    add('--dks-temperature', type=float, default=1.0, above=0, help='temperature of synergy')
+    add('--dks-start-epoch', type=int, default=0, at_least=0,
         help='first epoch with synergy; before it, classifiers learn from the labels alone')
 
     add = parser.add_argument_group('Small images').add_argument
-    add('--train-pad', type=int, metavar='N', least=0,
+    add('--train-pad', type=int, at_least=0,
         help='pad training images by N reflected pixels and crop at random, in place of resized crops')
-    add('--data-on-device', action='store_true',
-        help='hold the decoded dataset on the device and augment whole batches there')
+    add('--data-on-device', action='store_true', help='hold the decoded dataset on the device, and augment it there')
 
-    add = parser.add_argument_group('Bad data').add_argument
-    # timm's number, and the variable it is set by there.
-    add('--max-bad-images', type=int, default=os.environ.get('TIMM_DATASET_MAX_RETRIES') or 10, metavar='N', least=0,
+    add = parser.add_argument_group('Bad images, losses and gradients').add_argument
+    # timm's number, and its variable.
+    add('--max-bad-images', type=int, default=os.environ.get('TIMM_DATASET_MAX_RETRIES') or 10, at_least=0,
         help='most images in a row that may be unreadable; each is named in a warning, and the next one takes its '
              'place (in a stream, it is passed over uncounted)')
-
-    add = parser.add_argument_group('Non-finite losses and gradients').add_argument
     add('--on-nonfinite', type=str, default='stop', choices=('stop', 'skip'),
         help='where a loss or gradient is inf or nan: save what was before and stop, or skip the update')
 
@@ -352,29 +359,25 @@ def add_our_flags(parser: Parser) -> None:
 
 def add_input_flags(add) -> None:
     """Add the flags of a model's input and output, which train.py and ``dks-timm inspect`` share."""
-    add('--num-classes', type=int, metavar='N', least=1, help='number of classes, the model\'s if not given')
-    add('--img-size', type=int, metavar='N', least=1, most=16384, help='height and width of the input')
-    add('--in-chans', type=int, metavar='N', least=1, help='input channels')
+    add('--num-classes', type=int, at_least=1, help='number of classes, the model\'s if not given')
+    add('--img-size', type=int, at_least=1, at_most=16384, help='height and width of the input')
+    add('--in-chans', type=int, at_least=1, help='input channels')
     add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
         help='more arguments for timm.create_model')
 
 
 def add_branch_flags(add) -> None:
-    """Add the flags that say which branches to attach."""
+    """Add the flags of the branches: which to attach, and when they run."""
     add('--dks-stages', type=int, nargs='+', metavar='STAGE',
         help='stages to supervise, as in timm\'s out_indices (dks-timm inspect MODEL lists them)')
     add('--dks-branches', type=str, default='auto', choices=('auto', 'tail', 'conv'),
         help='tail: of a template of the same architecture; conv: a light one that fits anywhere')
     add('--dks-branch-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='[STAGE.]KEY=VALUE',
         help='arguments of the template, for every branch or for that of one stage')
-    add('--dks-budget', type=float, metavar='X', help='bound on a training forward, in forwards of the backbone')
-
-
-def add_thrift_flags(add) -> None:
-    """Add the flags that say when the branches run."""
-    add('--dks-batch-fraction', type=float, default=1.0, metavar='F', above=0, most=1,
+    add('--dks-budget', type=float, help='bound on a training forward, in forwards of the backbone')
+    add('--dks-batch-fraction', type=float, default=1.0, above=0, at_most=1,
         help='share of each training batch that the branches run on')
-    add('--dks-every', type=int, default=1, metavar='K', least=1,
+    add('--dks-every', type=int, default=1, metavar='K', at_least=1,
         help='run the branches in every K-th update; the others train the model by its labels alone')
 
 
