@@ -1,4 +1,4 @@
-"""Console script ``dks-timm``: what is not training."""
+"""Console script ``dks-timm``: export, push, inspect, report."""
 import argparse
 import json
 import sys
@@ -9,7 +9,7 @@ from .training.flags import Parser, add_branch_flags, add_card_flags, add_hub_fl
 
 
 def _create_parser() -> Parser:
-    parser = Parser(prog='dks-timm', description='What is not training, for models trained with DKS.')
+    parser = Parser(prog='dks-timm', description='Export, publish and look into models trained with DKS.')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
 
     export = commands.add_parser(

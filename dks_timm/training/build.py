@@ -126,20 +126,21 @@ def _add_branches(args, backbone, kwargs):
 
 def _set_heads(args, model):
     """Scale and bias the classifiers as --head-init-scale and --head-init-bias say."""
-    given = [name for name in ('head_init_scale', 'head_init_bias') if getattr(args, name) is not None]
-    if not given:
+    scale, bias = args.head_init_scale, args.head_init_bias
+    if scale is None and bias is None:
         return
     heads = model.get_classifiers() if args.dks else model.get_classifier()
     for head in heads if isinstance(heads, (list, tuple)) else [heads]:
         if getattr(head, 'weight', None) is None or getattr(head, 'bias', None) is None:
-            raise OptionError(f'{flag(given[0])} {getattr(args, given[0])}: the classifier of --model {args.model} has '
-                              'no weight and bias of its own; leave the flag out')
+            given = f'--head-init-bias {bias}' if scale is None else f'--head-init-scale {scale}'
+            raise OptionError(f'{given}: the classifier of --model {args.model} has no weight and bias of its own; '
+                              'leave the flag out')
         with torch.no_grad():
-            if 'head_init_scale' in given:
-                head.weight.mul_(args.head_init_scale)
-                head.bias.mul_(args.head_init_scale)
-            if 'head_init_bias' in given:
-                head.bias.fill_(args.head_init_bias)
+            if scale is not None:
+                head.weight.mul_(scale)
+                head.bias.mul_(scale)
+            if bias is not None:
+                head.bias.fill_(bias)
 
 
 def _subject(args):
@@ -222,20 +223,20 @@ def create_task(args, model, accelerator):
     """Create the task that turns a batch into a loss: DKS, distillation, or plain classification."""
     criterion = create_criterion(args).to(accelerator.device)
     common = dict(device=accelerator.device, dtype=model_dtype(args), verbose=accelerator.is_main_process)
-    if args.dks:
-        loss_fn = _create_dks_loss(args, criterion, num_classifiers=1 + len(model.branches))
-        when = dict(every=args.dks_every, start_epoch=args.dks_start_epoch)
-    if args.kd_model_name is None:
-        if args.dks:
-            return DKSTask(model, loss_fn, **common, **when)
-        return tasks.ClassificationTask(model, criterion=criterion, **common)
-    task = _create_distillation_task(args, model.backbone if args.dks else model, criterion, common)
-    return DKSDistillationTask(model, task, loss_fn, **common, **when) if args.dks else task
+    distillation = None
+    if args.kd_model_name is not None:
+        distillation = _create_distillation_task(args, model.backbone if args.dks else model, criterion, common)
+    if not args.dks:
+        return distillation or tasks.ClassificationTask(model, criterion=criterion, **common)
+    loss_fn = _create_dks_loss(args, criterion, num_classifiers=1 + len(model.branches))
+    common.update(every=args.dks_every, start_epoch=args.dks_start_epoch)
+    if distillation is not None:
+        return DKSDistillationTask(model, distillation, loss_fn, **common)
+    return DKSTask(model, loss_fn, **common)
 
 
 def _create_distillation_task(args, student, criterion, common):
-    subject = f'--kd-model-name {args.kd_model_name}'
-    with naming_model(subject, args.kd_model_name):
+    with naming_model(f'--kd-model-name {args.kd_model_name}', args.kd_model_name):
         teacher = timm.create_model(
             args.kd_model_name,
             pretrained=True,
@@ -247,37 +248,31 @@ def _create_distillation_task(args, student, criterion, common):
     if args.kd_distill_type == 'token' and not hasattr(student, 'set_distilled_training'):
         raise OptionError(
             f'--kd-distill-type token: --model {args.model} has no distillation token; use logit or feature')
-    common = dict(
+    task, settings = dict(
+        logit=(tasks.LogitDistillationTask, dict(loss_type=args.kd_loss_type, temperature=args.kd_temperature)),
+        feature=(tasks.FeatureDistillationTask, dict(
+            student_feature_dim=args.kd_student_feature_dim, teacher_feature_dim=args.kd_teacher_feature_dim)),
+        token=(tasks.TokenDistillationTask, dict(
+            distill_type=args.kd_token_distill_type, temperature=args.kd_temperature)),
+    )[args.kd_distill_type]
+    return task(
         student_model=student,
         teacher_model=teacher,
         criterion=criterion,
         distill_loss_weight=args.distill_loss_weight,
         task_loss_weight=args.task_loss_weight,
         **common,
+        **settings,
     )
-    if args.kd_distill_type == 'feature':
-        return tasks.FeatureDistillationTask(
-            student_feature_dim=args.kd_student_feature_dim,
-            teacher_feature_dim=args.kd_teacher_feature_dim,
-            **common,
-        )
-    if args.kd_distill_type == 'token':
-        return tasks.TokenDistillationTask(
-            distill_type=args.kd_token_distill_type, temperature=args.kd_temperature, **common)
-    return tasks.LogitDistillationTask(loss_type=args.kd_loss_type, temperature=args.kd_temperature, **common)
 
 
 def _create_dks_loss(args, criterion, num_classifiers):
-    ce_weight, synergy_weight = args.dks_ce_weight, args.dks_synergy_weight
-    for name, values, count, what in (
-            ('ce', ce_weight, num_classifiers, 'one for each classifier'),
-            ('synergy', synergy_weight, num_classifiers ** 2, 'a matrix, row by row'),
-    ):
+    for name, count in (('dks_ce_weight', num_classifiers), ('dks_synergy_weight', num_classifiers ** 2)):
+        values = getattr(args, name)
         if len(values) not in (1, count):
-            raise OptionError(
-                f'--dks-{name}-weight {" ".join(map(str, values))}: {len(values)} numbers for {num_classifiers} '
-                f'classifiers; give 1, or {count} ({what})'
-            )
+            raise OptionError(f'{flag(name)} {" ".join(map(str, values))}: {len(values)} numbers for {num_classifiers} '
+                              f'classifiers; give 1, or {count}')
+    ce_weight, synergy_weight = args.dks_ce_weight, args.dks_synergy_weight
     matrix = [synergy_weight[i:i + num_classifiers] for i in range(0, len(synergy_weight), num_classifiers)]
     return DKSLoss(
         criterion,

@@ -77,7 +77,7 @@ def _read_command_line(argv):
 
 
 def launcher_settings(given) -> dict:
-    """Settings that `accelerate launch` or its configuration ask for, where no flag does.
+    """Return the settings that `accelerate launch` or its configuration ask for, where no flag does.
 
     Processes, device, affinity, mixed precision and FSDP2 are Accelerate's own to read.
 
