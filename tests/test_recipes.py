@@ -1,5 +1,4 @@
 """The recipes: what each says of itself is what it does."""
-import argparse
 import contextlib
 import csv
 import functools
@@ -67,7 +66,7 @@ def commands(path):
 def dks_args(path):
     """The arguments of the recipe's last command, with --dks where the recipe leaves it to the command line."""
     args, _, _ = config.parse_args([*commands(path)[-1], '--dks'])
-    return argparse.Namespace(**{**vars(args), 'pretrained': False})
+    return config.Config(**{**vars(args), 'pretrained': False})
 
 
 @functools.cache

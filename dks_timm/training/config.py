@@ -50,8 +50,8 @@ def parse_args(argv=None):
 
     timm_parser = Parser()
     add_timm_flags(timm_parser)
-    timm_names = vars(timm_parser.parse_args([]))
-    text = {k: v for k, v in settings.items() if k in timm_names or (
+    names_of_timm = {action.dest for action in timm_parser._actions}
+    text = {k: v for k, v in settings.items() if k in names_of_timm or (
         v != defaults[k] and (settings['dks'] or not k.startswith('dks_')))}
     settings['prefetcher'] = not settings['no_prefetcher']
     settings['grad_accum_steps'] = max(1, settings['grad_accum_steps'])
@@ -162,11 +162,7 @@ def check_types(source: str, values: dict) -> dict:
         OptionError: for a value of another type, or a number out of bounds.
     """
     actions = {action.dest: action for action in create_parser()._actions}
-    typed = {k: _typed(source, k, value, actions[k]) if k in actions else value for k, value in values.items()}
-    for name, value in typed.items():
-        if isinstance(actions.get(name), StoreAction):
-            actions[name].check(value)
-    return typed
+    return {k: _typed(source, k, value, actions[k]) if k in actions else value for k, value in values.items()}
 
 
 def _typed(source, key, given, action):
@@ -189,6 +185,8 @@ def _typed(source, key, given, action):
             typed = [_typed_scalar(value, action) for value in given]
     if typed is None or isinstance(typed, list) and None in typed:
         raise OptionError(f'{source}: "{key}: {shown(given)}" is not {wanted}')
+    if isinstance(action, StoreAction):
+        action.check(typed)
     return typed
 
 
