@@ -137,7 +137,7 @@ def _add_model_flags(parser):
     add('--gp', type=str, metavar='POOL', help='global pooling: fast, avg, max, avgmax, catavgmax')
     add_input_flags(add)
     add('--input-size', type=int, nargs=3, at_least=1, at_most=16384, help='channels, height and width')
-    add('--crop-pct', type=float, at_least=0.05, at_most=2, help='share of the image that evaluation crops')
+    add('--crop-pct', type=float, at_least=0.05, at_most=2, help='share of the image that evaluation keeps')
     add('--mean', type=float, nargs='+', help='pixel mean for normalization')
     add('--std', type=float, nargs='+', above=0, help='standard deviation of pixels for normalization')
     add('--interpolation', type=str, default='', choices=('', *INTERPOLATIONS), help='resize filter for evaluation')
@@ -188,7 +188,7 @@ def _add_optimizer_flags(parser):
     add('--lr', type=float, at_least=0, help='learning rate, in place of --lr-base')
     add('--lr-base', type=float, default=0.1, at_least=0, help='learning rate for batches of --lr-base-size images')
     add('--lr-base-size', type=int, default=256, at_least=1, help='batch size --lr-base is for')
-    add('--lr-base-scale', type=str, default='', choices=('', 'linear', 'sqrt'), help='chosen by --opt if empty')
+    add('--lr-base-scale', type=str, default='', choices=('', 'linear', 'sqrt'), help='scaling rule, by --opt if empty')
     add('--lr-noise', type=float, nargs='+', help='from and to where noise is added')
     add('--lr-noise-pct', type=float, default=0.67, help='bound of the noise')
     add('--lr-noise-std', type=float, default=1.0, help='deviation of the noise')
@@ -201,7 +201,7 @@ def _add_optimizer_flags(parser):
     add('--epochs', type=int, default=300, at_least=1, help='epochs to train')
     add('--epoch-repeats', type=float, default=0., at_least=0, help='times a streamed dataset is read in one epoch')
     add('--start-epoch', type=int, at_least=0, help='epoch to start at, whatever a checkpoint says')
-    add('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], at_least=0, help='epochs of multistep')
+    add('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], at_least=0, help='where multistep decays')
     add('--decay-epochs', type=float, default=90, above=0, help='epochs between decays')
     add('--warmup-epochs', type=int, default=5, at_least=0, help='epochs of warm-up')
     add('--warmup-prefix', action='store_true', help='warm up before the schedule, not within it')
@@ -239,7 +239,7 @@ def _add_augmentation_flags(parser):
     add('--cutmix-minmax', type=float, nargs='+', help='size range of cutmix, in place of alpha')
     add('--mixup-prob', type=float, default=1.0, at_least=0, at_most=1, help='probability of mixup or cutmix')
     add('--mixup-switch-prob', type=float, default=0.5, at_least=0, at_most=1, help='probability of cutmix of the two')
-    add('--mixup-mode', type=str, default='batch', choices=('batch', 'pair', 'elem', 'half'), help='unit of mixing')
+    add('--mixup-mode', type=str, default='batch', choices=('batch', 'pair', 'elem', 'half'), help='mix by this unit')
     add('--mixup-off-epoch', type=int, default=0, at_least=0, help='epoch at which mixing stops')
     add('--smoothing', type=float, default=0.1, at_least=0, below=1, help='label smoothing')
     add('--train-interpolation', type=str, default='random', choices=('', 'random', *INTERPOLATIONS),
@@ -267,10 +267,10 @@ def _add_augmentation_flags(parser):
 def _add_run_flags(parser):
     add = parser.add_argument_group('Miscellaneous parameters').add_argument
     add('--seed', type=int, default=42, at_least=0, at_most=2 ** 32 - 1, help='random seed')
-    add('--worker-seeding', type=str, default='all', choices=('all', 'part'), help='part leaves numpy unseeded')
+    add('--worker-seeding', type=str, default='all', choices=('all', 'part'), help='part does not seed NumPy')
     add('--log-interval', type=int, default=50, at_least=1, help='updates between log lines')
     add('--val-interval', type=int, default=1, at_least=1, help='epochs between evaluations')
-    add('--recovery-interval', type=int, default=0, at_least=0, help='updates between such checkpoints')
+    add('--recovery-interval', type=int, default=0, at_least=0, help='updates between recovery checkpoints')
     add('--checkpoint-hist', type=int, default=10, at_least=1, help='checkpoints to keep')
     add('-j', '--workers', type=int, default=4, at_least=0, help='loader workers per process')
     add('--save-images', action='store_true', help='write a training batch at every log line')
@@ -285,22 +285,22 @@ def _add_run_flags(parser):
     add('--wandb-project', type=str, help='project there')
     add('--wandb-tags', type=str, nargs='+', default=[], help='tags there')
     add('--wandb-resume-id', type=str, default='', metavar='ID', help='run there to continue')
-    add('--train-img-sizes', type=int, nargs='+', at_least=1, at_most=16384, help='image sizes to choose from by batch')
-    add('--train-batch-sizes', type=int, nargs='+', at_least=1, help='batch size for each of them')
-    add('--train-size-probs', type=float, nargs='+', at_least=0, help='weight of each of them')
+    add('--train-img-sizes', type=int, nargs='+', at_least=1, at_most=16384, help='image sizes, one for each batch')
+    add('--train-batch-sizes', type=int, nargs='+', at_least=1, help='batch size for each size')
+    add('--train-size-probs', type=float, nargs='+', at_least=0, help='how often each size is drawn')
     add('--train-size-schedule', type=str, default='constant', choices=('constant', 'progressive'),
         help='keep the weights, or move from the first size to the last')
     add('--train-size-schedule-spread', type=float, default=0.65, at_least=0, help='width of that window')
     add('--train-size-random-mix', type=float, default=0.1, at_least=0, at_most=1, help='share of random sizes in it')
-    add('--train-batches-per-epoch', '--train-steps-per-epoch', type=int, at_least=1, help='with --train-img-sizes')
-    add('--variable-batch-loss-scale', type=str, default='none', choices=SCALES, help='of gradients, by batch size')
+    add('--train-batches-per-epoch', '--train-steps-per-epoch', type=int, at_least=1, help='if sizes vary')
+    add('--variable-batch-loss-scale', type=str, default='none', choices=SCALES, help='scale gradients by batch size')
     add('--naflex-loader', action='store_true', help='loader of patch sequences, for NaFlex models')
     add('--naflex-train-seq-lens', type=int, nargs='+', default=[128, 256, 576, 784, 1024], at_least=1,
         help='sequence lengths for training')
     add('--naflex-max-seq-len', type=int, default=576, at_least=1, help='sequence length for evaluation')
     add('--naflex-patch-sizes', type=int, nargs='+', at_least=1, help='patch sizes to choose from')
     add('--naflex-patch-size-probs', type=float, nargs='+', at_least=0, help='probability of each of them')
-    add('--naflex-loss-scale', type=str, default='linear', choices=SCALES, help='of gradients, by batch size')
+    add('--naflex-loss-scale', type=str, default='linear', choices=SCALES, help='scale gradients by batch size')
     add('--naflex-patchify-channels-first', action='store_true', help='channels first within a patch')
     add = parser.add_argument
     add('--kd-model-name', type=str, help='teacher, a timm model')
@@ -312,7 +312,7 @@ def _add_run_flags(parser):
     add('--kd-temperature', type=float, default=4.0, above=0, help='temperature of distillation')
     add('--kd-student-feature-dim', type=int, at_least=1, help='features of the student, found if not given')
     add('--kd-teacher-feature-dim', type=int, at_least=1, help='features of the teacher, found if not given')
-    add('--kd-token-distill-type', type=str, default='soft', choices=('soft', 'hard'), help='targets of token')
+    add('--kd-token-distill-type', type=str, default='soft', choices=('soft', 'hard'), help='kind of its targets')
 
 
 def add_our_flags(parser: Parser) -> None:
@@ -339,7 +339,7 @@ def add_our_flags(parser: Parser) -> None:
     add('--data-on-device', action='store_true', help='hold the decoded dataset on the device, and augment it there')
 
     add = parser.add_argument_group('Bad images, losses and gradients').add_argument
-    # timm's number, and its variable.
+    # timm's default, and its variable.
     add('--max-bad-images', type=int, default=os.environ.get('TIMM_DATASET_MAX_RETRIES') or 10, at_least=0,
         help='most images in a row that may be unreadable; each is named in a warning, and the next one takes its '
              'place (in a stream, it is passed over uncounted)')
