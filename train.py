@@ -60,7 +60,9 @@ def create_run(args, given, args_text, argv):
         if args.num_classes is None:
             data.check_num_classes(model.num_classes, dataset_train, dataset_eval)
         data_config = resolve_data_config(vars(args), model=model, verbose=accelerator.is_main_process)
-        facts = dict(exit_flops=exit_flops(model, data_config['input_size'])) if args.dks else {}
+        facts = {}
+        if args.dks and accelerator.is_main_process:
+            facts['exit_flops'] = exit_flops(model, data_config['input_size'])
         model = build.place_model(args, model, data_config['input_size'], accelerator)
         loaders = data.create_loaders(args, dataset_train, dataset_eval, data_config, model, accelerator)
         task = build.create_task(args, model, accelerator)

@@ -1,17 +1,15 @@
-"""Console script ``dks-timm``: what is not training."""
+"""Console script ``dks-timm``: export, push, inspect, report."""
 import argparse
 import json
 import sys
 from typing import Optional, Sequence
 
 from .errors import ExportError, InputError, PushError, flag, naming, one_line
-from .training.checks import check_numbers
-from .training.config import Parser, add_branch_flags, add_card_flags, add_hub_flags, add_thrift_flags
-from .training.flags import ParseKwargs
+from .training.flags import Parser, add_branch_flags, add_card_flags, add_hub_flags, add_input_flags
 
 
 def _create_parser() -> Parser:
-    parser = Parser(prog='dks-timm', description='What is not training, for models trained with DKS.')
+    parser = Parser(prog='dks-timm', description='Export, publish and look into models trained with DKS.')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
 
     export = commands.add_parser(
@@ -25,9 +23,9 @@ def _create_parser() -> Parser:
     export.add_argument('--no-ema', action='store_true', help='take the trained weights where there are averaged ones')
     export.add_argument('--overwrite', action='store_true',
                         help='replace a model that the folder or the repository already holds')
-    add_card_flags(export)
+    add_card_flags(export.add_argument)
     export.add_argument('--push-to-hub', metavar='OWNER/NAME', help='push the folder to this repository, too')
-    add_hub_flags(export)
+    add_hub_flags(export.add_argument)
     export.set_defaults(run=_export)
 
     push = commands.add_parser(
@@ -39,7 +37,7 @@ def _create_parser() -> Parser:
     push.add_argument('folder', metavar='DIR', help='folder of an exported model')
     push.add_argument('push_to_hub', metavar='OWNER/NAME', help='repository, created if need be')
     push.add_argument('--overwrite', action='store_true', help='replace another model that the repository holds')
-    add_hub_flags(push)
+    add_hub_flags(push.add_argument)
     push.set_defaults(run=_push)
 
     inspect = commands.add_parser(
@@ -49,13 +47,8 @@ def _create_parser() -> Parser:
                     'and what a training step costs over the plain model.',
     )
     inspect.add_argument('model', metavar='MODEL', help='timm model name, also hf-hub:owner/name and local-dir:path')
-    inspect.add_argument('--num-classes', type=int, metavar='N', help="number of classes, the model's if not given")
-    inspect.add_argument('--img-size', type=int, metavar='N', help="height and width, the model's if not given")
-    inspect.add_argument('--in-chans', type=int, metavar='N', help="input channels, the model's if not given")
-    inspect.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
-                         help='more arguments for timm.create_model')
-    add_branch_flags(inspect)
-    add_thrift_flags(inspect)
+    add_input_flags(inspect.add_argument)
+    add_branch_flags(inspect.add_argument)
     inspect.add_argument('--json', action='store_true', help='print it for machines')
     inspect.set_defaults(run=_inspect)
 
@@ -83,7 +76,6 @@ def _inspect(args: argparse.Namespace):
     from .method.cost import backbone_without_weights, format_inspection, inspect_model
     from .training.build import check_model_name, naming_model
 
-    check_numbers(args)
     check_model_name(args.model)
     given = f' with --model-kwargs {args.model_kwargs}' if args.model_kwargs else ''
     subject = f'MODEL {args.model}{given}'

@@ -1,6 +1,6 @@
-"""Bad input: recognised where it is checked, and answered with one line. Every other error keeps its traceback.
+"""Bad input: recognised where it is checked, and answered in one line. Every other error keeps its traceback.
 
-Nothing here imports torch or timm at module level: a mistyped flag is answered at once.
+Nothing here imports torch or timm: a mistyped flag is answered at once.
 """
 import contextlib
 import difflib
@@ -13,34 +13,12 @@ import struct
 import sys
 import traceback
 
-from safetensors import SafetensorError
-
-# What reading a file can raise that is no checkpoint, or not a whole one.
-UNREADABLE = (
-    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError,
-    ValueError, SafetensorError, pickle.PickleError, struct.error)
-
-
-def printable(text) -> str:
-    """Text whose control characters are escaped, as a terminal would obey them and a log begin another line."""
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
-
-
-def one_line(message, most: int = 1000) -> str:
-    """A message as one line of so many characters at most; what is left out of a longer one is its middle."""
-    text = printable(' '.join(str(message).split()))
-    return text if len(text) <= most else f'{text[:most // 2]} ... {text[-most // 2:]}'
-
-
-def why(error: Exception, most: int = 400) -> str:
-    """What an exception has to say, as one line. Of some kinds the message alone is no sentence."""
-    text = one_line(error, most)
-    if 'weights_only' in text or 'mmap can only be used' in text:
-        # What timm and torch suggest here is to let the file run what it likes.
-        return 'holds something other than plain weights, which is not loaded, as it could run code'
-    if not isinstance(error, (OSError, RuntimeError, ValueError)) or not text:
-        return f'{type(error).__name__}: {text}' if text else type(error).__name__
-    return text
+# Raised by torch.load for a file that is no checkpoint, or not a whole one.
+UNREADABLE = (EOFError, LookupError, OSError, RuntimeError, ValueError, pickle.PickleError, struct.error)
+# Arguments that an InputError begins with -> their flags.
+_FLAGS = dict(
+    stages='dks_stages', branches='dks_branches', branch_kwargs='dks_branch_kwargs', budget='dks_budget',
+    batch_fraction='dks_batch_fraction', baseline='card_baseline', repo_id='push_to_hub', revision='hub_revision')
 
 
 class InputError(ValueError):
@@ -48,10 +26,22 @@ class InputError(ValueError):
 
 
 class OptionError(InputError):
-    """A bad invocation. The message names the flag, the value given and what would do, in one line."""
+    """A bad invocation. The message names the flag, the value given and what works, in one line."""
 
     def __init__(self, message):
         super().__init__(one_line(message))
+
+
+class SharedError(OptionError):
+    """A refusal that every process knows of."""
+
+
+class DataError(OptionError):
+    """Data that a run cannot go on with, found after it has begun."""
+
+    def __init__(self, message):
+        # A loader's worker puts its traceback, as text, in front of the message.
+        super().__init__(message.rpartition(f'{type(self).__name__}: ')[2].strip())
 
 
 class ExportError(RuntimeError):
@@ -62,20 +52,30 @@ class PushError(RuntimeError):
     """The Hub could not be reached, or did not take the files. Nothing is lost: the same push may work later."""
 
 
-class SharedError(OptionError):
-    """A refusal that every process knows of."""
+def printable(text) -> str:
+    """Escape control characters, which a terminal would obey and a log would begin another line at."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
 
 
-class DataError(OptionError):
-    """Data that a run cannot go on with, found out on the way."""
+def one_line(message, most: int = 1000) -> str:
+    """Return a message as one line of so many characters at most; of a longer one, the middle is left out."""
+    text = printable(' '.join(str(message).split()))
+    return text if len(text) <= most else f'{text[:most // 2]} ... {text[-most // 2:]}'
 
-    def __init__(self, message):
-        # A loader's worker sends its traceback along, as text in front of the message.
-        super().__init__(message.rpartition(f'{type(self).__name__}: ')[2].strip())
+
+def why(error: Exception, most: int = 400) -> str:
+    """Return the message of an exception as one line, with its type where the message alone is no sentence."""
+    text = one_line(error, most)
+    if 'weights_only' in text or 'mmap can only be used' in text:
+        # timm and torch suggest to let the file run its code.
+        return 'holds something other than plain weights, which is not loaded, as it could run code'
+    if not isinstance(error, (OSError, RuntimeError, ValueError)) or not text:
+        return f'{type(error).__name__}: {text}' if text else type(error).__name__
+    return text
 
 
 def shown(value) -> str:
-    """A value of a recipe for a message. A few lines of YAML can hold one that is too long to write down."""
+    """Return a value of a recipe for a message. A few lines of YAML can hold one that is too long to write down."""
     if isinstance(value, str):
         return value
     short = reprlib.Repr()
@@ -87,31 +87,18 @@ def shown(value) -> str:
 
 
 def closest(name: str, names) -> str:
-    """'; closest: a, b' for the names most like this one, or nothing."""
+    """Return '; closest: a, b' for the names most like this one, or ''."""
     matches = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return f'; closest: {", ".join(matches)}' if matches else ''
 
 
 def flag(name: str) -> str:
-    """The flag of an argument: --dks-stages for dks_stages."""
+    """Return the flag of an argument: --dks-stages for dks_stages."""
     return '--' + (name if name == 'local_rank' else name.replace('_', '-'))
 
 
-# Flags of the arguments that complaints begin with.
-_ARGUMENTS = dict(
-    stages='--dks-stages',
-    branches='--dks-branches',
-    branch_kwargs='--dks-branch-kwargs',
-    budget='--dks-budget',
-    batch_fraction='--dks-batch-fraction',
-    baseline='--card-baseline',
-    repo_id='--push-to-hub',
-    revision='--hub-revision',
-)
-
-
 def works(function) -> bool:
-    """Whether a function raises nothing."""
+    """True if a function raises nothing."""
     try:
         function()
     except Exception:
@@ -121,14 +108,17 @@ def works(function) -> bool:
 
 @contextlib.contextmanager
 def naming(subject: str, *errors, without=None):
-    """Let bad input leave as an OptionError that names its flag and value.
+    """Turn what a library raises about bad input into an OptionError that names flag and value.
 
-    An InputError begins with the argument that it is about: that one's flag is named in place of the subject.
+    An InputError begins with the argument that it is about: the flag of that one is named in place of the subject.
 
     Args:
         subject: Flag and value.
-        *errors: What a library raises where they are at fault. Running out of memory is never the input's fault.
-        without: Does the same without the value. Where that fails as well, the error is none of the value's.
+        *errors: Types that the library raises for bad input. Running out of memory is never the input's fault.
+        without: A function that does the same without the value. If that fails too, the error is not the value's.
+
+    Raises:
+        OptionError: in place of an InputError and of the types named.
     """
     try:
         yield
@@ -136,7 +126,7 @@ def naming(subject: str, *errors, without=None):
         raise
     except InputError as e:
         argument, _, rest = why(e).partition(' ')
-        raise OptionError(f'{_ARGUMENTS[argument]} {rest}' if argument in _ARGUMENTS else f'{subject}: {e}') from e
+        raise OptionError(f'{flag(_FLAGS[argument])} {rest}' if argument in _FLAGS else f'{subject}: {e}') from e
     except errors as e:
         if out_of_memory(e) or without and not works(without):
             raise
@@ -144,7 +134,7 @@ def naming(subject: str, *errors, without=None):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether there was not enough memory, of the machine or of its device; of the latter, only the text says so."""
+    """True if the memory of the machine or of its device was used up; of some errors, only the text says so."""
     texts = ('out of memory', "can't allocate memory", 'cannot allocate memory', 'not enough memory')
     said = isinstance(error, (OSError, RuntimeError)) and any(text in str(error).lower() for text in texts)
     return said or isinstance(error, MemoryError)
@@ -164,15 +154,12 @@ def exit_out_of_memory():
 
 
 def erase_bar() -> str:
-    """What erases a bar, if there is one, for the next thing that is written to stderr; nothing beside a terminal."""
+    """Return what erases a progress bar before the next line on stderr; '' if stderr is no terminal."""
     return '\r\x1b[J' if sys.stderr.isatty() else ''
 
 
 class LogFormatter(logging.Formatter):
-    """Information as it is, warnings and errors with their level; on a terminal in place of a bar.
-
-    Also workers of loaders and other processes write there, and know nothing of the bar.
-    """
+    """Writes information as it is, warnings and errors with their level; on a terminal in place of a bar."""
 
     def format(self, record):
         text = super().format(record)
@@ -181,12 +168,14 @@ class LogFormatter(logging.Formatter):
 
 @contextlib.contextmanager
 def exit_on_bad_input():
-    """End with exit code 2 and one line where bad input was recognised; on every node, one process says it.
+    """End with exit code 2 and one line for bad input, said by one process of every node.
 
-    Log lines and warnings wait until all is known to be well, so that a refusal is all there is to read.
+    Log lines and warnings are held back until the end, so that a refusal is all there is to read.
     """
+    console = logging.StreamHandler()
+    console.setFormatter(LogFormatter())
+    waiting = logging.handlers.MemoryHandler(1 << 20, flushLevel=logging.CRITICAL + 1, target=console)
     level = logging.INFO if int(os.environ.get('RANK', 0)) == 0 else logging.WARNING
-    waiting = logging.handlers.MemoryHandler(1 << 20, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
     logging.basicConfig(level=level, handlers=[waiting], force=True)
     logging.captureWarnings(True)
     try:
@@ -198,8 +187,4 @@ def exit_on_bad_input():
         raise SystemExit(2) from None
     finally:
         logging.captureWarnings(False)
-        console = logging.StreamHandler()
-        console.setFormatter(LogFormatter())
-        waiting.setTarget(console)
-        waiting.flush()
-        logging.basicConfig(level=level, handlers=[console], force=True)
+        logging.basicConfig(level=level, handlers=[console], force=True)  # closes the other, which writes its lines

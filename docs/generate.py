@@ -139,8 +139,12 @@ def flags_table(actions) -> list:
             'VALUE' if action.choices or not action.option_strings else action.dest.upper())
         takes = {'+': f'{takes} ...', '*': f'{takes} ...', 3: ' '.join([takes] * 3)}.get(action.nargs, takes)
         names = ', '.join(f'`{o}{" " + takes if takes and o.startswith("--") else ""}`' for o in action.option_strings)
-        choices = f': {", ".join(map(str, action.choices))}' if action.choices else ''
-        text = (action.help or '').replace('%%', '%') + choices
+        text = action.help or ''
+        if action.choices:
+            text += ': ' + ', '.join(choice or '""' for choice in action.choices)
+        if getattr(action, 'bounds', None):
+            bounds = [f'{name} {bound:g}'.replace('_', ' ') for name, bound in action.bounds.items()]
+            text += f' ({", ".join(bounds)})'
         lines.append(f'| {names or f"`{takes}`"} | {default_of(action)} | {text} |'.replace('<', '&lt;'))
     return [*lines, '']
 

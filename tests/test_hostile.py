@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dks_timm import errors
-from dks_timm.training import checkpoint, checks, config, loop, readers
+from dks_timm.training import checkpoint, config, loop, readers
 from dks_timm.training.images import Images
 
 # Flags by name, but for the one that prints help and ends.
@@ -140,7 +140,7 @@ LEFT_OUT = {
 def sensible(action):
     """Flags with values that often parse."""
     kinds = {int: st.integers(0, 70), float: st.floats(0, 2).map(lambda x: round(x, 3))}
-    choices = checks.CHOICES.get(action.dest) or action.choices
+    choices = action.choices
     value = (st.sampled_from([c for c in choices if c]) if choices else kinds.get(action.type, st.just('x'))).map(str)
     if action.nargs == 0:
         return st.just([action.option_strings[-1]])

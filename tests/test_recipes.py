@@ -16,7 +16,6 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
-from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
@@ -67,8 +66,7 @@ def commands(path):
 def dks_args(path):
     """The arguments of the recipe's last command, with --dks where the recipe leaves it to the command line."""
     args, _, _ = config.parse_args([*commands(path)[-1], '--dks'])
-    args.rank, args.world_size, args.pretrained = 0, 1, False
-    return args
+    return config.Config(**{**vars(args), 'pretrained': False})
 
 
 @functools.cache
@@ -105,8 +103,7 @@ def test_it_builds_model_loss_optimizer_and_schedule(path):
     assert len(model.branches) >= 1
     loss_fn = build._create_dks_loss(args, build.create_criterion(args), 1 + len(model.branches))
     loss_fn.resolve_weights(1 + len(model.branches))
-    build.set_learning_rate(args, args.batch_size)
-    optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    optimizer = build.create_optimizer(args, model, build.learning_rate(args, args.batch_size, 1))
     assert sum(len(g['params']) for g in optimizer.param_groups) == len(list(model.parameters()))
     scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=100)
     assert scheduler is not None and epochs >= args.epochs

@@ -28,7 +28,6 @@ from ..method.model import DKSModel, create_dks_model, prune
 from ..models import ARCHITECTURES
 from ..training.build import check_model_name, create_model
 from ..training.checkpoint import holds_weights
-from ..training.checks import check_numbers
 from ..training.config import check_types, create_parser
 from .card import FACTS, METADATA, baseline, describe_run, write_card
 from .push import FILES, BackgroundPush, PushError, check_repository, finishing_line, push_folder
@@ -220,7 +219,6 @@ def export_checkpoint(
         raise InputError(f'checkpoint {str(checkpoint)!r} does not say how its model was made; give one of a run')
     subject = f'checkpoint {str(checkpoint)!r}'
     args = {**vars(create_parser().parse_args([])), **check_types(subject, vars(state['args']))}
-    check_numbers(argparse.Namespace(**args))
     if not holds_weights(state, ema=use_ema):
         raise InputError(f'{subject} holds no weights by name; give one of a run')
     no_weights = {'pretrained': False, 'pretrained_path': None, 'initial_checkpoint': ''}

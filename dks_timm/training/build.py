@@ -1,4 +1,4 @@
-"""From flags to model, task and learning rate, each as timm's trainer makes it."""
+"""From the configuration to model, task, optimizer and learning rate, each as timm's train.py makes it."""
 import logging
 from copy import deepcopy
 from functools import partial
@@ -17,28 +17,10 @@ from ..method.loss import DKSLoss
 from ..method.model import add_branches
 from ..method.plan import run_bare
 from ..method.task import DKSDistillationTask, DKSTask
-from .checks import mixup_active
+from .config import mixup_active
 from .data import model_dtype
 
 _logger = logging.getLogger(__name__)
-
-
-def check_model_name(name: str, flag: str = 'MODEL') -> None:
-    """Refuse a model that timm does not have."""
-    if ':' not in name and not timm.is_model(name.partition('.')[0]):
-        raise OptionError(f'{flag} {name}: timm has no such model{closest(name, timm.list_models())}')
-    with naming(f'{flag} {name}', Exception, without=lambda: _architecture('resnet18')):
-        _architecture(name)
-
-
-def _architecture(name: str) -> str:
-    """Name of the architecture of a model, from its config.json where that is published."""
-    return resolve_model_input_args(name)['model_name']
-
-
-def naming_model(subject: str, name: str):
-    """Name a model in what timm raises about it, where its architecture without further settings works."""
-    return naming(subject, Exception, without=lambda: run_bare(_architecture(name)))
 
 
 def check_names(args) -> None:
@@ -51,12 +33,30 @@ def check_names(args) -> None:
         try:
             get_optimizer_class(optimizer)
         except ValueError:
-            names = timm.optim.list_optimizers()
-            raise OptionError(f'--opt {args.opt}: timm has no such optimizer{closest(optimizer, names)}') from None
+            hint = closest(optimizer, timm.optim.list_optimizers())
+            raise OptionError(f'--opt {args.opt}: timm has no such optimizer{hint}') from None
     if args.torchcompile:
         mode = f' --torchcompile-mode {args.torchcompile_mode}' if args.torchcompile_mode else ''
         with naming(f'--torchcompile {args.torchcompile}{mode}', RuntimeError):
             torch.compile(lambda: None, backend=args.torchcompile, mode=args.torchcompile_mode)  # looked up, not run
+
+
+def check_model_name(name: str, flag: str = 'MODEL') -> None:
+    """Refuse a model that timm does not have."""
+    if ':' not in name and not timm.is_model(name.partition('.')[0]):
+        raise OptionError(f'{flag} {name}: timm has no such model{closest(name, timm.list_models())}')
+    with naming(f'{flag} {name}', Exception, without=lambda: _architecture('resnet18')):
+        _architecture(name)
+
+
+def _architecture(name):
+    """Return the architecture of a model: the name itself, or what its published config.json says."""
+    return resolve_model_input_args(name)['model_name']
+
+
+def naming_model(subject: str, name: str):
+    """Name a model in what timm raises about it, if its architecture works without further settings."""
+    return naming(subject, Exception, without=lambda: run_bare(_architecture(name)))
 
 
 def create_model(args):
@@ -78,106 +78,116 @@ def create_model(args):
     kwargs.update(args.model_kwargs)
     if args.pretrained_path:
         kwargs['pretrained_cfg_overlay'] = dict(file=args.pretrained_path, num_classes=-1)  # -1 adapts the classifier
-    image_size = tuple(args.input_size[1:]) if args.input_size else args.img_size and (args.img_size, args.img_size)
     subject = _subject(args)
-    if args.initial_checkpoint:
-        subject += f' with --initial-checkpoint {args.initial_checkpoint}, which should hold its weights'
-    if args.pretrained_path:
-        subject += f' with --pretrained-path {args.pretrained_path}, which should hold its weights'
+    for name in ('initial_checkpoint', 'pretrained_path'):
+        if getattr(args, name):
+            subject += f' with {flag(name)} {getattr(args, name)}, which should hold its weights'
     with naming_model(subject, args.model):
         model = timm.create_model(args.model, **kwargs)
     if not hasattr(model, 'get_classifier'):
         raise OptionError(f'{subject}: has no classifier to train')
     if args.dks:
         with naming(subject):
-            model = add_branches(
-                model,
-                args.model,
-                args.pretrained,
-                args.dks_stages,
-                args.dks_branches,
-                args.dks_branch_kwargs,
-                args.dks_budget,
-                image_size,
-                args.dks_batch_fraction,
-                {k: v for k, v in kwargs.items() if k != 'pretrained'},
-            )
-        _logger.info(model.describe())
-        if args.dks_batch_fraction < 1 or args.dks_every > 1:
-            cost = training_cost(model, kwargs['in_chans'])
-            if cost is not None:
-                _logger.info(
-                    f'Training forward, on average: {1 + (cost - 1) / args.dks_every:.2f}x the FLOPs of the backbone.')
-
+            model = _add_branches(args, model, kwargs)
     _set_heads(args, model)
     if args.grad_checkpointing:
         subject = f'--grad-checkpointing with --model {args.model}'
         if not hasattr(model, 'set_grad_checkpointing'):
             raise OptionError(f'{subject}: cannot recompute activations; leave the flag out')
-        with naming(subject, AssertionError):  # timm's word for a model that cannot
+        with naming(subject, AssertionError):  # which timm raises for a model that cannot
             model.set_grad_checkpointing(enable=True)
     if args.naflex_loader and not isinstance(model, NaFlexVit):
         raise OptionError(f'--naflex-loader: --model {args.model} does not take patch sequences; use a naflexvit model')
     return model
 
 
+def _add_branches(args, backbone, kwargs):
+    image_size = tuple(args.input_size[1:]) if args.input_size else args.img_size and (args.img_size, args.img_size)
+    model = add_branches(
+        backbone,
+        args.model,
+        args.pretrained,
+        args.dks_stages,
+        args.dks_branches,
+        args.dks_branch_kwargs,
+        args.dks_budget,
+        image_size,
+        args.dks_batch_fraction,
+        {k: v for k, v in kwargs.items() if k != 'pretrained'},
+    )
+    _logger.info(model.describe())
+    if args.dks_batch_fraction < 1 or args.dks_every > 1:
+        cost = training_cost(model, kwargs['in_chans'])
+        if cost is not None:
+            _logger.info(
+                f'Training forward, on average: {1 + (cost - 1) / args.dks_every:.2f}x the FLOPs of the backbone.')
+    return model
+
+
 def _set_heads(args, model):
     """Scale and bias the classifiers as --head-init-scale and --head-init-bias say."""
-    for name in ('head_init_scale', 'head_init_bias'):
-        value = getattr(args, name)
-        if value is None:
-            continue
-        heads = model.get_classifiers() if args.dks else model.get_classifier()
-        for head in heads if isinstance(heads, (list, tuple)) else [heads]:
-            weight, bias = getattr(head, 'weight', None), getattr(head, 'bias', None)
-            if bias is None or weight is None:
-                raise OptionError(f'{flag(name)} {value}: the classifier of --model {args.model} has no '
-                                  'weight and bias of its own; leave the flag out')
-            with torch.no_grad():
-                if name == 'head_init_bias':
-                    bias.fill_(value)
-                else:
-                    weight.mul_(value)
-                    bias.mul_(value)
+    scale, bias = args.head_init_scale, args.head_init_bias
+    if scale is None and bias is None:
+        return
+    heads = model.get_classifiers() if args.dks else model.get_classifier()
+    for head in heads if isinstance(heads, (list, tuple)) else [heads]:
+        if getattr(head, 'weight', None) is None or getattr(head, 'bias', None) is None:
+            given = f'--head-init-bias {bias}' if scale is None else f'--head-init-scale {scale}'
+            raise OptionError(f'{given}: the classifier of --model {args.model} has no weight and bias of its own; '
+                              'leave the flag out')
+        with torch.no_grad():
+            if scale is not None:
+                head.weight.mul_(scale)
+                head.bias.mul_(scale)
+            if bias is not None:
+                head.bias.fill_(bias)
 
 
-def _subject(args) -> str:
-    """What a complaint about the model begins with."""
+def _subject(args):
+    """Return the flags that a complaint about the model begins with."""
     given = {name: getattr(args, name) for name in ('model', 'model_kwargs', 'gp')}
     return ' with '.join(f'{flag(name)} {value}' for name, value in given.items() if value not in (None, {}))
 
 
 def place_model(args, model, input_size, accelerator):
-    """Move the model to its device, dtype and layout, with the BatchNorm that the flags ask for."""
+    """Move the model to its device, dtype and layout, with the BatchNorm that the flags ask for.
+
+    Args:
+        args: The configuration.
+        model: From :func:`create_model`.
+        input_size: (C, H, W) of its images.
+        accelerator: Its ``device`` and ``num_processes`` count.
+
+    Raises:
+        OptionError: if the model does not take such images, or BatchNorm cannot train on batches of one.
+    """
+    synced = args.sync_bn and accelerator.num_processes > 1
     if not args.naflex_loader:
         _check_input_size(args, model, input_size)
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
-    _check_batch_norm(args, model, input_size, accelerator.num_processes > 1)
+    if not (args.naflex_loader or synced):
+        _check_batch_norm(args, model, input_size)
     model.to(device=accelerator.device, dtype=model_dtype(args))
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
-    if accelerator.num_processes > 1 and args.sync_bn:
-        model = convert_sync_batchnorm(model)
-    return model
+    return convert_sync_batchnorm(model) if synced else model
 
 
 def _check_input_size(args, model, input_size):
-    """Refuse images that the model does not take, by one that it evaluates."""
+    """Refuse images that the model does not take, by evaluating one."""
     channels = input_size[0]
     model.eval()
     with torch.no_grad():
         for size in [input_size[1:], *((size, size) for size in args.train_img_sizes or ())]:
-            subject = f'{_subject(args)}: input size {(channels, *size)}'
-            with naming_model(subject, args.model):
+            with naming_model(f'{_subject(args)}: input size {(channels, *size)}', args.model):
                 model(torch.zeros(1, channels, *size))
     model.train()
 
 
-def _check_batch_norm(args, model, input_size, distributed):
-    """Refuse single images where BatchNorm, in training, gets one number a channel, and nothing to take a mean of."""
-    smallest = min([args.batch_size, *(args.train_batch_sizes or [])])
-    if smallest > 1 or args.naflex_loader or distributed and args.sync_bn:
+def _check_batch_norm(args, model, input_size):
+    """Refuse batches of one image where BatchNorm would get a single number per channel."""
+    if min([args.batch_size, *(args.train_batch_sizes or [])]) > 1:
         return
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -213,20 +223,20 @@ def create_task(args, model, accelerator):
     """Create the task that turns a batch into a loss: DKS, distillation, or plain classification."""
     criterion = create_criterion(args).to(accelerator.device)
     common = dict(device=accelerator.device, dtype=model_dtype(args), verbose=accelerator.is_main_process)
-    if args.dks:
-        loss_fn = _create_dks_loss(args, criterion, num_classifiers=1 + len(model.branches))
-        when = dict(every=args.dks_every, start_epoch=args.dks_start_epoch)
-    if args.kd_model_name is None:
-        if args.dks:
-            return DKSTask(model, loss_fn, **common, **when)
-        return tasks.ClassificationTask(model, criterion=criterion, **common)
-    task = _create_distillation_task(args, model.backbone if args.dks else model, criterion, common)
-    return DKSDistillationTask(model, task, loss_fn, **common, **when) if args.dks else task
+    distillation = None
+    if args.kd_model_name is not None:
+        distillation = _create_distillation_task(args, model.backbone if args.dks else model, criterion, common)
+    if not args.dks:
+        return distillation or tasks.ClassificationTask(model, criterion=criterion, **common)
+    loss_fn = _create_dks_loss(args, criterion, num_classifiers=1 + len(model.branches))
+    common.update(every=args.dks_every, start_epoch=args.dks_start_epoch)
+    if distillation is not None:
+        return DKSDistillationTask(model, distillation, loss_fn, **common)
+    return DKSTask(model, loss_fn, **common)
 
 
 def _create_distillation_task(args, student, criterion, common):
-    subject = f'--kd-model-name {args.kd_model_name}'
-    with naming_model(subject, args.kd_model_name):
+    with naming_model(f'--kd-model-name {args.kd_model_name}', args.kd_model_name):
         teacher = timm.create_model(
             args.kd_model_name,
             pretrained=True,
@@ -238,37 +248,31 @@ def _create_distillation_task(args, student, criterion, common):
     if args.kd_distill_type == 'token' and not hasattr(student, 'set_distilled_training'):
         raise OptionError(
             f'--kd-distill-type token: --model {args.model} has no distillation token; use logit or feature')
-    common = dict(
+    task, settings = dict(
+        logit=(tasks.LogitDistillationTask, dict(loss_type=args.kd_loss_type, temperature=args.kd_temperature)),
+        feature=(tasks.FeatureDistillationTask, dict(
+            student_feature_dim=args.kd_student_feature_dim, teacher_feature_dim=args.kd_teacher_feature_dim)),
+        token=(tasks.TokenDistillationTask, dict(
+            distill_type=args.kd_token_distill_type, temperature=args.kd_temperature)),
+    )[args.kd_distill_type]
+    return task(
         student_model=student,
         teacher_model=teacher,
         criterion=criterion,
         distill_loss_weight=args.distill_loss_weight,
         task_loss_weight=args.task_loss_weight,
         **common,
+        **settings,
     )
-    if args.kd_distill_type == 'feature':
-        return tasks.FeatureDistillationTask(
-            student_feature_dim=args.kd_student_feature_dim,
-            teacher_feature_dim=args.kd_teacher_feature_dim,
-            **common,
-        )
-    if args.kd_distill_type == 'token':
-        return tasks.TokenDistillationTask(
-            distill_type=args.kd_token_distill_type, temperature=args.kd_temperature, **common)
-    return tasks.LogitDistillationTask(loss_type=args.kd_loss_type, temperature=args.kd_temperature, **common)
 
 
 def _create_dks_loss(args, criterion, num_classifiers):
-    ce_weight, synergy_weight = args.dks_ce_weight, args.dks_synergy_weight
-    for name, values, count, what in (
-            ('ce', ce_weight, num_classifiers, 'one for each classifier'),
-            ('synergy', synergy_weight, num_classifiers ** 2, 'a matrix, row by row'),
-    ):
+    for name, count in (('dks_ce_weight', num_classifiers), ('dks_synergy_weight', num_classifiers ** 2)):
+        values = getattr(args, name)
         if len(values) not in (1, count):
-            raise OptionError(
-                f'--dks-{name}-weight {" ".join(map(str, values))}: {len(values)} numbers for {num_classifiers} '
-                f'classifiers; give 1, or {count} ({what})'
-            )
+            raise OptionError(f'{flag(name)} {" ".join(map(str, values))}: {len(values)} numbers for {num_classifiers} '
+                              f'classifiers; give 1, or {count}')
+    ce_weight, synergy_weight = args.dks_ce_weight, args.dks_synergy_weight
     matrix = [synergy_weight[i:i + num_classifiers] for i in range(0, len(synergy_weight), num_classifiers)]
     return DKSLoss(
         criterion,
@@ -279,7 +283,7 @@ def _create_dks_loss(args, criterion, num_classifiers):
     )
 
 
-def create_optimizer(args, module, lr):
+def create_optimizer(args, module, lr: float):
     """Create the optimizer of the module that is trained."""
     kwargs = {**optimizer_kwargs(cfg=args), 'lr': lr}
     of_any = {k: v for k, v in kwargs.items() if k not in ('momentum', 'eps', 'betas', 'foreach')}
@@ -288,7 +292,13 @@ def create_optimizer(args, module, lr):
 
 
 def learning_rate(args, batch_size: float, num_processes: int) -> float:
-    """Return --lr or, where it is not given, --lr-base scaled to the global batch size as timm does."""
+    """Return --lr or, where it is not given, --lr-base scaled to the global batch size as timm does.
+
+    Args:
+        args: The configuration.
+        batch_size: Images of a batch of one process.
+        num_processes: Processes that train together.
+    """
     if args.lr:
         return args.lr
     ratio = batch_size * num_processes * args.grad_accum_steps / args.lr_base_size

@@ -17,7 +17,7 @@ from torchvision.transforms import RandomCrop
 
 from ..errors import OptionError, naming
 from . import readers
-from .checks import mixup_active
+from .config import mixup_active
 from .device_data import DeviceLoader, check_fit, decode
 from .images import Stream
 

@@ -1,18 +1,70 @@
-"""The flags of timm's training script: names, types and defaults are timm's, the help texts are not."""
-import argparse
+"""Every flag of train.py, declared once: name, type, default, choices, range and help.
 
-# Flags of later versions of timm's script that are not here yet, and must not be taken for abbreviations of others.
-NOT_YET = (
-    '--loss', '--lr-decay-fn', '--lr-stable-timescale', '--multilabel-threshold', '--save-epochs', '--stop-epoch',
-    '--target-format', '--task')
+timm's flags keep timm's names, types and defaults; their help texts are ours. Nothing here imports torch or timm
+when it is loaded: ``--help`` and a mistyped flag are answered at once.
+"""
+import argparse
+import math
+import operator
+import os
+
+from ..errors import OptionError, flag, shown
+
+SCALES = ('none', 'sqrt', 'linear')
+INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+# Bounds that a flag may declare, with the comparison that a number within them passes.
+BOUNDS = dict(at_least=operator.ge, at_most=operator.le, above=operator.gt, below=operator.lt)
+
+
+class StoreAction(argparse.Action):
+    """Store a value that is within the bounds of its flag.
+
+    Args:
+        runs_code: The flag makes a run load code from elsewhere, so that a recipe must not set it.
+        at_least, at_most, above, below: Bounds of a number, or of each number of a list.
+    """
+
+    def __init__(self, *args, runs_code=False, **kwargs):
+        self.runs_code = runs_code
+        kwargs.setdefault('metavar', {int: 'N', float: 'X'}.get(kwargs.get('type')))
+        self.bounds = {name: kwargs.pop(name) for name in BOUNDS if name in kwargs}
+        super().__init__(*args, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        self.check(values)
+        setattr(namespace, self.dest, True if self.nargs == 0 else values)
+
+    def check(self, values) -> None:
+        """Refuse numbers out of bounds.
+
+        Raises:
+            OptionError: naming flag, value and bound.
+        """
+        for number in values if isinstance(values, (list, tuple)) else [values]:
+            if not isinstance(number, (int, float)):
+                continue
+            if isinstance(number, int) and abs(number) >= 2 ** 63:
+                raise OptionError(f'{flag(self.dest)} {shown(number)}: must be at most {2 ** 63 - 1} either way')
+            if not math.isfinite(number):
+                raise OptionError(f'{flag(self.dest)} {number}: must be a finite number')
+            for name, bound in self.bounds.items():
+                if not BOUNDS[name](number, bound):
+                    raise OptionError(f'{flag(self.dest)} {number}: must be {name.replace("_", " ")} {bound}')
+
+
+class StoreTrueAction(StoreAction):
+    """Store True."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, nargs=0, default=False, **kwargs)
 
 
 class ParseKwargs(argparse.Action):
-    """timm's key=value action, imported when a flag uses it."""
+    """Store key=value pairs as a dict, by timm's action of the same name."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         from timm import utils
-        bad = [v for v in values if v and not v.partition('=')[1]]
+        bad = [v for v in values if v and '=' not in v]
         if bad:
             raise argparse.ArgumentError(self, f'{bad[0]!r} is not of the form key=value')
         try:
@@ -21,227 +73,328 @@ class ParseKwargs(argparse.Action):
             raise argparse.ArgumentError(self, 'a value is nested too deeply') from None
 
 
-def add_timm_flags(parser: argparse.ArgumentParser) -> None:
-    """Add them all, in timm's order."""
-    group = parser.add_argument_group('Dataset parameters')
-    parser.add_argument('data', nargs='?', metavar='DIR', help='dataset folder (older spelling of --data-dir)')
-    group.add_argument('--data-dir', metavar='DIR', help='dataset folder, or a .tar of class folders')
-    group.add_argument('--dataset', metavar='NAME', default='',
-                       help='dataset as "type/name": folder or tar if empty, torch/, hfds/, hfids/, wds/, tfds/, '
-                            '"digits", the small one of scikit-learn, or "synthetic", random pixels to time a run with')
-    group.add_argument('--train-split', metavar='NAME', default='train', help='split to train on')
-    group.add_argument('--val-split', metavar='NAME', default='validation', help='split to evaluate on, "" for none')
-    group.add_argument('--train-num-samples', type=int, metavar='N',
-                       help='length of a streamed or synthetic train split')
-    group.add_argument('--val-num-samples', type=int, metavar='N',
-                       help='length of a streamed or synthetic validation split')
-    group.add_argument('--dataset-download', action='store_true', help='let torch/ and tfds/ datasets download')
-    group.add_argument('--class-map', type=str, default='', metavar='FILENAME', help='file of class name -> index')
-    group.add_argument('--input-img-mode', type=str, help='PIL mode images are converted to')
-    group.add_argument('--input-key', type=str, help='name of the image field')
-    group.add_argument('--target-key', type=str, help='name of the label field')
-    group.add_argument('--dataset-trust-remote-code', action='store_true',
-                       help='let a Hugging Face dataset run code from its repository')
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser with the actions above, which raises OptionError in place of printing its usage and exiting."""
 
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.register('action', None, StoreAction)
+        self.register('action', 'store_true', StoreTrueAction)
+
+    def error(self, message):
+        raise OptionError(message.removeprefix('argument '))
+
+
+def create_parser() -> Parser:
+    """Create the parser of train.py: timm's flags and ours."""
+    parser = Parser(
+        prog='train.py',
+        description='Train a timm model, with --dks by Deeply-supervised Knowledge Synergy.',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_timm_flags(parser)
+    add_our_flags(parser)
+    return parser
+
+
+def add_timm_flags(parser: Parser) -> None:
+    """Add the flags of timm's train.py."""
+    _add_data_flags(parser)
+    _add_model_flags(parser)
+    _add_optimizer_flags(parser)
+    _add_augmentation_flags(parser)
+    _add_run_flags(parser)
+
+
+def _add_data_flags(parser):
+    add = parser.add_argument_group('Dataset parameters').add_argument
+    parser.add_argument('data', nargs='?', metavar='DIR', help='dataset folder (older spelling of --data-dir)')
+    add('--data-dir', metavar='DIR', help='dataset folder, or a .tar of class folders')
+    add('--dataset', metavar='NAME', default='',
+        help='torch/, hfds/, hfids/, wds/ or tfds/ with a name; "digits" of scikit-learn; "synthetic", random pixels')
+    add('--train-split', metavar='NAME', default='train', help='split to train on')
+    add('--val-split', metavar='NAME', default='validation', help='split to evaluate on, "" for none')
+    add('--train-num-samples', type=int, at_least=1, help='length of a streamed or synthetic split')
+    add('--val-num-samples', type=int, at_least=1, help='length of a streamed or synthetic split')
+    add('--dataset-download', action='store_true', help='let torch/ and tfds/ datasets download')
+    add('--class-map', type=str, default='', metavar='FILENAME', help='file of class name -> index')
+    add('--input-img-mode', type=str, help='PIL mode images are converted to')
+    add('--input-key', type=str, help='name of the image field')
+    add('--target-key', type=str, help='name of the label field')
+    add('--dataset-trust-remote-code', action='store_true', runs_code=True, help='let a dataset on the Hub run code')
+
+
+def _add_model_flags(parser):
     group = parser.add_argument_group('Model parameters')
-    group.add_argument('--model', type=str, default='resnet50', metavar='MODEL',
-                       help='timm model name, also hf-hub:owner/name and local-dir:path')
-    group.add_argument('--pretrained', action='store_true', help='start from published weights')
-    group.add_argument('--pretrained-path', type=str, help='file to use as the published weights, head adapted')
-    group.add_argument('--initial-checkpoint', type=str, default='', metavar='PATH',
-                       help='weights to load into the new model (with --dks, into the backbone)')
-    group.add_argument('--resume', type=str, default='', metavar='PATH',
-                       help='checkpoint to continue from; "auto" takes the newest of this run')
-    group.add_argument('--no-resume-opt', action='store_true', help='resume the weights, not the optimizer')
-    group.add_argument('--num-classes', type=int, metavar='N', help='number of classes, the model\'s if not given')
-    group.add_argument('--gp', type=str, metavar='POOL', help='global pooling: fast, avg, max, avgmax, catavgmax')
-    group.add_argument('--img-size', type=int, metavar='N', help='height and width of the input')
-    group.add_argument('--in-chans', type=int, metavar='N', help='input channels, 3 if not given')
-    group.add_argument('--input-size', type=int, nargs=3, metavar='N', help='channels, height and width of the input')
-    group.add_argument('--crop-pct', type=float, metavar='N', help='share of the image kept by the evaluation crop')
-    group.add_argument('--mean', type=float, nargs='+', metavar='MEAN', help='pixel mean for normalization')
-    group.add_argument('--std', type=float, nargs='+', metavar='STD', help='pixel deviation for normalization')
-    group.add_argument('--interpolation', type=str, default='', metavar='NAME', help='resize filter for evaluation')
-    group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='images a process and step')
-    group.add_argument('-vb', '--validation-batch-size', type=int, metavar='N', help='batch size for evaluation')
-    group.add_argument('--channels-last', action='store_true', help='keep tensors in channels_last layout')
-    group.add_argument('--fuser', type=str, default='', help='TorchScript fuser (refused: use --torchcompile)')
-    group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N', help='batches to an optimizer update')
-    group.add_argument('--grad-checkpointing', action='store_true', help='recompute activations to save memory')
-    group.add_argument('--fast-norm', action='store_true', help='normalize in low precision under autocast')
-    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
-                       help='more arguments for timm.create_model')
-    group.add_argument('--head-init-scale', type=float, help='factor on the classifier\'s initial weights')
-    group.add_argument('--head-init-bias', type=float, help='value of the classifier\'s initial bias')
-    group.add_argument('--torchcompile-mode', type=str, help='mode of torch.compile')
+    add = group.add_argument
+    add('--model', type=str, default='resnet50', help='timm model name, also hf-hub:owner/name and local-dir:path')
+    add('--pretrained', action='store_true', help='start from published weights')
+    add('--pretrained-path', type=str, help='file to use as the published weights, head adapted')
+    add('--initial-checkpoint', type=str, default='', metavar='PATH',
+        help='weights to load into the new model (with --dks, into the backbone)')
+    add('--resume', type=str, default='', metavar='PATH', help='checkpoint to continue from, "auto" for the newest')
+    add('--no-resume-opt', action='store_true', help='resume the weights, not the optimizer')
+    add('--gp', type=str, metavar='POOL', help='global pooling: fast, avg, max, avgmax, catavgmax')
+    add_input_flags(add)
+    add('--input-size', type=int, nargs=3, at_least=1, at_most=16384, help='channels, height and width')
+    add('--crop-pct', type=float, at_least=0.05, at_most=2, help='share of the image that evaluation keeps')
+    add('--mean', type=float, nargs='+', help='pixel mean for normalization')
+    add('--std', type=float, nargs='+', above=0, help='standard deviation of pixels for normalization')
+    add('--interpolation', type=str, default='', choices=('', *INTERPOLATIONS), help='resize filter for evaluation')
+    add('-b', '--batch-size', type=int, default=128, at_least=1, help='images per process and step')
+    add('-vb', '--validation-batch-size', type=int, at_least=1, help='batch size for evaluation')
+    add('--channels-last', action='store_true', help='keep tensors in channels_last layout')
+    add('--fuser', type=str, default='', help='TorchScript fuser (refused: use --torchcompile)')
+    add('--grad-accum-steps', type=int, default=1, help='batches per optimizer update')
+    add('--grad-checkpointing', action='store_true', help='recompute activations to save memory')
+    add('--fast-norm', action='store_true', help='normalize in low precision under autocast')
+    add('--head-init-scale', type=float, help='factor on the classifier\'s initial weights')
+    add('--head-init-bias', type=float, help='value of the classifier\'s initial bias')
+    add('--torchcompile-mode', type=str, help='mode of torch.compile')
     either = group.add_mutually_exclusive_group()
     either.add_argument('--torchscript', action='store_true', help='script the model (refused: use --torchcompile)')
-    either.add_argument('--torchcompile', nargs='?', type=str, const='inductor', metavar='BACKEND',
-                        help='compile the model, with inductor unless another backend is named')
+    either.add_argument('--torchcompile', nargs='?', type=str, const='inductor', help='compile the model')
 
-    group = parser.add_argument_group('Device parameters')
-    group.add_argument('--device', type=str, default='cuda',
-                       help='device to train on; where not given, the best one present')
-    group.add_argument('--amp', action='store_true', help='mixed precision')
-    group.add_argument('--amp-dtype', type=str, default='float16', help='float16 or bfloat16 (the default on a CPU)')
-    group.add_argument('--model-dtype', type=str, help='dtype of the weights, without --amp')
-    group.add_argument('--no-ddp-bb', action='store_true', help='do not broadcast buffers between processes')
-    group.add_argument('--synchronize-step', action='store_true', help='wait for the device after each step')
-    group.add_argument('--local_rank', type=int, default=0, help='ignored: the launcher says it in the environment')
-    group.add_argument('--device-modules', type=str, nargs='+', help='Python modules that bring a device backend')
+    add = parser.add_argument_group('Device parameters').add_argument
+    add('--device', type=str, default='cuda', help='device to train on; where not given, the best one present')
+    add('--amp', action='store_true', help='mixed precision')
+    add('--amp-dtype', type=str, default='float16', choices=('float16', 'bfloat16'),
+        help='dtype of --amp; on a CPU bfloat16, if not given')
+    add('--model-dtype', type=str, choices=('float32', 'float16', 'bfloat16'), help='dtype of the weights')
+    add('--no-ddp-bb', action='store_true', help='do not broadcast buffers between processes')
+    add('--synchronize-step', action='store_true', help='wait for the device after each step')
+    add('--local_rank', type=int, default=0, help='ignored: the launcher says it in the environment')
+    add('--device-modules', type=str, nargs='+', runs_code=True, help='Python modules that bring a device backend')
 
-    group = parser.add_argument_group('Optimizer parameters')
-    group.add_argument('--opt', type=str, default='sgd', metavar='OPTIMIZER', help='one of timm\'s optimizers')
-    group.add_argument('--opt-eps', type=float, metavar='EPSILON', help='epsilon, the optimizer\'s if not given')
-    group.add_argument('--opt-betas', type=float, nargs='+', metavar='BETA',
-                       help='betas, the optimizer\'s if not given')
-    group.add_argument('--momentum', type=float, default=0.9, metavar='M', help='momentum')
-    group.add_argument('--weight-decay', type=float, default=2e-5, help='weight decay')
-    group.add_argument('--clip-grad', type=float, metavar='NORM', help='clip gradients to this')
-    group.add_argument('--clip-mode', type=str, default='norm', help='norm, value or agc')
-    group.add_argument('--layer-decay', type=float, help='factor on the learning rate from layer to layer')
-    group.add_argument('--layer-decay-min-scale', type=float, default=0, help='least learning rate scale')
-    group.add_argument('--layer-decay-no-opt-scale', type=float, help='scale under which a layer is frozen')
-    group.add_argument('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
-                       help='more arguments for the optimizer')
 
-    group = parser.add_argument_group('Learning rate schedule parameters')
-    group.add_argument('--sched', type=str, default='cosine', metavar='SCHEDULER', help='one of timm\'s schedules')
-    group.add_argument('--sched-on-updates', action='store_true', help='step the schedule at every update')
-    group.add_argument('--lr', type=float, metavar='LR', help='learning rate, in place of --lr-base')
-    group.add_argument('--lr-base', type=float, default=0.1, metavar='LR',
-                       help='learning rate at --lr-base-size, scaled to the global batch size')
-    group.add_argument('--lr-base-size', type=int, default=256, metavar='DIV', help='batch size --lr-base is for')
-    group.add_argument('--lr-base-scale', type=str, default='', metavar='SCALE',
-                       help='linear or sqrt scaling, chosen by the optimizer if empty')
-    group.add_argument('--lr-noise', type=float, nargs='+', metavar='PCT', help='from and to where noise is added')
-    group.add_argument('--lr-noise-pct', type=float, default=0.67, metavar='PERCENT', help='bound of the noise')
-    group.add_argument('--lr-noise-std', type=float, default=1.0, metavar='STDDEV', help='deviation of the noise')
-    group.add_argument('--lr-cycle-mul', type=float, default=1.0, metavar='MULT', help='growth of cycle lengths')
-    group.add_argument('--lr-cycle-decay', type=float, default=0.5, metavar='MULT', help='decay from cycle to cycle')
-    group.add_argument('--lr-cycle-limit', type=int, default=1, metavar='N', help='number of cycles')
-    group.add_argument('--lr-k-decay', type=float, default=1.0, help='k-decay of cosine and poly')
-    group.add_argument('--warmup-lr', type=float, default=1e-5, metavar='LR', help='learning rate warm-up starts at')
-    group.add_argument('--min-lr', type=float, default=0, metavar='LR', help='learning rate the schedule ends at')
-    group.add_argument('--epochs', type=int, default=300, metavar='N', help='epochs to train')
-    group.add_argument('--epoch-repeats', type=float, default=0., metavar='N',
-                       help='times a streamed dataset is read in one epoch')
-    group.add_argument('--start-epoch', type=int, metavar='N', help='epoch to start at, whatever a checkpoint says')
-    group.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='EPOCH',
-                       help='epochs at which multistep decays')
-    group.add_argument('--decay-epochs', type=float, default=90, metavar='N', help='epochs from decay to decay')
-    group.add_argument('--warmup-epochs', type=int, default=5, metavar='N', help='epochs of warm-up')
-    group.add_argument('--warmup-prefix', action='store_true', help='warm up before the schedule, not within it')
-    group.add_argument('--cooldown-epochs', type=int, default=0, metavar='N', help='epochs at --min-lr at the end')
-    group.add_argument('--patience-epochs', type=int, default=10, metavar='N', help='patience of plateau')
-    group.add_argument('--decay-rate', '--dr', type=float, default=0.1, metavar='RATE', help='factor of a decay')
+def _add_optimizer_flags(parser):
+    add = parser.add_argument_group('Optimizer parameters').add_argument
+    add('--opt', type=str, default='sgd', metavar='OPTIMIZER', help='one of timm\'s optimizers')
+    add('--opt-eps', type=float, help='epsilon, the optimizer\'s if not given')
+    add('--opt-betas', type=float, nargs='+', help='betas, the optimizer\'s if not given')
+    add('--momentum', type=float, default=0.9, at_least=0, at_most=1, help='momentum')
+    add('--weight-decay', type=float, default=2e-5, at_least=0, help='weight decay')
+    add('--clip-grad', type=float, at_least=0, help='clip gradients to this')
+    add('--clip-mode', type=str, default='norm', choices=('norm', 'value', 'agc'), help='what --clip-grad bounds')
+    add('--layer-decay', type=float, at_least=0, at_most=1, help='factor on the learning rate from layer to layer')
+    add('--layer-decay-min-scale', type=float, default=0, help='least learning rate scale')
+    add('--layer-decay-no-opt-scale', type=float, help='scale under which a layer is frozen')
+    add('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help='more arguments of --opt')
 
-    group = parser.add_argument_group('Augmentation and regularization parameters')
-    group.add_argument('--no-aug', action='store_true', help='train on unaugmented images')
-    group.add_argument('--train-crop-mode', type=str, help='rrc, rkrc or rkrr')
-    group.add_argument('--scale', type=float, nargs='+', default=[0.08, 1.0], metavar='PCT',
-                       help='area range of the random crop')
-    group.add_argument('--ratio', type=float, nargs='+', default=[3 / 4, 4 / 3], metavar='RATIO',
-                       help='aspect range of the random crop')
-    group.add_argument('--hflip', type=float, default=0.5, help='probability of a horizontal flip')
-    group.add_argument('--vflip', type=float, default=0., help='probability of a vertical flip')
-    group.add_argument('--color-jitter', type=float, default=0.4, metavar='PCT', help='strength of color jitter')
-    group.add_argument('--color-jitter-prob', type=float, metavar='PCT', help='probability of color jitter')
-    group.add_argument('--grayscale-prob', type=float, metavar='PCT', help='probability of gray images')
-    group.add_argument('--gaussian-blur-prob', type=float, metavar='PCT', help='probability of blur')
-    group.add_argument('--aa', type=str, metavar='NAME', help='AutoAugment, RandAugment, AugMix policy')
-    group.add_argument('--aug-repeats', type=float, default=0,
-                       help='times an image is repeated over the processes of a batch')
-    group.add_argument('--aug-splits', type=int, default=0, help='augmentation splits, 0 or at least 2')
-    group.add_argument('--jsd-loss', action='store_true', help='Jensen-Shannon loss over --aug-splits')
-    group.add_argument('--bce-loss', action='store_true', help='binary cross-entropy')
-    group.add_argument('--bce-sum', action='store_true', help='sum binary cross-entropy over the classes')
-    group.add_argument('--bce-target-thresh', type=float, help='binarize soft targets at this value')
-    group.add_argument('--bce-pos-weight', type=float, help='weight of positives in binary cross-entropy')
-    group.add_argument('--reprob', type=float, default=0., metavar='PCT', help='probability of random erasing')
-    group.add_argument('--remode', type=str, default='pixel', help='fill of random erasing: const, rand, pixel')
-    group.add_argument('--recount', type=int, default=1, help='most regions to erase')
-    group.add_argument('--resplit', action='store_true', help='leave the first augmentation split unerased')
-    group.add_argument('--mixup', type=float, default=0.0, help='alpha of mixup, off at 0')
-    group.add_argument('--cutmix', type=float, default=0.0, help='alpha of cutmix, off at 0')
-    group.add_argument('--cutmix-minmax', type=float, nargs='+', help='size range of cutmix, in place of alpha')
-    group.add_argument('--mixup-prob', type=float, default=1.0, help='probability of either')
-    group.add_argument('--mixup-switch-prob', type=float, default=0.5, help='probability of cutmix where both are on')
-    group.add_argument('--mixup-mode', type=str, default='batch', help='mix by batch, pair, elem or half')
-    group.add_argument('--mixup-off-epoch', type=int, default=0, metavar='N', help='epoch at which mixing stops')
-    group.add_argument('--smoothing', type=float, default=0.1, help='label smoothing')
-    group.add_argument('--train-interpolation', type=str, default='random', help='resize filter for training')
-    group.add_argument('--drop', type=float, default=0.0, metavar='PCT', help='dropout')
-    group.add_argument('--drop-connect', type=float, metavar='PCT', help='deprecated: use --drop-path')
-    group.add_argument('--drop-path', type=float, metavar='PCT', help='stochastic depth')
-    group.add_argument('--drop-block', type=float, metavar='PCT', help='drop block')
+    add = parser.add_argument_group('Learning rate schedule parameters').add_argument
+    add('--sched', type=str, default='cosine', help='one of timm\'s schedules',
+        choices=('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'plateau', 'none'))
+    add('--sched-on-updates', action='store_true', help='step the schedule at every update')
+    add('--lr', type=float, at_least=0, help='learning rate, in place of --lr-base')
+    add('--lr-base', type=float, default=0.1, at_least=0, help='learning rate for batches of --lr-base-size images')
+    add('--lr-base-size', type=int, default=256, at_least=1, help='batch size --lr-base is for')
+    add('--lr-base-scale', type=str, default='', choices=('', 'linear', 'sqrt'), help='scaling rule, by --opt if empty')
+    add('--lr-noise', type=float, nargs='+', help='from and to where noise is added')
+    add('--lr-noise-pct', type=float, default=0.67, help='bound of the noise')
+    add('--lr-noise-std', type=float, default=1.0, help='deviation of the noise')
+    add('--lr-cycle-mul', type=float, default=1.0, above=0, help='growth of cycle lengths')
+    add('--lr-cycle-decay', type=float, default=0.5, help='decay from cycle to cycle')
+    add('--lr-cycle-limit', type=int, default=1, at_least=1, help='number of cycles')
+    add('--lr-k-decay', type=float, default=1.0, help='k-decay of cosine and poly')
+    add('--warmup-lr', type=float, default=1e-5, at_least=0, help='learning rate warm-up starts at')
+    add('--min-lr', type=float, default=0, at_least=0, help='learning rate the schedule ends at')
+    add('--epochs', type=int, default=300, at_least=1, help='epochs to train')
+    add('--epoch-repeats', type=float, default=0., at_least=0, help='times a streamed dataset is read in one epoch')
+    add('--start-epoch', type=int, at_least=0, help='epoch to start at, whatever a checkpoint says')
+    add('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], at_least=0, help='where multistep decays')
+    add('--decay-epochs', type=float, default=90, above=0, help='epochs between decays')
+    add('--warmup-epochs', type=int, default=5, at_least=0, help='epochs of warm-up')
+    add('--warmup-prefix', action='store_true', help='warm up before the schedule, not within it')
+    add('--cooldown-epochs', type=int, default=0, at_least=0, help='epochs at --min-lr at the end')
+    add('--patience-epochs', type=int, default=10, at_least=0, help='patience of plateau')
+    add('--decay-rate', '--dr', type=float, default=0.1, help='factor of a decay')
 
-    group = parser.add_argument_group('Batch norm parameters', 'The first two work with EfficientNet-like models only.')
-    group.add_argument('--bn-momentum', type=float, help='momentum of BatchNorm')
-    group.add_argument('--bn-eps', type=float, help='epsilon of BatchNorm')
-    group.add_argument('--sync-bn', action='store_true', help='BatchNorm statistics over all processes')
-    group.add_argument('--dist-bn', type=str, default='reduce',
-                       help='after an epoch, reduce or broadcast BatchNorm statistics, or "" to leave them')
-    group.add_argument('--split-bn', action='store_true', help='separate BatchNorm for each augmentation split')
 
-    group = parser.add_argument_group('Model exponential moving average parameters')
-    group.add_argument('--model-ema', action='store_true', help='keep, evaluate and export an average of the weights')
-    group.add_argument('--model-ema-force-cpu', action='store_true', help='keep it on the CPU, unevaluated')
-    group.add_argument('--model-ema-decay', type=float, default=0.9998, help='decay of the average')
-    group.add_argument('--model-ema-warmup', action='store_true', help='warm the decay up')
+def _add_augmentation_flags(parser):
+    add = parser.add_argument_group('Augmentation and regularization parameters').add_argument
+    add('--no-aug', action='store_true', help='train on unaugmented images')
+    add('--train-crop-mode', type=str, choices=('rrc', 'rkrc', 'rkrr'), help='kind of random crop')
+    add('--scale', type=float, nargs='+', default=[0.08, 1.0], at_least=0, help='area range of the random crop')
+    add('--ratio', type=float, nargs='+', default=[3 / 4, 4 / 3], above=0, help='aspect range of the random crop')
+    add('--hflip', type=float, default=0.5, at_least=0, at_most=1, help='probability of a horizontal flip')
+    add('--vflip', type=float, default=0., at_least=0, at_most=1, help='probability of a vertical flip')
+    add('--color-jitter', type=float, default=0.4, at_least=0, help='strength of color jitter')
+    add('--color-jitter-prob', type=float, at_least=0, at_most=1, help='probability of color jitter')
+    add('--grayscale-prob', type=float, at_least=0, at_most=1, help='probability of gray images')
+    add('--gaussian-blur-prob', type=float, at_least=0, at_most=1, help='probability of blur')
+    add('--aa', type=str, metavar='NAME', help='AutoAugment, RandAugment, AugMix policy')
+    add('--aug-repeats', type=float, default=0, at_least=0, help='times that processes repeat an image in a batch')
+    add('--aug-splits', type=int, default=0, at_least=0, at_most=64, help='augmentation splits, 0 or at least 2')
+    add('--jsd-loss', action='store_true', help='Jensen-Shannon loss over --aug-splits')
+    add('--bce-loss', action='store_true', help='binary cross-entropy')
+    add('--bce-sum', action='store_true', help='sum binary cross-entropy over the classes')
+    add('--bce-target-thresh', type=float, help='binarize soft targets at this value')
+    add('--bce-pos-weight', type=float, help='weight of positives in binary cross-entropy')
+    add('--reprob', type=float, default=0., at_least=0, at_most=1, help='probability of random erasing')
+    add('--remode', type=str, default='pixel', choices=('const', 'rand', 'pixel'), help='fill of random erasing')
+    add('--recount', type=int, default=1, at_least=1, help='most regions to erase')
+    add('--resplit', action='store_true', help='leave the first augmentation split unerased')
+    add('--mixup', type=float, default=0.0, at_least=0, help='alpha of mixup, off at 0')
+    add('--cutmix', type=float, default=0.0, at_least=0, help='alpha of cutmix, off at 0')
+    add('--cutmix-minmax', type=float, nargs='+', help='size range of cutmix, in place of alpha')
+    add('--mixup-prob', type=float, default=1.0, at_least=0, at_most=1, help='probability of mixup or cutmix')
+    add('--mixup-switch-prob', type=float, default=0.5, at_least=0, at_most=1, help='probability of cutmix of the two')
+    add('--mixup-mode', type=str, default='batch', choices=('batch', 'pair', 'elem', 'half'), help='mix by this unit')
+    add('--mixup-off-epoch', type=int, default=0, at_least=0, help='epoch at which mixing stops')
+    add('--smoothing', type=float, default=0.1, at_least=0, below=1, help='label smoothing')
+    add('--train-interpolation', type=str, default='random', choices=('', 'random', *INTERPOLATIONS),
+        help='resize filter for training')
+    add('--drop', type=float, default=0.0, at_least=0, at_most=1, help='dropout')
+    add('--drop-connect', type=float, at_least=0, at_most=1, help='deprecated: use --drop-path')
+    add('--drop-path', type=float, at_least=0, at_most=1, help='stochastic depth')
+    add('--drop-block', type=float, at_least=0, at_most=1, help='drop block')
+    add = parser.add_argument_group(
+        'Batch norm parameters', 'The first two work with EfficientNet-like models only.').add_argument
+    add('--bn-momentum', type=float, help='momentum of BatchNorm')
+    add('--bn-eps', type=float, help='epsilon of BatchNorm')
+    add('--sync-bn', action='store_true', help='BatchNorm statistics over all processes')
+    add('--dist-bn', type=str, default='reduce', choices=('', 'reduce', 'broadcast'),
+        help='after an epoch, reduce or broadcast BatchNorm statistics, or "" to leave them')
+    add('--split-bn', action='store_true', help='separate BatchNorm for each augmentation split')
 
-    group = parser.add_argument_group('Miscellaneous parameters')
-    group.add_argument('--seed', type=int, default=42, metavar='S', help='random seed')
-    group.add_argument('--worker-seeding', type=str, default='all', help='how workers are seeded: all or part')
-    group.add_argument('--log-interval', type=int, default=50, metavar='N', help='updates from log line to log line')
-    group.add_argument('--val-interval', type=int, default=1, metavar='N', help='epochs from evaluation to evaluation')
-    group.add_argument('--recovery-interval', type=int, default=0, metavar='N',
-                       help='updates from recovery checkpoint to recovery checkpoint')
-    group.add_argument('--checkpoint-hist', type=int, default=10, metavar='N', help='checkpoints to keep')
-    group.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='loader workers a process')
-    group.add_argument('--save-images', action='store_true', help='write a training batch at every log line')
-    group.add_argument('--pin-mem', action='store_true', help='pin host memory')
-    group.add_argument('--no-prefetcher', action='store_true', help='normalize on the CPU')
-    group.add_argument('--output', type=str, default='', metavar='PATH', help='root of the output, ./output/train')
-    group.add_argument('--experiment', type=str, default='', metavar='NAME', help='folder of this run in --output')
-    group.add_argument('--eval-metric', type=str, default='top1', metavar='METRIC',
-                       help='what is best: top1, top5 or loss')
-    group.add_argument('--tta', type=int, default=0, metavar='N', help='views an image averaged in evaluation')
-    group.add_argument('--use-multi-epochs-loader', action='store_true', help='keep the loader running over epochs')
-    group.add_argument('--log-wandb', action='store_true', help='log to Weights & Biases')
-    group.add_argument('--wandb-project', type=str, help='its project')
-    group.add_argument('--wandb-tags', type=str, nargs='+', default=[], help='its tags')
-    group.add_argument('--wandb-resume-id', type=str, default='', metavar='ID', help='its run to continue')
-    group.add_argument('--train-img-sizes', type=int, nargs='+', help='image sizes to choose from, batch by batch')
-    group.add_argument('--train-batch-sizes', type=int, nargs='+', help='batch size for each of them')
-    group.add_argument('--train-size-probs', type=float, nargs='+', help='weight of each of them')
-    group.add_argument('--train-size-schedule', type=str, default='constant', choices=('constant', 'progressive'),
-                       help='keep the weights, or move from the first size to the last')
-    group.add_argument('--train-size-schedule-spread', type=float, default=0.65, help='width of that window')
-    group.add_argument('--train-size-random-mix', type=float, default=0.1, help='share of random sizes in it')
-    group.add_argument('--train-batches-per-epoch', '--train-steps-per-epoch', type=int,
-                       help='batches an epoch with --train-img-sizes')
-    group.add_argument('--variable-batch-loss-scale', type=str, default='none', choices=('none', 'sqrt', 'linear'),
-                       help='scale gradients by the size of the batch')
-    group.add_argument('--naflex-loader', action='store_true', help='loader of patch sequences, for NaFlex models')
-    group.add_argument('--naflex-train-seq-lens', type=int, nargs='+', default=[128, 256, 576, 784, 1024],
-                       help='sequence lengths for training')
-    group.add_argument('--naflex-max-seq-len', type=int, default=576, help='sequence length for evaluation')
-    group.add_argument('--naflex-patch-sizes', type=int, nargs='+', help='patch sizes to choose from')
-    group.add_argument('--naflex-patch-size-probs', type=float, nargs='+', help='probability of each of them')
-    group.add_argument('--naflex-loss-scale', type=str, default='linear', choices=('none', 'sqrt', 'linear'),
-                       help='scale gradients by the size of the batch')
-    group.add_argument('--naflex-patchify-channels-first', action='store_true', help='channels first within a patch')
+    add = parser.add_argument_group('Model exponential moving average parameters').add_argument
+    add('--model-ema', action='store_true', help='keep, evaluate and export an average of the weights')
+    add('--model-ema-force-cpu', action='store_true', help='keep it on the CPU, unevaluated')
+    add('--model-ema-decay', type=float, default=0.9998, at_least=0, at_most=1, help='decay of the average')
+    add('--model-ema-warmup', action='store_true', help='warm the decay up')
 
-    parser.add_argument('--kd-model-name', type=str, help='timm model to distill from')
-    parser.add_argument('--kd-distill-type', type=str, default='logit', choices=['logit', 'feature', 'token'],
-                        help='what is distilled')
-    parser.add_argument('--kd-loss-type', type=str, default='kl', help='loss of logit distillation: kl')
-    parser.add_argument('--distill-loss-weight', type=float, help='weight of the distillation loss')
-    parser.add_argument('--task-loss-weight', type=float,
-                        help='weight of the label loss; alone, the distillation loss gets one minus it')
-    parser.add_argument('--kd-temperature', type=float, default=4.0, help='temperature of distillation')
-    parser.add_argument('--kd-student-feature-dim', type=int, help='features of the student, found if not given')
-    parser.add_argument('--kd-teacher-feature-dim', type=int, help='features of the teacher, found if not given')
-    parser.add_argument('--kd-token-distill-type', type=str, default='soft', choices=['soft', 'hard'],
-                        help='targets of token distillation')
+
+def _add_run_flags(parser):
+    add = parser.add_argument_group('Miscellaneous parameters').add_argument
+    add('--seed', type=int, default=42, at_least=0, at_most=2 ** 32 - 1, help='random seed')
+    add('--worker-seeding', type=str, default='all', choices=('all', 'part'), help='part does not seed NumPy')
+    add('--log-interval', type=int, default=50, at_least=1, help='updates between log lines')
+    add('--val-interval', type=int, default=1, at_least=1, help='epochs between evaluations')
+    add('--recovery-interval', type=int, default=0, at_least=0, help='updates between recovery checkpoints')
+    add('--checkpoint-hist', type=int, default=10, at_least=1, help='checkpoints to keep')
+    add('-j', '--workers', type=int, default=4, at_least=0, help='loader workers per process')
+    add('--save-images', action='store_true', help='write a training batch at every log line')
+    add('--pin-mem', action='store_true', help='pin host memory')
+    add('--no-prefetcher', action='store_true', help='normalize on the CPU')
+    add('--output', type=str, default='', metavar='PATH', help='root of the output, ./output/train')
+    add('--experiment', type=str, default='', metavar='NAME', help='folder of this run in --output')
+    add('--eval-metric', type=str, default='top1', choices=('top1', 'top5', 'loss'), help='metric of the best epoch')
+    add('--tta', type=int, default=0, at_least=0, help='views of each image that evaluation averages')
+    add('--use-multi-epochs-loader', action='store_true', help='keep the loader running over epochs')
+    add('--log-wandb', action='store_true', help='log to Weights & Biases')
+    add('--wandb-project', type=str, help='project there')
+    add('--wandb-tags', type=str, nargs='+', default=[], help='tags there')
+    add('--wandb-resume-id', type=str, default='', metavar='ID', help='run there to continue')
+    add('--train-img-sizes', type=int, nargs='+', at_least=1, at_most=16384, help='image sizes, one for each batch')
+    add('--train-batch-sizes', type=int, nargs='+', at_least=1, help='batch size for each size')
+    add('--train-size-probs', type=float, nargs='+', at_least=0, help='how often each size is drawn')
+    add('--train-size-schedule', type=str, default='constant', choices=('constant', 'progressive'),
+        help='keep the weights, or move from the first size to the last')
+    add('--train-size-schedule-spread', type=float, default=0.65, at_least=0, help='width of that window')
+    add('--train-size-random-mix', type=float, default=0.1, at_least=0, at_most=1, help='share of random sizes in it')
+    add('--train-batches-per-epoch', '--train-steps-per-epoch', type=int, at_least=1, help='if sizes vary')
+    add('--variable-batch-loss-scale', type=str, default='none', choices=SCALES, help='scale gradients by batch size')
+    add('--naflex-loader', action='store_true', help='loader of patch sequences, for NaFlex models')
+    add('--naflex-train-seq-lens', type=int, nargs='+', default=[128, 256, 576, 784, 1024], at_least=1,
+        help='sequence lengths for training')
+    add('--naflex-max-seq-len', type=int, default=576, at_least=1, help='sequence length for evaluation')
+    add('--naflex-patch-sizes', type=int, nargs='+', at_least=1, help='patch sizes to choose from')
+    add('--naflex-patch-size-probs', type=float, nargs='+', at_least=0, help='probability of each of them')
+    add('--naflex-loss-scale', type=str, default='linear', choices=SCALES, help='scale gradients by batch size')
+    add('--naflex-patchify-channels-first', action='store_true', help='channels first within a patch')
+    add = parser.add_argument
+    add('--kd-model-name', type=str, help='teacher, a timm model')
+    add('--kd-distill-type', type=str, default='logit', choices=('logit', 'feature', 'token'), help='what is distilled')
+    add('--kd-loss-type', type=str, default='kl', choices=('kl',), help='loss of logit distillation')
+    add('--distill-loss-weight', type=float, at_least=0, help='weight of the distillation loss')
+    add('--task-loss-weight', type=float, at_least=0,
+        help='weight of the label loss; alone, the distillation loss gets one minus it')
+    add('--kd-temperature', type=float, default=4.0, above=0, help='temperature of distillation')
+    add('--kd-student-feature-dim', type=int, at_least=1, help='features of the student, found if not given')
+    add('--kd-teacher-feature-dim', type=int, at_least=1, help='features of the teacher, found if not given')
+    add('--kd-token-distill-type', type=str, default='soft', choices=('soft', 'hard'), help='kind of its targets')
+
+
+def add_our_flags(parser: Parser) -> None:
+    """Add the flags that timm's train.py does not have."""
+    parser.add_argument('-c', '--config', default='', metavar='FILE', help='YAML recipe: flags by name, - as _')
+
+    add = parser.add_argument_group('Deeply-supervised Knowledge Synergy').add_argument
+    add('--dks', action=argparse.BooleanOptionalAction, default=False,
+        help='train with supervision branches and synergy; --no-dks overrules a recipe')
+    add_branch_flags(add)
+    add('--dks-ce-weight', type=float, nargs='+', default=[1.0], at_least=0,
+        help='weight of the label loss, one, or one per classifier (backbone first)')
+    add('--dks-synergy-weight', type=float, nargs='+', default=[1.0], at_least=0,
+        help='weight of synergy, one or a whole matrix (rows teach columns)')
+    add('--dks-direction', type=str, default='both', choices=('both', 'top-down', 'bottom-up', 'none'),
+        help='who teaches: each other, deeper the shallower, shallower the deeper, nobody')
+    add('--dks-temperature', type=float, default=1.0, above=0, help='temperature of synergy')
+    add('--dks-start-epoch', type=int, default=0, at_least=0,
+        help='first epoch with synergy; before it, classifiers learn from the labels alone')
+
+    add = parser.add_argument_group('Small images').add_argument
+    add('--train-pad', type=int, at_least=0,
+        help='pad training images by N reflected pixels and crop at random, in place of resized crops')
+    add('--data-on-device', action='store_true', help='hold the decoded dataset on the device, and augment it there')
+
+    add = parser.add_argument_group('Bad images, losses and gradients').add_argument
+    # timm's default, and its variable.
+    add('--max-bad-images', type=int, default=os.environ.get('TIMM_DATASET_MAX_RETRIES') or 10, at_least=0,
+        help='most images in a row that may be unreadable; each is named in a warning, and the next one takes its '
+             'place (in a stream, it is passed over uncounted)')
+    add('--on-nonfinite', type=str, default='stop', choices=('stop', 'skip'),
+        help='where a loss or gradient is inf or nan: save what was before and stop, or skip the update')
+
+    add = parser.add_argument_group('Export and tracking').add_argument
+    add('--export-dir', type=str, metavar='DIR', help='write the best weights here, pruned to the plain timm model')
+    add('--overwrite', action='store_true',
+        help='replace a model that --export-dir holds; on the command line, also one in the repository')
+    add_card_flags(add)
+    add('--push-to-hub', type=str, metavar='OWNER/NAME', help='push the export to this repository')
+    add_hub_flags(add)
+    add('--push-every-best', action='store_true', help='push each best checkpoint, in the background')
+    add('--log-with', type=str, nargs='+', default=[], metavar='TRACKER', help='log to tensorboard, wandb, ...')
+
+
+def add_input_flags(add) -> None:
+    """Add the flags of a model's input and output, which train.py and ``dks-timm inspect`` share."""
+    add('--num-classes', type=int, at_least=1, help='number of classes, the model\'s if not given')
+    add('--img-size', type=int, at_least=1, at_most=16384, help='height and width of the input')
+    add('--in-chans', type=int, at_least=1, help='input channels')
+    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+        help='more arguments for timm.create_model')
+
+
+def add_branch_flags(add) -> None:
+    """Add the flags of the branches: which to attach, and when they run."""
+    add('--dks-stages', type=int, nargs='+', metavar='STAGE',
+        help='stages to supervise, as in timm\'s out_indices (dks-timm inspect MODEL lists them)')
+    add('--dks-branches', type=str, default='auto', choices=('auto', 'tail', 'conv'),
+        help='tail: of a template of the same architecture; conv: a light one that fits anywhere')
+    add('--dks-branch-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='[STAGE.]KEY=VALUE',
+        help='arguments of the template, for every branch or for that of one stage')
+    add('--dks-budget', type=float, help='bound on a training forward, in forwards of the backbone')
+    add('--dks-batch-fraction', type=float, default=1.0, above=0, at_most=1,
+        help='share of each training batch that the branches run on')
+    add('--dks-every', type=int, default=1, metavar='K', at_least=1,
+        help='run the branches in every K-th update; the others train the model by its labels alone')
+
+
+def add_card_flags(add) -> None:
+    """Add the flags that say what an export holds besides the backbone."""
+    add('--keep-branches', action='store_true',
+        help='write the branches beside the exported backbone, for further training and early exits')
+    add('--card-license', type=str, metavar='NAME', help='license of the weights, for the model card')
+    add('--card-baseline', type=str, metavar='RUN',
+        help='folder of a run of the same model on the same data, to show beside this one in the card')
+
+
+def add_hub_flags(add) -> None:
+    """Add the flags that say how to push to the Hugging Face Hub."""
+    add('--hub-private', action=argparse.BooleanOptionalAction, default=True, help='make a new repository private')
+    add('--hub-revision', type=str, metavar='NAME', help='branch to push to, or tag:NAME to tag what is pushed to main')
+    add('--hub-timeout', type=float, metavar='SECONDS', above=0,
+        help='most that a push may take; 300 and what 0.5 MB/s make of the size, if not given')
+
+

@@ -394,7 +394,7 @@ COMMANDS = [
     flags('--smoothing 1', '--smoothing 1.0', 'below 1'),
     flags('--ratio 0 1', '--ratio 0.0', 'above 0'),
     flags('--layer-decay 1e30', '--layer-decay 1e+30', 'at most 1'),
-    flags('--sched cosin', '--sched cosin', 'cosine'),
+    flags('--sched cosin', '--sched', "'cosin'", 'cosine'),
     flags('--opt sdg', '--opt sdg', 'closest: sgd'),
     flags('--opt adamw --opt-betas 0.9', '--opt adamw'),
     flags('--opt sgd --opt-kwargs no_such=1', '--opt sgd', 'no_such'),
