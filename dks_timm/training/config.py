@@ -57,7 +57,6 @@ def parse_args(argv=None):
     settings['grad_accum_steps'] = max(1, settings['grad_accum_steps'])
     # A recipe is for many runs: it does not get to replace what one of them has published.
     settings['overwrite_repository'] = 'overwrite' in on_command_line
-    # Namespace becomes Config as soon as no part of a run sets attributes.
     return Config(**settings), set(given), yaml.safe_dump(text, default_flow_style=False)
 
 
