@@ -22,7 +22,7 @@ def main(argv=None):
         from timm.data import resolve_data_config
         from timm.layers import set_fast_norm
 
-        from dks_timm.publishing import card, export
+        from dks_timm.publishing import card, export, publish
         from dks_timm.training import build, checkpoint, data, distributed, loop, stopping
 
         with distributed.refuse_together():
@@ -57,12 +57,12 @@ def main(argv=None):
                     export.check_export_dir(args.export_dir, args.overwrite)
             label_names = data.label_names(dataset_train)
             if accelerator.is_main_process:
-                export.check_publishing(args, args_text, model, label_names)
+                publish.check_publishing(args, args_text, model, label_names)
             trainer.open_output(args_text, data_config['input_size'], resume)
             vars(args).update(card.provenance(vars(args), sys.argv[1:] if argv is None else argv, model, label_names))
 
     # Fit.
-    on_best = export.push_every_best(args, trainer.output_dir)
+    on_best = publish.push_every_best(args, trainer.output_dir)
     try:
         trainer.fit(on_best)
     except errors.DataError as e:
@@ -79,8 +79,8 @@ def main(argv=None):
     if on_best:
         on_best.close()
     if args.export_dir or args.push_to_hub:
-        export.publish(args, trainer, model, data_config)
-    print(export.next_steps(args, trainer.output_dir))
+        publish.publish(args, trainer)
+    print(publish.next_steps(args, trainer.output_dir))
 
 
 if __name__ == '__main__':

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import transformers
 from helpers.documents import blocks
-from helpers.hub_server import HubServer
+from helpers.hub_server import HubServer, use
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dks_timm import DKSModel, create_dks_model
 from dks_timm.cli import main
 from dks_timm.publishing import export as exporting
-from dks_timm.publishing import push
+from dks_timm.publishing import push, verify
 from dks_timm.publishing.card import eval_results
 from dks_timm.publishing.export import check_export_dir, export, export_checkpoint
 from dks_timm.training.build import create_model
@@ -69,7 +69,7 @@ def logits(model, size=64):
 @pytest.fixture
 def unverified(monkeypatch):
     """For what has nothing to do with the check in a fresh process: leave it out, it takes seconds."""
-    monkeypatch.setattr(exporting, '_verify', lambda *args: None)
+    monkeypatch.setattr(exporting, 'verify', lambda *args: None)
 
 
 @pytest.fixture(scope='module')
@@ -224,13 +224,15 @@ def test_the_pipeline_names_the_classes(exported, tmp_path):
 
 
 @pytest.mark.parametrize('code, fault, message', [
-    ('from_pretrained(model_dir', 'from_pretrained("nowhere/" + model_dir', 'transformers cannot load it: OSError'),
-    ('model(x).logits', 'model(2 * x).logits', 'transformers loads it with other logits'),
+    ('from_pretrained(args.model_dir', 'from_pretrained("nowhere"', 'transformers cannot load it: OSError'),
+    ('eval()(x)', "eval()(x if name == 'timm' else 2 * x)", 'transformers loads it with other logits'),
 ])
 def test_what_transformers_does_not_load_is_exported_with_a_warning(
         code, fault, message, tmp_path, monkeypatch, caplog):
-    assert code in exporting._LOAD_BACK
-    monkeypatch.setattr(exporting, '_LOAD_BACK', exporting._LOAD_BACK.replace(code, fault))
+    text = verify._LOAD_BACK.read_text()
+    assert code in text
+    (tmp_path / 'load_back.py').write_text(text.replace(code, fault))
+    monkeypatch.setattr(verify, '_LOAD_BACK', tmp_path / 'load_back.py')
     export(tmp_path / 'net', tiny())
     assert message in caplog.text and (tmp_path / 'net/model.safetensors').exists()
 
@@ -547,11 +549,8 @@ def test_checkpoint_is_exported_and_pushed_in_one_go(run, tmp_path, unverified, 
     monkeypatch.setattr('huggingface_hub.constants.HF_TOKEN_PATH', str(tmp_path / 'none'))
     assert main(command) == 2 and not (tmp_path / 'net').exists()  # nobody is logged in
     with HubServer() as server:
-        server.use(monkeypatch, tmp_path / 'home')
-        for name, value in server.env(tmp_path / 'home').items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.delenv('HF_HUB_OFFLINE', raising=False)
-        server.fail('*', 500, times=None)
+        use(server, monkeypatch, tmp_path / 'home')
+        server.fail('*', 500)
         assert main([*command, '--hub-timeout', '3']) == 3
         hint, error = capfd.readouterr().err.splitlines()[-2:]
         assert hint.endswith(f'To push it: dks-timm push {tmp_path}/net alice/net') and 'answers 500' in error
@@ -587,7 +586,7 @@ def test_card_shows_the_baseline_beside_the_run(run, tmp_path, unverified):
     (dict(model='test_convnext'), "has model 'test_convnext', this run 'test_resnet'"),
     (dict(dataset='torch/cifar10'), "has data 'torch/cifar10', this run 'digits'"),
     (dict(top1=()), 'has no evaluated epoch'),
-    (None, 'is no folder of a run'),
+    (None, 'no such folder; give the folder of a run'),
 ])
 def test_baseline_that_cannot_be_compared_is_refused(run, tmp_path, settings, message, capsys):
     folder, _, _ = run('run', dks=True, model_ema=True)

@@ -21,7 +21,7 @@ from PIL import Image
 
 import dks_timm
 from dks_timm.cli import main as dks_timm_main
-from dks_timm.publishing import push
+from dks_timm.publishing import publish, push
 from dks_timm.publishing.push import PushError, check_repository, push_folder
 
 CONFIG = dict(architecture='test_resnet', num_classes=3, label_names=['a', 'b', 'c'])
@@ -199,71 +199,37 @@ def test_a_folder_that_is_no_export_is_refused(hub, folder, capsys):
     assert not hub.requests
 
 
-def test_a_commit_whose_answer_got_lost_is_not_made_twice(hub, folder, capfd):
-    hub.lose_response('commit')
-    url = push_folder(folder, 'alice/net')
-    assert len(hub.commits('alice/net')) == 2
-    assert url.endswith(hub.commits('alice/net')[0].id)
-    assert 'trying again in 1 s' in capfd.readouterr().err
-
-
-@pytest.mark.parametrize('fault', [
-    lambda hub: hub.fail('create', 500),
-    lambda hub: hub.fail('info', 429, retry_after=1),
-    lambda hub: hub.fail('commit', 503),
-    lambda hub: hub.drop('lfs-upload', when='upload'),
-    lambda hub: hub.drop('commit'),
-], ids=['create-500', 'info-429', 'commit-503', 'upload-dropped', 'commit-dropped'])
-def test_a_fault_that_passes_does_not_stop_a_push(hub, folder, fault):
-    fault(hub)
-    push_folder(folder, 'alice/net')
-    assert len(hub.commits('alice/net')) == 2
-
-
 @pytest.mark.parametrize('fault, message', [
-    (lambda hub: hub.fail('lfs-upload', 429, times=None, retry_after=3600), 'no end of uploading after 5 s'),
-    (lambda hub: hub.slow('lfs-upload', 3600), 'no end of uploading after 5 s'),
-    (lambda hub: hub.fail('commit', 429, times=None, retry_after=3600),
-     'answers 429 .*no time to wait 3601 s for the next attempt'),
-    (lambda hub: hub.fail('create', 409, times=None, url='x',
-                          message='Cannot create repo: another conflicting operation is in progress'),
-     'no end of creating the repository after 2 s'),
-    (lambda hub: hub.fail('commit', 500, times=None), 'answers 500'),
-], ids=['upload-429', 'upload-stalls', 'commit-429', 'create-409', 'commit-500'])
-def test_a_fault_that_lasts_ends_a_push_in_time(hub, folder, monkeypatch, fault, message):
-    settings = 'import serve; import dks_timm.publishing.push_process as p; p.CREATE_SECONDS = 2'
-    serve = push._SERVE.replace('import serve', settings)
-    monkeypatch.setattr(push, '_SERVE', serve)
+    (lambda hub: hub.slow('lfs-upload', 3600), 'the Hub took longer than 4 s'),
+    (lambda hub: hub.fail('create', 409, 'Cannot create repo: another conflicting operation is in progress'),
+     'the Hub took longer than 4 s'),
+    (lambda hub: hub.fail('commit', 500), r'the Hub answers 500 \(Error 500\)'),
+    (lambda hub: hub.fail('validate-yaml', 400), 'the Hub answers 400|Invalid metadata in README.md'),
+], ids=['upload-stalls', 'create-409', 'commit-500', 'card'])
+def test_a_fault_ends_a_push_in_time_and_it_can_be_repeated(hub, folder, fault, message):
     fault(hub)
     start = time.monotonic()
     with pytest.raises(PushError, match=message):
-        push_folder(folder, 'alice/net', timeout=5)
+        push_folder(folder, 'alice/net', timeout=4)
     assert time.monotonic() - start < 60  # not for ever
     hub.recover()
     push_folder(folder, 'alice/net')
+    assert len(hub.commits('alice/net')) == 2
 
 
-def test_a_hub_out_of_reach_is_known_within_ten_seconds(hub):
+def test_a_hub_out_of_reach_is_known_within_ten_seconds(hub, monkeypatch):
     assert push.CHECK_SECONDS < 10
-    patience = 30  # far below what the Hub takes here; a busy machine may need more than ten
-    hub.slow('info', 60)
-    start = time.monotonic()
-    with pytest.raises(PushError, match='no end of asking for the repository after 8 s'):
-        check_repository('alice/net', CONFIG)
-    assert time.monotonic() - start < patience
-    hub.recover()
-    for fail, message in (
-            (lambda: hub.fail('*', 500, times=None), r'the Hub answers 500 \(Internal error\)'),
-            (lambda: hub.fail('*', 429, times=None, retry_after=60), 'the Hub answers 429'),
-            (lambda: hub.drop('*', times=None), 'the Hub cannot be reached'),
-            (hub.stop, 'the Hub cannot be reached'),
+    for fault, seconds, message in (
+            (lambda: hub.slow('info', 60), 3, 'the Hub took longer than 3 s'),
+            # Far above what it takes here; a busy machine may need more than ten seconds.
+            (lambda: hub.fail('*', 500), 30, r'the Hub answers 500 \(Error 500\)'),
+            (hub.stop, 30, 'the Hub cannot be reached: ConnectError'),
     ):
         hub.recover()
-        fail()
-        start = time.monotonic()
+        fault()
+        monkeypatch.setattr(push, 'CHECK_SECONDS', seconds)
         with pytest.raises(PushError, match=message):
             check_repository('alice/net', CONFIG)
-        assert time.monotonic() - start < patience
 
 
 def test_checking_creates_the_repository_and_nothing_else(hub):
@@ -274,14 +240,14 @@ def test_checking_creates_the_repository_and_nothing_else(hub):
 
 
 def test_what_the_hub_says_is_repeated_without_the_token(hub, folder, capfd):
-    hub.fail('commit', 400, message=f'bad token {hub.token}')
+    hub.fail('commit', 400, f'bad token {hub.token}')
     assert dks_timm_main(['push', str(folder), 'alice/net']) == 3
     out, err = capfd.readouterr()
     assert 'bad token ***' in err and hub.token not in out + err
 
 
 def test_a_published_model_comes_back_with_its_branches(hub, monkeypatch):
-    monkeypatch.setattr('dks_timm.publishing.export._verify', lambda *args: None)  # has its own tests
+    monkeypatch.setattr('dks_timm.publishing.export.verify', lambda *args: None)  # has its own tests
     net = dks_timm.create_dks_model('test_resnet', num_classes=3)
     url = dks_timm.push_to_hub('alice/net', net, keep_branches=True)
     assert url.startswith(f'{hub.url}/alice/net/commit/')
@@ -316,8 +282,8 @@ def test_weights_in_a_repository_are_never_unpickled(hub, tmp_path):
 
 
 def test_a_background_push_that_fails_is_a_warning(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(push, '_COMMAND', 'import sys; print(sys.argv[-1]); sys.exit("no such thing")')
-    background = push.BackgroundPush(tmp_path / 'model_best.pth.tar', ['--push-to-hub', 'alice/net'])
+    monkeypatch.setattr(publish, '_COMMAND', 'import sys; print(sys.argv[-1]); sys.exit("no such thing")')
+    background = publish.BackgroundPush(tmp_path / 'model_best.pth.tar', ['--push-to-hub', 'alice/net'])
     with caplog.at_level(logging.WARNING):
         background()
         while not caplog.text:
@@ -327,14 +293,18 @@ def test_a_background_push_that_fails_is_a_warning(tmp_path, monkeypatch, caplog
 
 
 def test_a_background_push_that_hangs_is_ended_with_the_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(push, '_COMMAND', 'import time; time.sleep(600)')
-    background = push.BackgroundPush(tmp_path / 'model_best.pth.tar', [])
+    upload = 'import os, subprocess as s; s.run(["sh", "-c", f"echo $$ > {os.environ[\'PID_FILE\']}; exec sleep 600"])'
+    monkeypatch.setenv('PID_FILE', str(tmp_path / 'pid'))
+    monkeypatch.setattr(publish, '_COMMAND', upload)
+    background = publish.BackgroundPush(tmp_path / 'model_best.pth.tar', [])
     background()
-    while background._child is None:
+    while not (tmp_path / 'pid').exists() or not (pid := (tmp_path / 'pid').read_text()):
         time.sleep(0.05)
     start = time.monotonic()
     background.close(grace=1)
     assert time.monotonic() - start < 60 and background._child.poll() is not None
+    while os.path.exists(f'/proc/{pid.strip()}'):
+        time.sleep(0.05)
 
 
 # The whole story, on one tiny run.
@@ -434,7 +404,7 @@ def test_nothing_that_a_run_leaves_holds_the_token(story):
     for path in files:
         assert hub.token.encode() not in path.read_bytes(), path
     assert not any(hub.token.encode() in content for content in hub.files('alice/digits').values())
-    assert all(hub.token not in c.title + c.description for c in hub.commits('alice/digits'))
+    assert all(hub.token not in c.title for c in hub.commits('alice/digits'))
 
 
 def test_a_model_is_fine_tuned_from_the_hub_and_pushed_as_a_new_revision(story, monkeypatch, tmp_path, capfd):
@@ -501,7 +471,7 @@ def test_training_does_not_begin_for_a_push_that_cannot_work(hub, tmp_path, monk
 
 
 def test_a_push_that_fails_at_the_end_leaves_the_export_and_the_line_that_finishes(hub, tmp_path, capfd):
-    hub.fail('*', 500, times=None)
+    hub.fail('*', 500)
     with pytest.raises(SystemExit) as e:
         train(*NOISE, '--data-dir', shapes(tmp_path / 'shapes'), '--output', tmp_path, '--experiment', 'x',
               '--push-to-hub', 'alice/net', '--no-hub-private', '--hub-revision', 'tag:v1', '--hub-timeout', '6')
