@@ -111,7 +111,7 @@ def _hardware(args: Mapping[str, Any]) -> str:
 
 
 def _started_from(args: Mapping[str, Any], model: nn.Module) -> Optional[str]:
-    """The published weights that training began with: the id of a repository on the Hub, or None."""
+    """The repository on the Hub whose weights training began with, or None."""
     if not args['pretrained'] or args.get('pretrained_path') or args.get('initial_checkpoint'):
         return None
     source, _, name = args['model'].rpartition(':')
@@ -194,9 +194,10 @@ def baseline(settings: Mapping[str, Any], folder: PathLike) -> Dict[str, Any]:
         ValueError: If it is no such run.
     """
     other = read_run(folder)
-    if not other.known or not other.best:
-        missing = 'evaluated epoch in its summary.csv' if other.known else 'args.yaml that can be read'
-        raise InputError(f'baseline {str(folder)!r} has no {missing}')
+    if not other.known:
+        raise InputError(f'baseline {str(folder)!r} is no folder of a run: {" ".join(other.notes)}')
+    if not other.best:
+        raise InputError(f'baseline {str(folder)!r} has no evaluated epoch in its summary.csv')
     mine = {**vars(create_parser().parse_args([])), **settings}
     for name, of in (
             ('model', lambda args: args['model']),

@@ -5,7 +5,7 @@ import logging
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
 
 import torch.nn as nn
 from huggingface_hub import EvalResult
@@ -179,21 +179,11 @@ def export_checkpoint(
         ValueError: If the checkpoint is not one of a run, or an argument does not fit.
     """
     check_export_dir(out_dir, overwrite)
-    subject = f'checkpoint {str(checkpoint)!r}'
-    if not Path(checkpoint).is_file():
-        raise InputError(f'checkpoint is {str(checkpoint)!r}, but there is no such file')
-    with naming(f'{subject} cannot be read', *UNREADABLE):
-        state = load_checkpoint_metadata(str(checkpoint))
-    if not isinstance(state, dict) or not isinstance(state.get('args'), argparse.Namespace):
-        raise InputError(f'{subject} does not say how its model was made; give one of a run')
-    args = {**vars(create_parser().parse_args([])), **check_types(subject, vars(state['args']))}
-    check_numbers(argparse.Namespace(**args))
-    if not holds_weights(state, ema=use_ema):
-        raise InputError(f'{subject} holds no weights by name; give one of a run')
-    no_weights = {'pretrained': False, 'pretrained_path': None, 'initial_checkpoint': ''}
-    check_model_name(args['model'], f'{subject}: model')
-    net = create_model(argparse.Namespace(**{**args, **no_weights}))
-    with naming(subject, RuntimeError):  # torch's word for weights of another model
+    state, args = _read_checkpoint(checkpoint, use_ema)
+    net = create_model(argparse.Namespace(**{
+        **args, 'pretrained': False, 'pretrained_path': None, 'initial_checkpoint': ''}))
+    with naming(f'checkpoint {str(checkpoint)!r}', RuntimeError):  # what torch raises for weights of another model
+        # Without the statistics that split BatchNorm keeps for training only.
         load_checkpoint(prune(net), str(checkpoint), use_ema=use_ema, filter_fn=lambda state, _: plain_tensors(state))
         if keep_branches and isinstance(net, DKSModel):
             load_checkpoint_branches(net, str(checkpoint), use_ema)
@@ -221,6 +211,23 @@ def export_checkpoint(
         overwrite=overwrite,
         **described,
     )
+
+
+def _read_checkpoint(checkpoint: PathLike, use_ema: bool) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """Return a checkpoint's content and the arguments of its run, both checked; see :func:`export_checkpoint`."""
+    subject = f'checkpoint {str(checkpoint)!r}'
+    if not Path(checkpoint).is_file():
+        raise InputError(f'checkpoint is {str(checkpoint)!r}, but there is no such file')
+    with naming(f'{subject} cannot be read', *UNREADABLE):
+        state = load_checkpoint_metadata(str(checkpoint))
+    if not isinstance(state, dict) or not isinstance(state.get('args'), argparse.Namespace):
+        raise InputError(f'{subject} does not say how its model was made; give one of a run')
+    args = {**vars(create_parser().parse_args([])), **check_types(subject, vars(state['args']))}
+    check_numbers(argparse.Namespace(**args))
+    check_model_name(args['model'], f'{subject}: model')
+    if not holds_weights(state, ema=use_ema):
+        raise InputError(f'{subject} holds no weights by name; give one of a run')
+    return state, args
 
 
 def _note_weights(is_ema: bool, top1: Optional[float], others: Mapping[str, Optional[float]]) -> None:

@@ -94,8 +94,7 @@ def check_publishing(args: argparse.Namespace, args_text: str, model: nn.Module,
 
 
 def push_every_best(args: argparse.Namespace, run_dir: Optional[str]) -> Optional['BackgroundPush']:
-    """Create what pushes the best checkpoints of a run, to be called whenever there is a better one; None without
-    ``--push-every-best``."""
+    """Create the background push of a run, to be called after each new best checkpoint; None if it is not asked for."""
     if not args.push_every_best or run_dir is None:
         return None
     flags = ['--push-to-hub', args.push_to_hub]
@@ -162,8 +161,8 @@ def publish(args: argparse.Namespace, trainer: Any) -> None:
         trainer: The Trainer, for its ``output_dir`` and ``without_ema``.
 
     Raises:
-        SystemExit: With code 3 if the model was not kept, or the Hub did not take it. The checkpoints are there all
-            the same, and the exported folder if it was the push.
+        SystemExit: With code 3 if the model was not kept, or the Hub did not take it. The checkpoints stay, and so
+            does the exported folder if the push failed.
     """
     run_dir = trainer.output_dir
     out_dir = args.export_dir or os.path.join(run_dir, 'export')

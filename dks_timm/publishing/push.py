@@ -59,14 +59,11 @@ def check_repository(
         revision: Optional[str] = None,
         overwrite: bool = False,
 ) -> List[str]:
-    """Check within seconds that a repository may take a model. One that does not exist yet is created.
+    """Check within seconds that a push of a model will be accepted. A repository that does not exist is created.
 
     Args:
-        repo_id: Repository, owner/name.
+        repo_id: Repository, owner/name; this and what follows the model as in :func:`push_folder`.
         config: The model: ``architecture``, ``num_classes`` and, where known, ``label_names``.
-        private: Make a new repository private.
-        revision: Branch, or ``tag:NAME``; see :func:`push_folder`.
-        overwrite: Accept that another model is there, which a push would replace.
 
     Returns:
         Warnings to show.
@@ -90,7 +87,7 @@ def push_folder(
         overwrite: bool = False,
         timeout: Optional[float] = None,
 ) -> str:
-    """Push an exported folder in one commit; files of the export alone, and only those that have changed.
+    """Push an exported folder in one commit: files of the export alone, and only those that have changed.
 
     Args:
         folder: Folder that :func:`dks_timm.export` wrote.
