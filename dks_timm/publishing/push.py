@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, get_token
@@ -112,14 +112,8 @@ def push_folder(
     files = [(folder / name).absolute() for name in FILES if (folder / name).is_file()]
     size = sum(file.stat().st_size for file in files)
     request = dict(repo_id=repo_id, private=private, overwrite=overwrite, **_branch_and_tag(revision))
-    try:
-        config, card = json.loads((folder / 'config.json').read_text()), ModelCard.load(folder / 'README.md')
-        message = f'{config["architecture"]} with {config["num_classes"]} classes'
-        for r in (card.data.eval_results or [])[:1]:
-            message += f': {r.metric_name} {r.metric_value:.2f} on {r.dataset_name} ({r.dataset_split})'
-        given = local_name(config['architecture'], card.data.eval_results, card.data.datasets)
-    except (KeyError, TypeError, ValueError, yaml.YAMLError) as e:
-        raise InputError(f'folder {str(folder)!r} is not an exported model: {why(e)}') from e
+    config, card, message = _read_export(folder)
+    given = local_name(config['architecture'], card.data.eval_results, card.data.datasets)
     with tempfile.TemporaryDirectory(prefix='dks-timm-') as staged:
         for file in files:
             if file.name != 'README.md':
@@ -152,6 +146,18 @@ def local_name(architecture: str, results: Optional[Sequence[EvalResult]], datas
     """Return the name of a model that has no repository yet: its architecture and, where known, its data."""
     names = [result.dataset_name for result in results or ()] or list(datasets or ())
     return f'{architecture} on {names[0]}' if names else architecture
+
+
+def _read_export(folder: Path) -> Tuple[Dict[str, Any], ModelCard, str]:
+    """Return an exported folder's config, its card, and the message of the commit that pushes it."""
+    try:
+        config, card = json.loads((folder / 'config.json').read_text()), ModelCard.load(folder / 'README.md')
+        message = f'{config["architecture"]} with {config["num_classes"]} classes'
+        for r in (card.data.eval_results or [])[:1]:
+            message += f': {r.metric_name} {r.metric_value:.2f} on {r.dataset_name} ({r.dataset_split})'
+    except (KeyError, TypeError, ValueError, yaml.YAMLError) as e:
+        raise InputError(f'folder {str(folder)!r} is not an exported model: {why(e)}') from e
+    return config, card, message
 
 
 def _branch_and_tag(revision: Optional[str]) -> Dict[str, Optional[str]]:

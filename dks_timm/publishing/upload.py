@@ -31,7 +31,7 @@ def check(api, repo_id, config, private, branch, tag, overwrite):
         warnings.append(f'{repo_id} is public, and stays so: only a new repository is made private')
     refs = api.list_repo_refs(repo_id)
     branches, tags = ({ref.name: ref.target_commit for ref in kind} for kind in (refs.branches, refs.tags))
-    if tag in tags and tags[tag] != branches['main']:
+    if tag in tags and tags[tag] != branches.get('main'):
         raise Refused(f"revision 'tag:{tag}': there is such a tag already; choose another name")
     if branch in branches and not overwrite:
         check_same_model(api, repo_id, branches[branch], config)

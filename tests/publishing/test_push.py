@@ -425,7 +425,7 @@ def test_a_model_is_fine_tuned_from_the_hub_and_pushed_as_a_new_revision(story, 
 def noise(tmp_path):
     """Flags that train for one short epoch."""
     return [
-        '--data-dir', image_folder(tmp_path / 'images', classes=3), '--num-classes', '3', '--img-size', '32',
+        '--data-dir', image_folder(tmp_path / 'images', classes=3, count=16), '--num-classes', '3', '--img-size', '32',
         '--device', 'cpu', '--workers', '0', '-b', '16', '--no-aug', '--lr', '0.05', '--warmup-epochs', '0', '--model',
         'test_resnet', '--epochs', '1']
 
