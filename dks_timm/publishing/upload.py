@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # private: huggingface_hub errors.HTTPError, httpx's
 
 _WEIGHTS = ('.bin', '.ckpt', '.gguf', '.h5', '.msgpack', '.onnx', '.pt', '.pth', '.safetensors')
@@ -17,7 +17,7 @@ class Refused(Exception):
     """The Hub can be asked, and the same push will never succeed."""
 
 
-def check(api, repo_id, config, private, branch, tag, overwrite):
+def prepare(api, repo_id, config, private, branch, tag, overwrite):
     """Create the repository if it does not exist, and refuse one that may not take the model.
 
     Returns:
@@ -25,7 +25,6 @@ def check(api, repo_id, config, private, branch, tag, overwrite):
     """
     if not api.repo_exists(repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)
-    api.auth_check(repo_id, write=True)
     warnings = []
     if private and not api.repo_info(repo_id).private:
         warnings.append(f'{repo_id} is public, and stays so: only a new repository is made private')
@@ -56,10 +55,18 @@ def check_same_model(api, repo_id, commit, config):
         raise Refused(f'repo_id {repo_id!r} holds another model ({there}); choose another name, or --overwrite')
 
 
+def check(api, repo_id, **request):
+    """See that a push will be accepted, also that the token may write, without changing a file."""
+    _, _, warnings = prepare(api, repo_id, **request)
+    # The Hub answers this only to those who may write.
+    api.preupload_lfs_files(repo_id, [CommitOperationAdd('README.md', b'-')])
+    return dict(warnings=warnings)
+
+
 def push(api, repo_id, folder, message, names, **request):
     """Commit a folder's files to a branch, deleting those of the names that it does not have, and tag the commit."""
     branch, tag = request['branch'], request['tag']
-    branches, tags, warnings = check(api, repo_id, **request)
+    branches, tags, warnings = prepare(api, repo_id, **request)
     if branch not in branches:
         api.create_branch(repo_id, branch=branch)
     commit = api.upload_folder(
@@ -91,7 +98,7 @@ def main():
     repo_id = request['repo_id']
     api = HfApi(library_name='dks-timm')
     try:
-        answer = push(api, **request) if 'folder' in request else dict(warnings=check(api, **request)[-1])
+        answer = push(api, **request) if 'folder' in request else check(api, **request)
     except Refused as e:
         answer = dict(refused=str(e))
     except (HTTPError, OSError, RuntimeError, ValueError) as e:

@@ -15,7 +15,7 @@ without Xet, keeps everything in memory, writes down who asked for what, and fai
         hub.requests_to('commit')                  # Requests: .method, .path, .token, .body, .status
 
 Routes have names, for ``requests_to`` and for faults; '*' is all of them: create, validate-yaml, preupload, lfs-batch,
-lfs-upload, lfs-verify, commit, info, auth-check, tree, refs, branch, tag, resolve (HEAD and GET of a file). A new
+lfs-upload, lfs-verify, commit, info, tree, refs, branch, tag, resolve (HEAD and GET of a file). A new
 repository has, as on the Hub, one commit with a ``.gitattributes``.
 
 Faults hit the next requests to a route, until ``hub.recover()``::
@@ -341,10 +341,6 @@ class HubServer:
         commit = repo.at(rev or 'main')
         siblings = [{'rfilename': path} for path in sorted(commit.files)]
         return {'id': repo.id, 'sha': commit.id, 'private': repo.private, 'tags': [], 'siblings': siblings}
-
-    @_route('auth-check', 'GET', _MODEL + '/auth-check/write', 'write')
-    def _auth_check(self, request, repo):
-        return {}
 
     @_route('tree', 'GET', _MODEL + '/tree/(?P<rev>[^/]+)', 'read')
     def _tree(self, request, repo, rev):

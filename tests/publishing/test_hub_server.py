@@ -74,13 +74,14 @@ def test_unchanged_files_make_no_commit_and_files_are_deleted_with_one(hub, api,
 def test_a_private_repository_exists_for_its_owner_alone_and_takes_files_from_a_write_token_only(hub, api):
     hub.create('alice/net', FILES, private=True)
     bob, reader = (HfApi(hub.url, token=hub.add_user(*user)) for user in (('bob',), ('alice', 'read')))
-    assert api.model_info('alice/net').private and api.auth_check('alice/net', write=True) is None
+    assert api.model_info('alice/net').private
     for other, code in (bob, 404), (HfApi(hub.url, token=False), 401):
         with pytest.raises(RepositoryNotFoundError):
             other.hf_hub_download('alice/net', 'config.json')
         assert status(other.model_info, 'alice/net') == code and not other.repo_exists('alice/net')
     assert status(HfApi(hub.url, token='hf_unknown').model_info, 'alice/net') == 401
-    assert status(reader.auth_check, 'alice/net', write=True) == status(reader.create_repo, 'alice/new') == 403
+    upload = dict(repo_id='alice/net', path_or_fileobj=b'', path_in_repo='x')
+    assert status(reader.upload_file, **upload) == status(reader.create_repo, 'alice/new') == 403
     assert status(bob.create_repo, 'alice/new') == 403
     assert status(api.create_repo, 'alice/net') == 409
     assert api.create_repo('alice/net', exist_ok=True).repo_id == 'alice/net'
