@@ -1,4 +1,4 @@
-"""The model card: what was trained, how, and what was measured. Nothing else goes into it."""
+"""The model card, made from a run: what was trained, how, and what was measured. Nothing else goes into it."""
 import json
 import os
 import platform
@@ -86,7 +86,7 @@ def provenance(
 
 
 def _git_commit() -> Optional[str]:
-    """The commit of the checkout that this code runs from, marked where files were changed; None without one."""
+    """Return the commit of the checkout that this code runs from, marked if files were changed; None without one."""
     def git(*command):
         out = subprocess.run(['git', *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
         return out.stdout.strip()
@@ -111,7 +111,7 @@ def _hardware(args: Mapping[str, Any]) -> str:
 
 
 def _started_from(args: Mapping[str, Any], model: nn.Module) -> Optional[str]:
-    """The repository on the Hub whose weights training began with, or None."""
+    """Return the repository on the Hub whose weights training began with, or None."""
     if not args['pretrained'] or args.get('pretrained_path') or args.get('initial_checkpoint'):
         return None
     source, _, name = args['model'].rpartition(':')
@@ -261,5 +261,5 @@ def write_card(
 
 
 def _cell(value: Any) -> str:
-    """A value as it can stand in a cell of a Markdown table, whatever it is."""
+    """Return a value as text that stays within a cell of a Markdown table."""
     return printable(re.sub(r'\s+', ' ', str(value))).replace('|', r'\|').replace('<', '&lt;')
