@@ -12,7 +12,7 @@ _PUBLIC = {
     'synergy_loss': 'method.loss',
     'DKSTask': 'method.task',
     'export': 'publishing.export',
-    'push_to_hub': 'publishing.push',
+    'push_to_hub': 'publishing.publish',
 }
 
 __all__ = ['__version__', *_PUBLIC]

@@ -16,7 +16,7 @@ from dks_timm import cli, errors
 from dks_timm.method import cost, plan
 from dks_timm.method.model import DKSModel
 from dks_timm.method.task import DKSTask
-from dks_timm.publishing import export, push
+from dks_timm.publishing import export, publish, push
 from dks_timm.training import build, checkpoint, data, images, readers
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +68,7 @@ MISTAKES = [
     (CheckpointSaver, 'save_checkpoint', RuntimeError('a bug'), []),
     (timm.task.ClassificationTask, 'compile', RuntimeError('a bug'), ['--torchcompile', 'eager']),
     (timm.task.ClassificationTask, 'forward', ValueError('a bug'), []),
-    (export, 'check_publishing', ValueError('a bug'), []),
+    (publish, 'check_publishing', ValueError('a bug'), []),
 ]
 
 
