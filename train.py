@@ -42,7 +42,7 @@ def main(argv=None):
                 data.check_num_classes(args.num_classes, dataset_train, dataset_eval)
             data_config = resolve_data_config(vars(args), model=model, verbose=accelerator.is_main_process)
             model = build.place_model(args, model, data_config['input_size'], accelerator.device)
-            loaders = data.create_loaders(args, dataset_train, dataset_eval, data_config, model, accelerator.device)
+            loaders = data.create_loaders(args, dataset_train, dataset_eval, data_config, model, accelerator)
             task = build.create_task(args, model, accelerator.device)
             build.set_learning_rate(args, batch_size=loaders[-1])
             optimizer = build.create_optimizer(args, task.get_trainable_module())

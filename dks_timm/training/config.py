@@ -193,6 +193,7 @@ def parse_args(argv=None):
     ours = {k: v for k, v in vars(args).items() if v != defaults[k] and (args.dks or not k.startswith('dks_'))}
     text = {**ours, **{k: v for k, v in vars(args).items() if k in timm_names}}
     args.prefetcher = not args.no_prefetcher
+    args.data_dir = args.data_dir or args.data
     args.grad_accum_steps = max(1, args.grad_accum_steps)
     # A recipe is for many runs, and does not get to replace what one of them has published.
     args.overwrite_repository = 'overwrite' in on_command_line

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from helpers.datasets import create_loaders
 from PIL import Image
 
 from dks_timm import errors
@@ -15,9 +16,7 @@ DATA_CONFIG = dict(
 
 
 def parse(*argv):
-    args, _, _ = config.parse_args(['--num-classes', '10', '--workers', '0', *map(str, argv)])
-    args.distributed, args.rank, args.world_size = False, 0, 1
-    return args
+    return config.parse_args(['--num-classes', '10', '--workers', '0', *map(str, argv)])[0]
 
 
 def folder(root, **splits):
@@ -36,10 +35,6 @@ def refusal(*argv):
     return str(e.value)
 
 
-def loaders(args):
-    return data.create_loaders(args, *data.create_datasets(args), DATA_CONFIG, torch.nn.Identity(), torch.device('cpu'))
-
-
 def test_digits_are_1797_images_in_two_splits_that_share_none():
     train, val = data.create_datasets(parse('--dataset', 'digits'))
     images = [np.asarray(dataset[i][0].convert('L')).tobytes() for dataset in (train, val) for i in range(len(dataset))]
@@ -55,9 +50,7 @@ def test_digits_are_1797_images_in_two_splits_that_share_none():
 @pytest.mark.parametrize('argv, channels', [([], 3), (['--in-chans', '1'], 1)])
 def test_digits_come_as_batches_of_the_size_and_channels_asked_for(argv, channels):
     config = {**DATA_CONFIG, 'input_size': (channels, 16, 16), 'mean': (0.5,) * channels, 'std': (0.5,) * channels}
-    args = parse('--dataset', 'digits', '-b', 32, *argv)
-    train, val, mixup_fn, batch_size = data.create_loaders(
-        args, *data.create_datasets(args), config, torch.nn.Identity(), torch.device('cpu'))
+    train, val, mixup_fn, batch_size = create_loaders(parse('--dataset', 'digits', '-b', 32, *argv), config)
     x, y = next(iter(train))
     assert x.shape == (32, channels, 16, 16) and y.shape == (32,) and y.dtype == torch.int64
     assert len(train) == 1442 // 32 and len(val) == -(-355 // 32)
@@ -116,16 +109,16 @@ def test_more_classes_than_the_data_has_are_a_warning(caplog):
 
 def test_a_training_split_smaller_than_a_batch_is_refused():
     with pytest.raises(errors.OptionError, match='--batch-size 2000'):
-        loaders(parse('--dataset', 'digits', '-b', 2000))
+        create_loaders(parse('--dataset', 'digits', '-b', 2000))
 
 
 def test_repeated_augmentation_in_one_process_is_refused():
     with pytest.raises(errors.OptionError, match='--aug-repeats 3'):
-        loaders(parse('--dataset', 'digits', '--aug-repeats', 3))
+        create_loaders(parse('--dataset', 'digits', '--aug-repeats', 3))
 
 
 def test_mixup_makes_soft_targets():
-    train, *_ = loaders(parse('--dataset', 'digits', '--mixup', '0.2', '-b', 8))
+    train, *_ = create_loaders(parse('--dataset', 'digits', '--mixup', '0.2', '-b', 8))
     _, y = next(iter(train))
     assert y.shape == (8, 10) and torch.allclose(y.sum(1), torch.ones(8))
 

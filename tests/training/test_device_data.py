@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from helpers.datasets import create_loaders
 from PIL import Image
 from timm.task import evaluation_sample_limit
 
 import train
 from dks_timm import errors
-from dks_timm.training import config, data, device_data
+from dks_timm.training import config, device_data
 
 SIZE = 8
 CONFIG = dict(
@@ -34,16 +35,13 @@ def noise(tmp_path_factory):
 
 
 def parse(root, *argv):
-    args, _, _ = config.parse_args([
+    return config.parse_args([
         '--data-dir', str(root), '--num-classes', '2', '--workers', '0', '-b', '4', '--color-jitter', '0',
-        *map(str, argv)])
-    args.distributed, args.rank, args.world_size = False, 0, 1
-    return args
+        *map(str, argv)])[0]
 
 
-def loaders(args, config=CONFIG, device='cpu'):
-    train_set, val_set = data.create_datasets(args)
-    return data.create_loaders(args, train_set, val_set, config, torch.nn.Identity(), torch.device(device))[:3]
+def loaders(args, data_config=CONFIG, **kwargs):
+    return create_loaders(args, data_config, **kwargs)[:3]
 
 
 def images(loader, epoch=0):
@@ -134,9 +132,7 @@ def test_neighbouring_seeds_are_not_the_same_epochs_one_later(noise):
 
 def test_processes_share_one_permutation_and_evaluation_counts_every_image_once(noise):
     def share(rank, world):
-        args = parse(noise, '--train-pad', 2, '--data-on-device')
-        args.distributed, args.rank, args.world_size = world > 1, rank, world
-        return loaders(args)
+        return loaders(parse(noise, '--train-pad', 2, '--data-on-device'), rank=rank, world_size=world)
 
     alone, alone_eval, _ = share(0, 1)
     shares = [share(rank, 4) for rank in range(4)]
