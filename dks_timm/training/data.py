@@ -23,6 +23,11 @@ from .streams import Stream, check_stream
 
 _logger = logging.getLogger(__name__)
 
+# Flags of the training images that timm's loaders take by the same name.
+LOADER_FLAGS = (
+    'batch_size', 'no_aug', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob',
+    'grayscale_prob', 'gaussian_blur_prob', 'worker_seeding')
+
 
 def create_datasets(args):
     """Create the train dataset and, where --val-split names one, the evaluation dataset.
@@ -122,11 +127,8 @@ def create_loaders(args, train, val, data_config, model, accelerator):
     if not len(loader_train):
         raise OptionError(f'--batch-size {args.batch_size}: the training split does not fill one batch')
     if isinstance(train, Stream):
-        count = len(train) * accelerator.num_processes
-        _logger.info(
-            f'An epoch of {args.dataset} is {count:,} images, of {train.reader.num_samples:,}: whole batches for every '
-            'worker of every process.'
-        )
+        count, of = len(train) * accelerator.num_processes, train.reader.num_samples
+        _logger.info(f'An epoch of {args.dataset} is {count:,} images, of {of:,}: whole batches for every worker.')
     if isinstance(train, Stream) or isinstance(val, Stream):
         # torch takes it for a mistake that processes have different shares.
         warnings.filterwarnings('ignore', 'Length of IterableDataset')
@@ -153,30 +155,19 @@ def _check_loaders(args, train, data_config, accelerator):
 
 def _train_kwargs(args, data_config):
     """Return the arguments for timm's train loader that say how to augment and batch."""
-    given = args.train_interpolation and not args.no_aug
+    fixed = args.no_aug or not args.train_interpolation
     return dict(
-        batch_size=args.batch_size,
+        **{name: getattr(args, name) for name in LOADER_FLAGS},
         is_training=True,
-        no_aug=args.no_aug,
         re_prob=args.reprob,
         re_mode=args.remode,
         re_count=args.recount,
         re_split=args.resplit,
-        train_crop_mode=args.train_crop_mode,
-        scale=args.scale,
-        ratio=args.ratio,
-        hflip=args.hflip,
-        vflip=args.vflip,
-        color_jitter=args.color_jitter,
-        color_jitter_prob=args.color_jitter_prob,
-        grayscale_prob=args.grayscale_prob,
-        gaussian_blur_prob=args.gaussian_blur_prob,
         auto_augment=args.aa,
         num_aug_repeats=args.aug_repeats,
         num_aug_splits=args.aug_splits,
-        interpolation=args.train_interpolation if given else data_config['interpolation'],
+        interpolation=data_config['interpolation'] if fixed else args.train_interpolation,
         num_workers=args.workers,
-        worker_seeding=args.worker_seeding,
     )
 
 
@@ -233,10 +224,9 @@ def _create_image_loaders(args, train, val, train_kwargs, eval_kwargs, data_conf
             *_fit(data_config, train_kwargs['interpolation']).transforms[:-1],
             RandomCrop(data_config['input_size'][1:], padding=args.train_pad, padding_mode='reflect'),
         ]
-    loader_eval = None
-    if val is not None:
-        loader_eval = create_loader(val, input_size=data_config['input_size'], **eval_kwargs)
-    return loader_train, loader_eval
+    if val is None:
+        return loader_train, None
+    return loader_train, create_loader(val, input_size=data_config['input_size'], **eval_kwargs)
 
 
 def _fit(data_config, interpolation, **kwargs):
@@ -264,26 +254,16 @@ def _create_device_loaders(args, train, val, train_kwargs, eval_kwargs, data_con
             **kwargs,
         )
 
+    transform = _fit(data_config, train_kwargs['interpolation'], is_training=args.no_aug, no_aug=args.no_aug)
+    moves = {} if args.no_aug else dict(pad=args.train_pad, hflip=args.hflip, vflip=args.vflip)
     loader_train = create(
-        train,
-        _fit(data_config, train_kwargs['interpolation'], is_training=args.no_aug, no_aug=args.no_aug),
-        f'--train-split {args.train_split}',
-        batch_size=args.batch_size,
-        is_training=True,
-        **({} if args.no_aug else dict(pad=args.train_pad, hflip=args.hflip, vflip=args.vflip)),
-    )
-    loader_eval = None
-    if val is not None:
-        loader_eval = create(
-            val,
-            create_transform(
-                size, crop_pct=data_config['crop_pct'], interpolation=data_config['interpolation'],
-                use_prefetcher=True),
-            f'--val-split {args.val_split}',
-            batch_size=eval_kwargs['batch_size'],
-            is_training=False,
-        )
-    return loader_train, loader_eval
+        train, transform, f'--train-split {args.train_split}', batch_size=args.batch_size, is_training=True, **moves)
+    if val is None:
+        return loader_train, None
+    transform = create_transform(
+        size, crop_pct=data_config['crop_pct'], interpolation=data_config['interpolation'], use_prefetcher=True)
+    return loader_train, create(
+        val, transform, f'--val-split {args.val_split}', batch_size=eval_kwargs['batch_size'], is_training=False)
 
 
 def _create_naflex_loaders(args, train, val, train_kwargs, eval_kwargs, mixup, model, accelerator):
@@ -305,8 +285,7 @@ def _create_naflex_loaders(args, train, val, train_kwargs, eval_kwargs, mixup, m
         **layout,
         **train_kwargs,
     )
-    loader_eval = None
-    if val is not None:
-        loader_eval = create_naflex_loader(
-            val, patch_size=patch_size, max_seq_len=args.naflex_max_seq_len, **layout, **eval_kwargs)
-    return loader_train, loader_eval
+    if val is None:
+        return loader_train, None
+    return loader_train, create_naflex_loader(
+        val, patch_size=patch_size, max_seq_len=args.naflex_max_seq_len, **layout, **eval_kwargs)

@@ -7,7 +7,7 @@ import re
 from timm.data.readers import class_map as timm_class_map
 from timm.data.readers.targets import get_field, has_field
 
-from ..errors import UNREADABLE, DataError, OptionError, out_of_memory
+from ..errors import UNREADABLE, DataError, OptionError, naming, out_of_memory
 
 
 class ClassMap(dict):
@@ -52,69 +52,30 @@ class ClassMap(dict):
             )
 
 
-def _check_field(flag_name: str, key: str, fields):
-    """Refuse a key of a field that the data does not have."""
-    if not has_field(fields, key):
-        raise OptionError(f'{flag_name} {key}: the data has no such field; it has {", ".join(sorted(fields))}')
-
-
-def read_fields(name: str, reader, split_flag: str):
-    """Return what a reader's samples hold, by field; None where nothing can be known before training.
+def check_huggingface(reader, split_flag: str):
+    """Refuse fields and labels that timm cannot train on, and give the reader the number and names of the classes.
 
     Args:
-        name: Kind of the dataset.
-        reader: A reader of timm.
-        split_flag: Flag and value of the split, for messages.
-
-    Raises:
-        OptionError: if shards are missing, or none can be read.
-    """
-    if name in ('hfds', 'hfids'):
-        return _features(reader)
-    if name == 'tfds':
-        return reader.builder.info.features
-    return _first_sample(reader, split_flag) if name == 'wds' else None
-
-
-def check_fields(name: str, reader, fields, split_flag: str):
-    """Refuse keys, class maps and labels that timm cannot train on.
-
-    Args:
-        name: Kind of the dataset.
-        reader: A reader of timm, which gets the number and names of classes that it does not find out by itself.
-        fields: Of its samples, by ``read_fields``.
+        reader: timm's ReaderHfds or ReaderHfids.
         split_flag: Flag and value of the split, for messages.
 
     Raises:
         OptionError: naming the flag at fault.
     """
-    if name in ('hfds', 'hfids'):
-        _check_features(reader, fields, split_flag)
-    elif name == 'wds':
-        _check_sample(reader, fields)
-    else:
-        _check_field('--input-key', reader.input_key, fields)
-        _check_field('--target-key', reader.target_key, fields)
-
-
-def _features(reader):
-    """Return the features of a Hugging Face dataset, or the first sample of a stream that has none."""
-    if hasattr(reader, 'builder'):
-        stream = reader.builder.as_streaming_dataset(split=reader.split)
-        return stream.features or next(iter(stream), {})
-    features, key = dict(reader.dataset.features), reader.image_key
-    if reader.dataset.select_columns(key)[0][key] is None:  # timm adds an empty one where it is missing
-        del features[key]
-    return features
-
-
-def _check_features(reader, features, split_flag: str):
     streamed = hasattr(reader, 'builder')
-    input_key, target_key = (reader.input_key, reader.target_key) if streamed else (reader.image_key, reader.label_key)
+    if streamed:
+        input_key, target_key = reader.input_key, reader.target_key
+        with naming(split_flag, OSError, ValueError):
+            stream = reader.builder.as_streaming_dataset(split=reader.split)
+        features = stream.features or next(iter(stream), {})  # a sample, where the format has no features
+    else:
+        input_key, target_key, features = reader.image_key, reader.label_key, dict(reader.dataset.features)
+        if reader.dataset.select_columns(input_key)[0][input_key] is None:  # timm adds an empty one where it is missing
+            del features[input_key]
     _check_field('--input-key', input_key, features)
     _check_field('--target-key', target_key, features)
     image, feature = get_field(features, input_key), get_field(features, target_key)
-    if not hasattr(image, 'decode_example') and not hasattr(image, 'convert'):  # of a sample, it is an image already
+    if not hasattr(image, 'decode_example') and not hasattr(image, 'convert'):
         raise OptionError(f'--input-key {input_key}: the field holds no images')
     if isinstance(feature, list) or hasattr(feature, 'feature'):
         raise OptionError(f'--target-key {target_key}: several labels an image are not supported; name another field')
@@ -141,12 +102,15 @@ def _check_features(reader, features, split_flag: str):
     reader.num_labels = max(labels, default=-1) + 1
 
 
-def _first_sample(reader, split_flag: str):
-    """Return the first sample of webdataset's shards, None where they are not files of this machine."""
+def check_shards(reader, split_flag: str):
+    """Refuse shards of webdataset that are missing, and keys and a class map that do not fit their first sample.
+
+    Shards that are not files of this machine are opened in training only.
+    """
     import webdataset as wds
     paths = [os.path.join(reader.root, name) for name in reader.split_info.filenames]
     if any(re.match(r'\w{2,}:', path) for path in paths):
-        return None
+        return
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
         raise OptionError(
@@ -157,10 +121,7 @@ def _first_sample(reader, split_flag: str):
     sample = next(iter(wds.DataPipeline(*stages)), None)
     if sample is None:
         raise OptionError(f'{split_flag}: no sample can be read from the shards in --data-dir {reader.root}')
-    return {name: value for name, value in sample.items() if not name.startswith('__')}
-
-
-def _check_sample(reader, fields):
+    fields = {name: value for name, value in sample.items() if not name.startswith('__')}
     if not any(name in fields for name in reader.input_key.split(';')):
         _check_field('--input-key', reader.input_key, fields)
     key = reader.target_key or reader.split_info.alt_label
@@ -178,3 +139,17 @@ def _check_sample(reader, fields):
         raise OptionError(f'--target-key {key or "cls"}: holds {label!r}; wds/ labels are whole numbers') from None
     if reader.remap_class and label >= 0:
         reader.class_to_idx.require([label])
+
+
+def check_tfds(reader, split_flag: str):
+    """Refuse keys of fields that a TensorFlow dataset does not have."""
+    _check_field('--input-key', reader.input_key, reader.builder.info.features)
+    _check_field('--target-key', reader.target_key, reader.builder.info.features)
+
+
+def _check_field(flag_name: str, key: str, fields):
+    if not has_field(fields, key):
+        raise OptionError(f'{flag_name} {key}: the data has no such field; it has {", ".join(sorted(fields))}')
+
+
+CHECKS = dict(hfds=check_huggingface, hfids=check_huggingface, wds=check_shards, tfds=check_tfds)

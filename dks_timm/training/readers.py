@@ -26,7 +26,6 @@ _logger = logging.getLogger(__name__)
 # Folder names that timm takes for one another.
 SPLITS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
 
-BUILT_IN = ('digits', 'synthetic')
 # timm's prefixes, with the package that each needs and what installs it.
 PREFIXES = {
     'torch': ('torchvision', 'torchvision'),
@@ -35,6 +34,10 @@ PREFIXES = {
     'wds': ('webdataset', '"dks-timm[readers]"'),
     'tfds': ('tensorflow_datasets', 'tensorflow-cpu tensorflow-datasets'),
 }
+BUILT_IN = ('digits', 'synthetic')
+# Flags that kinds of dataset know nothing of.
+FIELDS = ('class_map', 'input_key', 'target_key')
+IGNORED = {'': ('target_key',), 'torch': FIELDS, 'digits': FIELDS, 'synthetic': FIELDS}
 
 IMAGENET_SAMPLES = dict(train=1_281_167, val=50_000)
 
@@ -154,32 +157,20 @@ def check_dataset(args):
             importlib.import_module(package)
         except ImportError as e:
             raise OptionError(f'{data}: needs the package {package} ({e}); pip install {install}') from e
-    _check_fields(args, name)
-    if not root and not name:
-        hint = f' for {data}' if args.dataset else ''
-        if args.dataset.lower() in PREFIXES:
-            hint += f'; closest: {args.dataset}/'
-        raise OptionError(f'--data-dir: missing{hint}; give a folder of images, or --dataset')
-    if not root and name in ('torch', 'wds'):
-        raise OptionError(f'--data-dir: missing; give the folder of {data}')
-    if root and not name:
-        _check_folder(args)
-
-
-def _check_fields(args, name: str):
-    """Refuse flags about classes and fields that the reader knows nothing of, and several labels an image."""
-    unknown = ()
-    if name in (*BUILT_IN, 'torch'):
-        unknown = ('class_map', 'input_key', 'target_key')
-    elif not name:
-        is_tar = (args.data_dir or '').endswith('.tar')
-        unknown = ('input_key', 'target_key') if is_tar else ('target_key',)
-    for dest in unknown:
+    is_tar = not name and (root or '').endswith('.tar')
+    for dest in IGNORED.get(name, ()) + (('input_key',) if is_tar else ()):
         if getattr(args, dest):
-            data = f'--dataset {args.dataset}' if name else f'--data-dir {args.data_dir}'
+            data = data if name else f'--data-dir {root}'
             raise OptionError(f'{flag(dest)} {getattr(args, dest)}: means nothing to {data}; leave it out')
     if args.target_key and ',' in args.target_key:
         raise OptionError(f'--target-key {args.target_key}: several labels an image are not supported; give one field')
+    if not root and not name:
+        there = f' for {data}' if args.dataset else ''
+        raise OptionError(f'--data-dir: missing{there}; give a folder of images, or --dataset')
+    if not root and name in ('torch', 'wds'):
+        raise OptionError(f'--data-dir: missing; give the folder of {data}')
+    if not name:
+        _check_folder(args)
 
 
 def _check_folder(args):
@@ -270,10 +261,9 @@ def create(args, prefix: str, is_training: bool, **kwargs):
                 raise
             raise OptionError(meaning.format(
                 prefix=prefix, split=split_flag, subject=subject, root=args.data_dir, key=args.input_key)) from e
-        reader = dataset.reader if hasattr(dataset, 'reader') else ReaderTorch(dataset)
-        fields = labels.read_fields(name, reader, split_flag)
-    if fields is not None:
-        labels.check_fields(name, reader, fields, split_flag)
+    reader = dataset.reader if hasattr(dataset, 'reader') else ReaderTorch(dataset)
+    if name in labels.CHECKS:
+        labels.CHECKS[name](reader, split_flag)
     if isinstance(dataset, IterableImageDataset):
         return Stream(reader, args.max_bad_images)
     return Images(reader, img_mode, args.max_bad_images)
@@ -324,6 +314,7 @@ def _check_readable(args, root: str):
             f'--data-dir {args.data_dir}: {error.filename} cannot be read ({error.strerror}); permit it, or remove it')
 
     for folder, _, _ in os.walk(root, onerror=refuse, followlinks=True):
-        if os.path.islink(folder) and os.path.realpath(folder + '/..').startswith(os.path.realpath(folder)):
+        parent, target = os.path.realpath(os.path.dirname(folder)), os.path.realpath(folder)
+        if os.path.islink(folder) and os.path.commonpath([parent, target]) == target:
             raise OptionError(
                 f'--data-dir {args.data_dir}: {folder} is a link to a folder that it lies in itself; remove it')
