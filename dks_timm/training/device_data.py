@@ -14,7 +14,7 @@ import psutil
 import torch
 from timm.data.distributed_sampler import OrderedDistributedSampler
 from timm.data.loader import adapt_to_chs, fast_collate
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from ..errors import OptionError
@@ -157,13 +157,11 @@ def decode(dataset, transform, input_size: Tuple[int, int, int], device, workers
 
 
 def check_fit(datasets, input_size: Tuple[int, int, int], device) -> None:
-    """Refuse datasets that cannot be indexed, or would take more than half of the memory that is free.
+    """Refuse datasets that would take more than half of the memory that is free.
 
     Raises:
         OptionError: naming flags that need less.
     """
-    if any(isinstance(dataset, IterableDataset) for dataset in datasets):
-        raise OptionError('--data-on-device: a streamed dataset has no order to shuffle; leave the flag out')
     count = sum(map(len, datasets))
     size, free = count * int(np.prod(input_size)), free_memory(device)
     if size > free / 2:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
-from timm.data import IterableImageDataset, create_dataset
+from timm.data import create_dataset
 from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
@@ -130,7 +130,7 @@ class ReaderTorch(Reader):
 
 
 def kind(args) -> str:
-    """The kind of --dataset: '' for folders and tars, "digits", "synthetic", or timm's prefix in lower case."""
+    """Return the kind of --dataset: '' for folders and tars, "digits", "synthetic", or timm's prefix in lower case."""
     if args.dataset in BUILT_IN:
         return args.dataset
     prefix, slash, _ = args.dataset.partition('/')
@@ -193,7 +193,7 @@ def _check_folder(args):
 
 
 def split_root(root: str, split: str) -> str:
-    """The subfolder or tar with the name of a split or a synonym, or else the folder itself."""
+    """Return the subfolder or tar with the name of a split or a synonym, or else the folder itself."""
     split = split.partition('[')[0]
     names = next((names for names in SPLITS if split in names), ())
     for name in (split, *names):
@@ -221,14 +221,23 @@ def create(args, prefix: str, is_training: bool, **kwargs):
     name, split = kind(args), getattr(args, f'{prefix}_split')
     in_chans = args.in_chans or (args.input_size or [3])[0]
     img_mode = ('RGB' if in_chans == 3 else 'L') if args.input_img_mode is None else args.input_img_mode
-    if name == 'digits':
-        return Images(ReaderDigits(split), img_mode, args.max_bad_images)
     if name == 'synthetic':
         count = getattr(args, f'{prefix}_num_samples') or IMAGENET_SAMPLES[prefix]
         return Synthetic(ReaderSynthetic(count, args.num_classes or 1000, args.seed), img_mode, args.max_bad_images)
-    if not name:
-        return Images(_create_folder_reader(args, split), img_mode, args.max_bad_images)
+    if name == 'digits':
+        reader = ReaderDigits(split)
+    elif not name:
+        reader = _create_folder_reader(args, split)
+    else:
+        reader = _create_reader(args, name, prefix, is_training=is_training, input_img_mode=img_mode, **kwargs)
+    if hasattr(reader, 'is_training'):  # of timm's readers, those of streams
+        return Stream(reader, args.max_bad_images)
+    return Images(reader, img_mode, args.max_bad_images)
 
+
+def _create_reader(args, name: str, prefix: str, **kwargs):
+    """Return timm's reader of a dataset that a prefix of --dataset names, its fields and labels checked."""
+    split = getattr(args, f'{prefix}_split')
     split_flag = f'--{prefix}-split {split}'
     subject = f'--dataset {args.dataset}, {split_flag}'
     errors = ERRORS
@@ -244,11 +253,9 @@ def create(args, prefix: str, is_training: bool, **kwargs):
                 args.dataset,
                 root=args.data_dir,
                 split=split,
-                is_training=is_training,
                 class_map=class_map,
                 download=args.dataset_download,
                 batch_size=args.batch_size,
-                input_img_mode=img_mode,
                 input_key=args.input_key,
                 target_key=args.target_key,
                 num_samples=getattr(args, f'{prefix}_num_samples'),
@@ -261,12 +268,10 @@ def create(args, prefix: str, is_training: bool, **kwargs):
                 raise
             raise OptionError(meaning.format(
                 prefix=prefix, split=split_flag, subject=subject, root=args.data_dir, key=args.input_key)) from e
-    reader = dataset.reader if hasattr(dataset, 'reader') else ReaderTorch(dataset)
-    if name in labels.CHECKS:
-        labels.CHECKS[name](reader, split_flag)
-    if isinstance(dataset, IterableImageDataset):
-        return Stream(reader, args.max_bad_images)
-    return Images(reader, img_mode, args.max_bad_images)
+    if name == 'torch':
+        return ReaderTorch(dataset)
+    labels.CHECKS[name](dataset.reader, split_flag)
+    return dataset.reader
 
 
 def _create_folder_reader(args, split: str):

@@ -140,7 +140,9 @@ def check_stream(args, stream: Stream, accelerator):
         OptionError: naming the flag at fault.
     """
     reader, data = stream.reader, f'--dataset {args.dataset}'
-    for dest in ('aug_repeats', 'aug_splits', 'naflex_loader', 'train_img_sizes', 'use_multi_epochs_loader'):
+    refused = (
+        'aug_repeats', 'aug_splits', 'data_on_device', 'naflex_loader', 'train_img_sizes', 'use_multi_epochs_loader')
+    for dest in refused:
         if getattr(args, dest):
             raise OptionError(f'{flag(dest)}: {data} is a stream; give a dataset whose images can be picked by number')
     if hasattr(reader, 'reinit_each_iter') and accelerator.num_processes > 1 and not args.workers:  # tfds/
