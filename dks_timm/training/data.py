@@ -129,7 +129,6 @@ def create_loaders(args, train, val, data_config, model, accelerator):
     if isinstance(train, Stream):
         count, of = len(train) * accelerator.num_processes, train.reader.num_samples
         _logger.info(f'An epoch of {args.dataset} is {count:,} images, of {of:,}: whole batches for every worker.')
-    if isinstance(train, Stream) or isinstance(val, Stream):
         # torch takes it for a mistake that processes have different shares.
         warnings.filterwarnings('ignore', 'Length of IterableDataset')
     scheduled = args.train_img_sizes is not None

@@ -127,7 +127,7 @@ class Images(ImageDataset):
                         image = Image.open(image)
                 image = self.bad_images.convert(image, self.input_img_mode, partial(self._name, index))
                 break
-            except (BadImage, LookupError, OSError, tarfile.TarError) as e:
+            except (AssertionError, BadImage, OSError, tarfile.TarError) as e:  # timm's ReaderHfds asserts a file
                 self.bad_images.add(self._name(index), e)
                 index = (index + 1) % len(self.reader)
         self.bad_images.in_a_row = 0

@@ -67,7 +67,7 @@ def check_huggingface(reader, split_flag: str):
         input_key, target_key = reader.input_key, reader.target_key
         with naming(split_flag, OSError, ValueError):
             stream = reader.builder.as_streaming_dataset(split=reader.split)
-        features = stream.features or next(iter(stream), {})  # a sample, where the format has no features
+            features = stream.features or next(iter(stream), {})  # a sample, where the format has no features
     else:
         input_key, target_key, features = reader.image_key, reader.label_key, dict(reader.dataset.features)
         if reader.dataset.select_columns(input_key)[0][input_key] is None:  # timm adds an empty one where it is missing

@@ -14,9 +14,9 @@ _TWISTER = struct.Struct('<625I')  # a state of Python's random.Random
 class Stream(IterableImageDataset):
     """timm's IterableImageDataset, with every sample in one process and one worker only.
 
-    In training, timm gives each worker of each process its own shards, and reads from them, from the start again
-    where they end, as many whole batches as are its part of an epoch. Here workers share out samples where there are
-    too few shards for them. In evaluation every sample is read once.
+    In training, timm gives each worker of each process its own shards. The worker reads its part of an epoch from
+    them, in whole batches, and starts over where they end. With fewer shards than workers, all of them read all shards
+    here, and each keeps its part of the samples. In evaluation every sample is read once.
 
     Args:
         reader: A reader of timm for a stream.
@@ -62,64 +62,62 @@ class Stream(IterableImageDataset):
 
     def _shuffler(self):
         stages = getattr(self.reader.ds, 'pipeline', ())
+        # private: webdataset PipelineStage.kw
         return next((stage.kw['rng'] for stage in stages if 'rng' in getattr(stage, 'kw', ())), None)
 
     def _start(self):
-        """Let the reader open its pipeline in this worker; then correct its shares and decode images here."""
-        reader = self.reader
-        reader._lazy_init()  # private: timm ReaderWds, ReaderHfids, ReaderTfds
-        if not reader.is_training:
-            reader.dist_num_replicas = 1  # else timm cuts or pads the processes' shares to one length
-        if hasattr(reader.ds, 'pipeline'):  # wds/
-            # private: timm ReaderWds: [shards, ..., split, open shards, ..., decode, rename]
-            stages = reader.ds.pipeline
-            if reader.is_training and len(reader.split_info.filenames) < reader.global_num_workers:
-                i = stages.index(reader._split_by_node_and_worker)
-                stages[i], stages[i + 1] = stages[i + 1], stages[i]  # split samples in place of shards
-            decode, = stages[-2].args
-            decode.keywords['image_mode'] = ''  # converted here
-            stages[-2:] = [partial(self._readable, key='image', decode=partial(_decode_wds, decode), name=_name_wds)]
-            if self.shuffler_state:
-                self._shuffler().setstate((3, _TWISTER.unpack(self.shuffler_state), None))
-        elif hasattr(reader.ds, 'cast_column'):  # hfids/
-            key = reader.input_key
-            feature = (reader.ds.features or {}).get(key)
-            if getattr(feature, 'decode', False):
-                reader.ds = _Decoded(
-                    reader.ds.cast_column(key, type(feature)(decode=False)),
-                    partial(
-                        self._readable,
-                        key=key,
-                        decode=lambda sample: {**sample, key: feature.decode_example(sample[key])},
-                        name=lambda sample: (sample[key] or {}).get('path'),
-                    ),
-                )
+        """Let the reader open its pipeline in this worker; then correct its shares, and decode images here."""
+        self.reader._lazy_init()  # private: timm ReaderHfids, ReaderTfds, ReaderWds
+        if not self.reader.is_training:
+            self.reader.dist_num_replicas = 1  # else timm cuts or pads the processes' shares to one length
+        if hasattr(self.reader.ds, 'pipeline'):
+            self._correct_wds(self.reader)
+        elif hasattr(self.reader.ds, 'cast_column'):
+            self._correct_hfids(self.reader)
 
-    def _readable(self, samples, key, decode, name):
+    def _correct_wds(self, reader):
+        # private: timm ReaderWds; webdataset's stages are [shards, ..., split, open shards, ..., decode, rename]
+        stages = reader.ds.pipeline
+        if reader.is_training and len(reader.split_info.filenames) < reader.global_num_workers:
+            i = stages.index(reader._split_by_node_and_worker)
+            stages[i], stages[i + 1] = stages[i + 1], stages[i]  # split samples in place of shards
+        decode, = stages[-2].args
+        decode.keywords['image_mode'] = ''  # converted here
+
+        def decode_and_rename(sample):
+            decoded = decode(sample)  # None for a sample that timm leaves out, as it has no label
+            return decoded and dict(image=decoded['jpg'], target=decoded['target'])
+
+        stages[-2:] = [partial(self._readable, 'image', decode_and_rename)]
+        if self.shuffler_state:
+            self._shuffler().setstate((3, _TWISTER.unpack(self.shuffler_state), None))
+
+    def _correct_hfids(self, reader):
+        key = reader.input_key
+        feature = (reader.ds.features or {}).get(key)
+        if getattr(feature, 'decode', False):
+            undecoded = reader.ds.cast_column(key, type(feature)(decode=False))
+            reader.ds = _Decoded(undecoded, partial(
+                self._readable, key, lambda sample: {**sample, key: feature.decode_example(sample[key])}))
+
+    def _readable(self, key: str, decode, samples):
         """Yield samples with their images, ``sample[key]``, decoded and converted; pass over the unreadable ones."""
         for number, sample in enumerate(samples):
-            image_name = name(sample) or f'number {number} of the stream'
+            if '__url__' in sample:
+                name = f'{sample["__key__"]} of {sample["__url__"]}'
+            else:
+                name = (sample[key] or {}).get('path') or f'number {number} of the stream'
             try:
                 with decoding():
                     decoded = decode(sample)
                 if decoded is None:
                     continue
-                decoded[key] = self.bad_images.convert(
-                    decoded[key], self.reader.input_img_mode, partial(str, image_name))
+                decoded[key] = self.bad_images.convert(decoded[key], self.reader.input_img_mode, partial(str, name))
             except BadImage as e:
-                self.bad_images.add(image_name, e)
+                self.bad_images.add(name, e)
             else:
-                self.name = image_name
+                self.name = name
                 yield decoded
-
-
-def _decode_wds(decode, sample):
-    decoded = decode(sample)  # None for a sample that timm leaves out, as it has no label
-    return decoded and dict(image=decoded['jpg'], target=decoded['target'])
-
-
-def _name_wds(sample):
-    return f'{sample["__key__"]} of {sample["__url__"]}'
 
 
 class _Decoded:

@@ -66,9 +66,8 @@ def test_every_reader_trains_and_evaluates(tmp_path, name):
 @pytest.mark.parametrize('name', READERS)
 def test_every_image_comes_once_with_its_label_and_names_for_the_labels(tmp_path, name):
     argv = make(name, tmp_path / 'data')
-    args = parse(*argv)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    train, val = data.create_datasets(args)
+    train, val = data.create_datasets(parse(*argv))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
     assert data.label_names(train) == READERS[name][2]
@@ -138,7 +137,7 @@ def test_tensorflow_datasets_train_and_evaluate(tmp_path):
 # Bad images
 
 TRUNCATED = encoded(7, 32)[:-40]
-BAD = {'empty': b'', 'truncated': TRUNCATED, 'of text': b'hello', 'cut jpeg': encoded(7, 64, 'jpeg')[:500]}
+BAD = {'truncated': TRUNCATED, 'of text': b'hello'}
 
 
 @pytest.mark.parametrize('workers', [0, 1])
