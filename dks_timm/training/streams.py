@@ -1,14 +1,10 @@
 """Datasets that are read in order, divided over processes and workers."""
-import struct
-from collections import deque
 from functools import partial
 
 from timm.data import IterableImageDataset
 
 from ..errors import DataError, OptionError, flag
 from .images import BadImage, BadImages, check_label, decoding
-
-_TWISTER = struct.Struct('<625I')  # a state of Python's random.Random
 
 
 class Stream(IterableImageDataset):
@@ -27,9 +23,7 @@ class Stream(IterableImageDataset):
         super().__init__('', reader=reader)
         self.bad_images = BadImages(max_bad, 'passed over')
         self.num_classes = None  # set once the model is known
-        self.name = ''  # of the image that was decoded last
-        self.names = deque(maxlen=1 << 14)  # of the images since the last call of take_names
-        self.shuffler_state = b''  # to start from
+        self.shuffler_state = None  # to start from
 
     def __iter__(self):
         reader = self.reader
@@ -40,24 +34,17 @@ class Stream(IterableImageDataset):
         for img, target in reader:
             self.bad_images.in_a_row = 0
             check_label(target, self.num_classes)
-            self.names.append(self.name)
             yield img if self.transform is None else self.transform(img), target
             count += 1
         if reader.is_training and count < reader._num_samples_per_worker():  # private: timm Reader
             raise DataError('--train-split: a worker found no image that can be read in its shards')
 
-    def take_names(self):
-        """Return the names of the images since the last call, where their reader knows them."""
-        names = [name for name in self.names if name]
-        self.names.clear()
-        return names
-
-    def random_state(self) -> bytes:
+    def random_state(self):
         """Return the state of the shuffler of ``wds/``; other readers start from a seed in every epoch."""
         shuffler = self._shuffler()
-        return _TWISTER.pack(*shuffler.getstate()[1]) if shuffler else self.shuffler_state
+        return shuffler.getstate() if shuffler else self.shuffler_state
 
-    def set_random_state(self, state: bytes):
+    def set_random_state(self, state):
         self.shuffler_state = state
 
     def _shuffler(self):
@@ -90,7 +77,7 @@ class Stream(IterableImageDataset):
 
         stages[-2:] = [partial(self._readable, 'image', decode_and_rename)]
         if self.shuffler_state:
-            self._shuffler().setstate((3, _TWISTER.unpack(self.shuffler_state), None))
+            self._shuffler().setstate(self.shuffler_state)
 
     def _correct_hfids(self, reader):
         key = reader.input_key
@@ -116,7 +103,6 @@ class Stream(IterableImageDataset):
             except BadImage as e:
                 self.bad_images.add(name, e)
             else:
-                self.name = name
                 yield decoded
 
 
