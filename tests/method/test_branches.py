@@ -11,7 +11,8 @@ from dks_timm import DKSModel, create_dks_model, prune
 from dks_timm.method.cost import inspect_model
 from dks_timm.method.plan import BranchBuilder, BranchSpec
 from dks_timm.method.stages import Stage
-from dks_timm.method.tails import Feed, Trace, cut, plan_tail
+from dks_timm.method.tails import Feed, cut, plan_tail
+from dks_timm.method.trace import Trace
 
 
 def parameters(module):

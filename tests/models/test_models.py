@@ -15,7 +15,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 from dks_timm import DKSLoss, create_dks_model, prune
 from dks_timm.method.cost import inspect_model
-from dks_timm.method.plan import PRESETS, PRESETS_BY_ANALOGY
+from dks_timm.method.presets import PRESETS, PRESETS_BY_ANALOGY
 from dks_timm.models import ARCHITECTURES, DenseLayer, PadShortcut, PreActBlock
 
 PARAMETERS = {
