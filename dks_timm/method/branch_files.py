@@ -19,11 +19,6 @@ from timm.utils import load_checkpoint_metadata
 
 from ..errors import InputError, why
 
-__all__ = [
-    'BRANCH_CONFIG', 'BRANCH_WEIGHTS', 'check_fit', 'load_branches', 'load_checkpoint_branches', 'plain_tensors',
-    'read_layout', 'read_weights', 'save_branches',
-]
-
 _logger = logging.getLogger(__name__)
 
 BRANCH_CONFIG = 'dks_config.json'
@@ -102,11 +97,7 @@ def read_layout(model_name: str, cache_dir: Optional[str] = None) -> Optional[Di
 
 
 def read_weights(model_name: str, cache_dir: Optional[str] = None) -> Dict[str, torch.Tensor]:
-    """Return the weights of published branches.
-
-    Raises:
-        ValueError: They are missing or cannot be read.
-    """
+    """Return the weights of published branches; raise ValueError where they are missing or cannot be read."""
     path = _find(model_name, BRANCH_WEIGHTS, cache_dir)
     if path is None:
         raise InputError(f'{model_name} has {BRANCH_CONFIG}, but no {BRANCH_WEIGHTS}')
@@ -139,22 +130,14 @@ def load_branches(net: nn.Module, weights: Dict[str, torch.Tensor], source: str,
 
 
 def load_checkpoint_branches(net: nn.Module, path: str, use_ema: bool = True) -> None:
-    """Load the branches of a training checkpoint, as ``timm.models.load_checkpoint`` does the backbone.
-
-    Raises:
-        ValueError: It holds no branches, or others.
-    """
+    """Load the branches of a training checkpoint, as ``timm.models.load_checkpoint`` does the backbone."""
     checkpoint = load_checkpoint_metadata(path)
     state = checkpoint.get('task_state_ema') if use_ema else None
     load_branches(net, (state or checkpoint.get('task_state') or {}).get('branches', {}), f'checkpoint {path!r}')
 
 
 def check_fit(own: Dict[str, torch.Tensor], given: Dict[str, torch.Tensor], complaint: str) -> None:
-    """Refuse a state dict with other entries or shapes than the model's own, naming the first of them.
-
-    Raises:
-        ValueError: It differs.
-    """
+    """Raise ValueError for a state dict with other entries or shapes than the model's own, naming the first of them."""
     ours, theirs = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (own, given))
     for name in {**ours, **theirs}:
         if theirs.get(name) != ours.get(name):

@@ -54,6 +54,11 @@ def inspect_model(
 
     Raises:
         ValueError: See :meth:`dks_timm.DKSModel.from_timm`.
+
+    Example:
+        >>> from dks_timm.method.cost import inspect_model
+        >>> round(inspect_model('resnet50')['cost']['flops'], 2)  # as the paper's layout costs
+        2.03
     """
     check_batch_fraction(batch_fraction)
     backbone = backbone_without_weights(model_name, img_size, **timm_kwargs)

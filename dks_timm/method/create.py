@@ -30,12 +30,7 @@ def create_dks_model(
         model_name: Any name ``timm.create_model`` takes, ``hf-hub:`` and ``local-dir:`` ones included.
         pretrained: Load pretrained weights, those of published branches included. Other tails start from the
             backbone's wherever name and shape agree.
-        stages: See :meth:`DKSModel.from_timm`.
-        branches: See :meth:`DKSModel.from_timm`.
-        branch_kwargs: See :meth:`DKSModel.from_timm`.
-        budget: See :meth:`DKSModel.from_timm`.
-        image_size: See :meth:`DKSModel.from_timm`.
-        batch_fraction: See :meth:`DKSModel.from_timm`.
+        stages, branches, branch_kwargs, budget, image_size, batch_fraction: See :meth:`DKSModel.from_timm`.
         **timm_kwargs: Further arguments of ``timm.create_model``, for the backbone and the templates of its branches.
 
     Returns:
@@ -45,23 +40,15 @@ def create_dks_model(
         ValueError: See :meth:`DKSModel.from_timm`.
 
     Example:
-        >>> net = create_dks_model('test_resnet', num_classes=10, stages=(1, -2), branches='conv')
+        >>> import dks_timm
+        >>> net = dks_timm.create_dks_model('test_resnet', num_classes=10, stages=(1, -2), branches='conv')
         >>> net.stages, [branch.kind for branch in net.branches]
         ((1, 3), ['conv', 'conv'])
     """
+    layout = dict(
+        stages=stages, branches=branches, branch_kwargs=branch_kwargs, budget=budget, image_size=image_size)
     backbone = timm.create_model(model_name, pretrained=pretrained, **timm_kwargs)
-    return add_branches(
-        backbone,
-        model_name,
-        pretrained,
-        timm_kwargs,
-        stages=stages,
-        branches=branches,
-        branch_kwargs=branch_kwargs,
-        budget=budget,
-        image_size=image_size,
-        batch_fraction=batch_fraction,
-    )
+    return add_branches(backbone, model_name, pretrained, timm_kwargs, layout=layout, batch_fraction=batch_fraction)
 
 
 def add_branches(
@@ -70,22 +57,22 @@ def add_branches(
         pretrained: bool,
         timm_kwargs: Dict[str, Any],
         *,
+        layout: Dict[str, Any],
         batch_fraction: float = 1.0,
-        **layout: Any,
 ) -> DKSModel:
     """Attach branches to what ``timm.create_model(model_name, pretrained, **timm_kwargs)`` returned, and load weights.
 
     Args:
-        batch_fraction: See :meth:`DKSModel.from_timm`.
-        **layout: ``stages``, ``branches``, ``branch_kwargs``, ``budget`` and ``image_size`` of that.
+        layout: The arguments of :meth:`DKSModel.from_timm` that decide about the branches.
     """
     cache_dir = timm_kwargs.get('cache_dir')
-    asked = layout.get('branch_kwargs') or layout.get('branches', 'auto') != 'auto' or any(
-        layout.get(name) is not None for name in ('stages', 'budget'))
-    published = None if asked else read_layout(model_name, cache_dir)
+    defaults = dict(stages=None, branches='auto', branch_kwargs={}, budget=None)
+    published = None
+    if all(layout[name] in (value, None) for name, value in defaults.items()):
+        published = read_layout(model_name, cache_dir)
     if published:
         if backbone.pretrained_cfg.get('fixed_input_size'):
-            published['image_size'] = layout.get('image_size')  # the published one may not be that of this backbone
+            published['image_size'] = layout['image_size']  # the published one may not be that of this backbone
         layout = published
     net = DKSModel.from_timm(backbone, model_kwargs=timm_kwargs, batch_fraction=batch_fraction, **layout)
     from_elsewhere = timm_kwargs.get('checkpoint_path') or timm_kwargs.get('pretrained_cfg_overlay')

@@ -65,6 +65,8 @@ def synergy_loss(
             another number of classifiers, an unknown direction, or a temperature that is not positive.
 
     Example:
+        >>> import torch
+        >>> from dks_timm import synergy_loss
         >>> backbone, branch = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 0.0]])
         >>> synergy_loss([backbone, branch], direction='top-down')  # the backbone teaches
         tensor(0.6031)
@@ -129,8 +131,9 @@ class DKSLoss(nn.Module):
             or a temperature that is not positive.
 
     Example:
+        >>> import torch, dks_timm
         >>> logits = [torch.randn(8, 10, requires_grad=True) for _ in range(3)]  # a backbone and two branches
-        >>> out = DKSLoss(synergy_weight=0.5)(logits, torch.arange(8))
+        >>> out = dks_timm.DKSLoss(synergy_weight=0.5)(logits, torch.arange(8))
         >>> torch.allclose(out['loss'], out['ce'].sum() + 0.5 * out['synergy'].sum())
         True
         >>> out['loss'].backward()

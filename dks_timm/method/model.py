@@ -48,13 +48,14 @@ class DKSModel(nn.Module):
         ValueError: ``batch_fraction`` is not above 0 and at most 1.
 
     Example:
-        >>> net = DKSModel.from_timm(timm.create_model('test_resnet', num_classes=10))
+        >>> import timm, torch, dks_timm
+        >>> net = dks_timm.DKSModel.from_timm(timm.create_model('test_resnet', num_classes=10))
         >>> images = torch.randn(2, 3, 64, 64)
         >>> [tuple(z.shape) for z in net.train()(images)]  # backbone, shallower branch, deeper branch
         [(2, 10), (2, 10), (2, 10)]
         >>> tuple(net.eval()(images).shape)
         (2, 10)
-        >>> type(prune(net)).__name__  # the plain timm model
+        >>> type(dks_timm.prune(net)).__name__  # the plain timm model
         'ResNet'
     """
 

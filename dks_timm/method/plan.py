@@ -46,12 +46,7 @@ class Template:
 
     @classmethod
     def of(cls, backbone: nn.Module, model_kwargs: Optional[Dict[str, Any]] = None) -> 'Template':
-        """Return the template of a timm model.
-
-        Args:
-            backbone: timm model; its architecture's name is in its ``pretrained_cfg``.
-            model_kwargs: Arguments it was made with, besides those timm noted on the model.
-        """
+        """Return the template of a timm model, made with ``model_kwargs`` besides those timm noted on it."""
         cfg = dict(backbone.pretrained_cfg)
         noted = getattr(backbone, '_model_args', {})  # private: timm _model_args, which 1.0.31 and later set
         kwargs = {k: v for k, v in {**noted, **(model_kwargs or {})}.items() if k not in _NOT_THE_LAYOUT}
@@ -99,11 +94,7 @@ def run_bare(architecture: str) -> None:
 
 
 def split_branch_kwargs(branch_kwargs: Dict[str, Any], stages: Sequence[int]) -> Dict[int, Dict[str, Any]]:
-    """Return the overrides of every stage: ``'2.layers'`` is for stage 2 alone, ``'layers'`` for those without.
-
-    Raises:
-        ValueError: A key for a stage that is not supervised.
-    """
+    """Return the overrides of every stage: ``'2.layers'`` is for stage 2 alone, ``'layers'`` for those without."""
     found: Dict[int, Dict[str, Any]] = {stage: {} for stage in stages}
     for key, value in branch_kwargs.items():
         prefix, dot, name = key.partition('.')
@@ -146,8 +137,9 @@ class BranchBuilder:
     def __post_init__(self):
         backbone = self.backbone
         if not hasattr(backbone, 'get_classifier'):
-            name = backbone.pretrained_cfg['architecture']
-            raise InputError(f'{name} cannot classify: it is an encoder that timm has no classifier for.')
+            raise InputError(
+                f'{backbone.pretrained_cfg["architecture"]} cannot classify: it is an encoder that timm has no '
+                'classifier for.')
         self.stages = list_stages(backbone)
         self.template = Template.of(backbone, self.model_kwargs)
         name, kwargs = self.template.architecture, self.template.kwargs
@@ -191,20 +183,10 @@ class BranchBuilder:
             branch_kwargs: Optional[Dict[str, Any]] = None,
             budget: Optional[float] = None,
     ) -> List[Branch]:
-        """Choose and make the branches of several stages, on the default device.
+        """Choose and make the branches of several stages (ascending), on the default device.
 
-        Args:
-            indices: Stages, ascending.
-            kind: 'tail', 'conv', or 'auto' for a tail where the architecture allows it.
-            branch_kwargs: Arguments of the tails' templates that differ from the backbone's, see
-                :func:`split_branch_kwargs`.
-            budget: Most that one training forward (backbone and branches) may cost, as a multiple of the backbone's
-                forward FLOPs. Branches are made cheaper, the costliest first, until they fit; all tails are made
-                thinner before one gives way to convolutions.
-
-        Raises:
-            ValueError: Unknown kind, a tail that the architecture or the overrides do not allow, or a budget below the
-                cheapest branches.
+        The arguments and errors are those of :meth:`dks_timm.DKSModel.from_timm`. Within a budget, branches are made
+        cheaper, the costliest first, until they fit; all tails are made thinner before one gives way to convolutions.
         """
         if kind not in BRANCH_KINDS:
             raise InputError(f"branches is '{kind}'; choose from {', '.join(BRANCH_KINDS)}.")

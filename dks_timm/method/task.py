@@ -21,14 +21,22 @@ class DKSTask(ClassificationTask):
     Args:
         net: The model to train.
         loss_fn: Loss of the list of logits, DKSLoss() when None.
-        device: Device of the task's own buffers; the model stays where it is.
-        dtype: Dtype of the task's own buffers.
+        device, dtype: Of the task's own buffers; the model stays as it is.
         verbose: Log what the task sets up.
         every: Run the branches in one of so many updates; the others train the backbone by its labels alone.
         start_epoch: First epoch with synergy; before it, every classifier learns from the labels alone.
 
     Raises:
         ValueError: The weights of the loss are for another number of classifiers, or `every` is below 1.
+
+    Example:
+        >>> import torch, dks_timm
+        >>> net = dks_timm.create_dks_model('test_resnet', num_classes=10)
+        >>> task = dks_timm.DKSTask(net, dks_timm.DKSLoss(), verbose=False)
+        >>> out = task(torch.randn(2, 3, 64, 64), torch.tensor([3, 7]))
+        >>> out['loss'].backward()
+        >>> len(out['logits']), task.get_eval_model() is net.backbone
+        (3, True)
     """
 
     def __init__(
@@ -50,7 +58,7 @@ class DKSTask(ClassificationTask):
         self.start_epoch = start_epoch
 
     def begin_update(self, epoch: int, num_updates: int) -> None:
-        """Decide what the next update trains. Without a call, every update trains all classifiers with synergy.
+        """Decide about branches and synergy in the next update. Without a call, every update has both.
 
         Args:
             epoch: Epoch of the update.

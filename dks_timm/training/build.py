@@ -95,11 +95,13 @@ def create_model(args):
                 args.model,
                 args.pretrained,
                 {k: v for k, v in kwargs.items() if k != 'pretrained'},
-                stages=args.dks_stages,
-                branches=args.dks_branches,
-                branch_kwargs=args.dks_branch_kwargs,
-                budget=args.dks_budget,
-                image_size=image_size,
+                layout=dict(
+                    stages=args.dks_stages,
+                    branches=args.dks_branches,
+                    branch_kwargs=args.dks_branch_kwargs,
+                    budget=args.dks_budget,
+                    image_size=image_size,
+                ),
                 batch_fraction=args.dks_batch_fraction,
             )
         _logger.info(model.describe())
