@@ -18,6 +18,7 @@ from timm.models._hub import hf_split  # private: timm models._hub
 from timm.utils import load_checkpoint_metadata
 
 from ..errors import InputError, why
+from .plan import WEIGHT_SOURCES
 
 _logger = logging.getLogger(__name__)
 
@@ -25,8 +26,6 @@ BRANCH_CONFIG = 'dks_config.json'
 BRANCH_WEIGHTS = 'branches.safetensors'
 
 _LAYOUT = ('stages', 'branches', 'branch_kwargs', 'budget', 'image_size')
-# Arguments of timm.create_model that name files or addresses to read. No layout needs them.
-_SOURCES = {'cache_dir', 'checkpoint_path', 'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay'}
 
 
 def plain_tensors(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
@@ -90,7 +89,7 @@ def read_layout(model_name: str, cache_dir: Optional[str] = None) -> Optional[Di
         raise InputError(f'{BRANCH_CONFIG} of {model_name} is not one of a published network: {why(e)}') from e
     if not isinstance(config, dict) or not config.keys() >= {*_LAYOUT} or not isinstance(config['branch_kwargs'], dict):
         raise InputError(f'{BRANCH_CONFIG} of {model_name} is not one of a published network: {config!r:.100}')
-    foreign = _SOURCES & {key.rpartition('.')[2] for key in config['branch_kwargs']}
+    foreign = {*WEIGHT_SOURCES} & {key.rpartition('.')[2] for key in config['branch_kwargs']}
     if foreign:
         raise InputError(f'{BRANCH_CONFIG} of {model_name} has branch_kwargs that are not accepted: {sorted(foreign)}')
     return {key: config[key] for key in _LAYOUT}

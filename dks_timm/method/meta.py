@@ -1,7 +1,7 @@
 """Models without weights: copying them to the meta device, running them there, counting their FLOPs."""
 import copy
 from itertools import chain
-from typing import Any, Callable, Dict, TypeVar
+from typing import Any, Callable, Dict
 
 import torch
 import torch.nn as nn
@@ -9,10 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ['copy_without_weights', 'flop_counter', 'on_meta_or_cpu', 'without_fast_norm']
 
-T = TypeVar('T')
 
-
-def on_meta_or_cpu(function: Callable[[str], T]) -> T:
+def on_meta_or_cpu(function: Callable[[str], Any]) -> Any:
     """Call a function with 'meta', or with 'cpu' where a forward reads values, which meta tensors do not have."""
     try:
         return function('meta')

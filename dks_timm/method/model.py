@@ -1,11 +1,11 @@
 """A backbone with supervision branches: all classifiers in one forward, and the plain backbone back at the end."""
 import math
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
-from timm.layers import set_reentrant_ckpt, use_reentrant_ckpt
+from timm.layers import set_reentrant_ckpt
 from timm.models import group_parameters
 from timm.optim import auto_group_layers
 from timm.utils import unwrap_model
@@ -154,8 +154,7 @@ class DKSModel(nn.Module):
         if self.training and not self.branches_on:
             return [run(backbone, x)]
         features: Dict[str, Any] = {}
-        with _no_reentrant_checkpointing():
-            logits = run(backbone, x, features.__setitem__)
+        logits = run(backbone, x, features.__setitem__)
         if self.training and self.batch_fraction < 1:
             x, features = self._first_images(x, features)
         # Dropout in a branch must not shift the random numbers that data order and augmentation draw.
@@ -272,10 +271,6 @@ class DKSModel(nn.Module):
     def pretrained_cfg(self) -> Dict[str, Any]:
         return self.backbone.pretrained_cfg
 
-    @property
-    def default_cfg(self) -> Dict[str, Any]:
-        return self.backbone.default_cfg
-
     def get_classifier(self) -> nn.Module:
         """Return the backbone's classifier."""
         return self.backbone.get_classifier()
@@ -303,7 +298,12 @@ class DKSModel(nn.Module):
         self.to(like.device, like.dtype)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute activations in the backward pass, in the backbone and in the branches."""
+        """Recompute activations in the backward pass, in the backbone and in the branches.
+
+        This turns timm's reentrant checkpointing off, which would run supervised modules without gradient.
+        """
+        if enable:
+            set_reentrant_ckpt(False)
         for owner in (self.backbone, *self.branches):
             owner.set_grad_checkpointing(enable)
 
@@ -339,19 +339,6 @@ def check_batch_fraction(batch_fraction: float) -> None:
 
 def _forked_random_state():
     return torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else [])
-
-
-@contextmanager
-def _no_reentrant_checkpointing():
-    """Turn timm's reentrant checkpointing off: it would run supervised modules without gradient."""
-    reentrant = use_reentrant_ckpt()
-    if reentrant:
-        set_reentrant_ckpt(False)
-    try:
-        yield
-    finally:
-        if reentrant:
-            set_reentrant_ckpt(True)
 
 
 def prune(model: nn.Module) -> nn.Module:

@@ -6,7 +6,7 @@ import logging
 import math
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
 from .. import models  # noqa: F401  (registers its networks with timm)
-from ..errors import InputError, out_of_memory, why
+from ..errors import InputError, out_of_memory, why, works
 from .branches import Branch, ConvBranch, Layout, Tail
 from .meta import copy_without_weights, flop_counter, on_meta_or_cpu
 from .presets import PRESETS, PRESETS_BY_ANALOGY
@@ -24,14 +24,14 @@ from .stages import Stage, list_stages
 from .tails import TailPlan, plan_tail
 from .trace import TRACE_BATCH, SurgeryError, Trace, shapes
 
-__all__ = ['BRANCH_KINDS', 'BranchBuilder', 'BranchSpec', 'Template', 'run_bare']
+__all__ = ['BRANCH_KINDS', 'BranchBuilder', 'BranchSpec', 'Template', 'WEIGHT_SOURCES', 'run_bare']
 
 _logger = logging.getLogger(__name__)
 
 BRANCH_KINDS = ('auto', 'tail', 'conv')
 
-# Arguments of timm.create_model that say where weights come from, not what the model looks like.
-_NOT_THE_LAYOUT = ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir')
+# Arguments of timm.create_model that name files or addresses of weights; they do not change the layout of a model.
+WEIGHT_SOURCES = ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir')
 
 # Errors of timm and torch for an argument that does not fit: of a forward, and of a constructor, which checks little.
 _OF_FORWARDS = (AssertionError, RuntimeError, ValueError)
@@ -49,7 +49,7 @@ class Template:
         """Return the template of a timm model, made with ``model_kwargs`` besides those timm noted on it."""
         cfg = dict(backbone.pretrained_cfg)
         noted = getattr(backbone, '_model_args', {})  # private: timm _model_args, which 1.0.31 and later set
-        kwargs = {k: v for k, v in {**noted, **(model_kwargs or {})}.items() if k not in _NOT_THE_LAYOUT}
+        kwargs = {k: v for k, v in {**noted, **(model_kwargs or {})}.items() if k not in WEIGHT_SOURCES}
         # The configuration decides about image size and pooling where the arguments do not.
         return cls(cfg['architecture'], {**kwargs, 'pretrained_cfg': cfg, 'num_classes': backbone.num_classes})
 
@@ -83,14 +83,14 @@ class BranchSpec:
     widens: bool = True
 
 
-def run_bare(architecture: str) -> None:
+def run_bare(architecture: str, run: Callable = nn.Module.__call__) -> None:
     """Make a timm model and run it without further settings, to tell whether it is these that do not work."""
-    def run(device):
+    def make_and_run(device):
         with torch.device(device):
             model = timm.create_model(architecture).eval()
-            model(torch.zeros(TRACE_BATCH, *model.pretrained_cfg['input_size']))
+            run(model, torch.zeros(TRACE_BATCH, *model.pretrained_cfg['input_size']))
 
-    on_meta_or_cpu(run)
+    on_meta_or_cpu(make_and_run)
 
 
 def split_branch_kwargs(branch_kwargs: Dict[str, Any], stages: Sequence[int]) -> Dict[int, Dict[str, Any]]:
@@ -154,9 +154,9 @@ class BranchBuilder:
         self._blanks: Dict[str, nn.Module] = {}
         try:
             self.trace = on_meta_or_cpu(self._trace_backbone)
-        except _OF_FORWARDS as e:
-            if out_of_memory(e):
-                raise
+        except Exception as e:
+            if out_of_memory(e) or not works(lambda: run_bare(name, Trace)):
+                raise  # no fault of the images, nor of the arguments that the model was made with
             height, width = self.image_size
             raise InputError(f'{name} does not run on images of {height} x {width}: {why(e)}') from e
         output = self.trace.calls[0].output

@@ -13,7 +13,9 @@ Receiver = Callable[[str, Any], None]
 
 class _Forward(threading.local):
     """The receiver of the forward that a thread runs, None where nobody asks for features."""
-    receiver: Optional[Receiver] = None
+
+    def __init__(self):  # for each thread; torch.compile does not follow defaults of the class
+        self.receiver: Optional[Receiver] = None
 
 
 _forward = _Forward()

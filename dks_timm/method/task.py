@@ -104,10 +104,16 @@ class DKSTask(ClassificationTask):
         heads = {id(p) for head in net.get_classifiers() for p in head.parameters()} if exclude_head else set()
         return [p for p in net.parameters() if id(p) not in heads]
 
+    def _net(self, module: Optional[nn.Module], ema: bool) -> DKSModel:
+        return unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
+
     def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
-        """Return the state of the branches, with their stages: 'stages', a list, and 'branches', a state dict."""
-        net = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
-        return {'stages': list(net.stages), 'branches': net.branches.state_dict()}
+        """Return the state of the branches, with their stages: 'stages', a list, and 'branches', a state dict.
+
+        With distillation of features, 'projection' is the state of the projection to the teacher's.
+        """
+        net = self._net(module, ema)
+        return {'stages': list(net.stages), **{name: part.state_dict() for name, part in _saved_parts(net).items()}}
 
     def load_task_state(
             self,
@@ -116,8 +122,10 @@ class DKSTask(ClassificationTask):
             module: Optional[nn.Module] = None,
             ema: bool = False,
     ) -> None:
-        net = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
-        net.branches.load_state_dict(state['branches'], strict=strict)
+        for name, part in _saved_parts(self._net(module, ema)).items():
+            if name not in state:
+                raise InputError(f'the checkpoint holds no {name}')
+            part.load_state_dict(state[name], strict=strict)
 
     def load_checkpoint_state(
             self,
@@ -200,28 +208,6 @@ class DKSDistillationTask(DKSTask):
         self.distillation.teacher.compile(backend, mode, compile_features=True, **compile_kwargs)
         return super().compile(backend, mode, **compile_kwargs)
 
-    def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
-        """Return the state of the branches, and of the projection to the teacher's features where there is one."""
-        net = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
-        state = super().get_task_state(net)
-        if getattr(net, 'projection', None) is not None:
-            state['projection'] = net.projection.state_dict()
-        return state
-
-    def load_task_state(
-            self,
-            state: Optional[Dict[str, Any]],
-            strict: bool = True,
-            module: Optional[nn.Module] = None,
-            ema: bool = False,
-    ) -> None:
-        super().load_task_state(state, strict=strict, module=module, ema=ema)
-        net = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
-        if getattr(net, 'projection', None) is not None:
-            if 'projection' not in state:
-                raise InputError("the checkpoint holds no projection to the teacher's features")
-            net.projection.load_state_dict(state['projection'], strict=strict)
-
 
 class _Given(nn.Module):
     """A module that returns a value computed elsewhere, for any input."""
@@ -232,3 +218,9 @@ class _Given(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         return self.value
+
+
+def _saved_parts(net: DKSModel) -> Dict[str, nn.Module]:
+    """Return the modules that a checkpoint holds beside the backbone."""
+    parts = {name: getattr(net, name, None) for name in ('branches', 'projection')}
+    return {name: part for name, part in parts.items() if part is not None}

@@ -81,7 +81,7 @@ class Call:
 
     @property
     def passed(self) -> Optional[int]:
-        """How many leading arguments have the outputs' shapes; 0 for a bare tensor, None where shapes differ."""
+        """Number of leading arguments with the outputs' shapes; 0 for a bare tensor, None where shapes differ."""
         if isinstance(self.output, torch.Tensor):
             return 0 if self.args and shapes(self.args[0]) == self.output.shape else None
         if isinstance(self.output, tuple) and shapes(self.args[:len(self.output)]) == shapes(self.output):

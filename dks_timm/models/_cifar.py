@@ -1,4 +1,4 @@
-"""What the paper's CIFAR networks share: everything but their blocks."""
+"""The common part of the paper's CIFAR networks: everything but their blocks."""
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch

@@ -2,6 +2,7 @@
 import copy
 import functools
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -133,6 +134,17 @@ def test_the_training_forward_compiles_to_one_graph(name):
     compiled = torch.compile(net.exits, backend='aot_eager', fullgraph=True)
     for a, b in zip(compiled(x), expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_second_network_compiles_in_the_same_thread():
+    torch.compiler.reset()
+
+    def compile_two():
+        x = torch.randn(2, 3, 32, 32)
+        return [len(torch.compile(make('test_resnet'), backend='aot_eager')(x)) for _ in range(2)]
+
+    with ThreadPoolExecutor(1) as fresh:  # a thread without an earlier forward
+        assert fresh.submit(compile_two).result() == [3, 3]
 
 
 @pytest.mark.parametrize(('name', 'layer_decay'), [('resnet10t', None), ('resnet10t', 0.7), ('test_vit', 0.65)])
@@ -284,23 +296,15 @@ def test_a_compiled_model_may_recompute():
         torch.testing.assert_close(grad, other, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize('name, size', [('test_resnet', 64), ('test_vit', 160)])
-def test_branches_train_the_backbone_under_timms_reentrant_checkpointing(name, size):
-    net = create_dks_model(name, num_classes=5).train()
-    x, found = torch.randn(2, 3, size, size), []
+def test_grad_checkpointing_is_not_reentrant_as_branches_would_not_train_the_backbone_then():
+    net = create_dks_model('test_resnet', num_classes=5).train()
     set_reentrant_ckpt(True)
     try:
-        for enable in (False, True):
-            net.set_grad_checkpointing(enable)
-            net.zero_grad()
-            sum(z.square().sum() for z in net(x)[1:]).backward()
-            found.append([p.grad for p in net.backbone.parameters()])
-        assert use_reentrant_ckpt()
+        net.set_grad_checkpointing()
+        sum(z.square().sum() for z in net(IMAGES)[1:]).backward()
+        assert not use_reentrant_ckpt() and all(p.grad is not None for p in net.backbone.layer1.parameters())
     finally:
         set_reentrant_ckpt(False)
-    for grad, other in zip(*found, strict=True):
-        assert (grad is None) == (other is None)
-        assert grad is None or (grad - other).norm() <= 1e-3 * grad.norm() + 1e-6
 
 
 class Biased(nn.Module):

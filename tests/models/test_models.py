@@ -348,14 +348,6 @@ def test_torchscript_compiles_the_network(name):
 
 
 @small
-def test_dynamo_takes_the_network_as_one_graph(name):
-    model = create(name).eval()
-    x = images()
-    with torch.no_grad():
-        assert torch.equal(torch.compile(model, backend='eager', fullgraph=True)(x), model(x))
-
-
-@small
 def test_device_and_dtype_are_arguments(name):
     model = create(name, device='meta', dtype=torch.bfloat16)
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {('meta', torch.bfloat16)}
