@@ -6,7 +6,7 @@ import logging
 import math
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -83,12 +83,12 @@ class BranchSpec:
     widens: bool = True
 
 
-def run_bare(architecture: str, run: Callable = nn.Module.__call__) -> None:
-    """Make a timm model and run it without further settings, to tell whether it is these that do not work."""
+def run_bare(architecture: str, image_shape: Optional[Tuple[int, ...]] = None, **kwargs: Any) -> None:
+    """Make a timm model and run it, with given settings or with none, to tell whether it is these that do not work."""
     def make_and_run(device):
         with torch.device(device):
-            model = timm.create_model(architecture).eval()
-            run(model, torch.zeros(TRACE_BATCH, *model.pretrained_cfg['input_size']))
+            model = timm.create_model(architecture, **kwargs).eval()
+            model(torch.zeros(TRACE_BATCH, *(image_shape or model.pretrained_cfg['input_size'])))
 
     on_meta_or_cpu(make_and_run)
 
@@ -155,7 +155,8 @@ class BranchBuilder:
         try:
             self.trace = on_meta_or_cpu(self._trace_backbone)
         except Exception as e:
-            if out_of_memory(e) or not works(lambda: run_bare(name, Trace)):
+            given = partial(run_bare, name, (self.in_chans, *self.image_size), **kwargs)
+            if out_of_memory(e) or works(given) or not works(partial(run_bare, name)):
                 raise  # no fault of the images, nor of the arguments that the model was made with
             height, width = self.image_size
             raise InputError(f'{name} does not run on images of {height} x {width}: {why(e)}') from e
