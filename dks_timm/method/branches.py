@@ -5,12 +5,11 @@ from typing import Any, Callable, Dict, Optional, Set, Tuple
 import torch
 import torch.nn as nn
 from timm.layers import BatchNormAct2d, ClassifierHead, LayerNormAct2d, SeparableConvNormAct
-from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from .stages import Stage
 from .tails import Feed, TailPlan, cut
-from .trace import SurgeryError, tensors
+from .trace import SurgeryError, map_tensors, tensors
 
 __all__ = ['Branch', 'ConvBranch', 'Layout', 'Tail']
 
@@ -94,8 +93,10 @@ class Tail(Branch):
         self.recomputes = False
 
     def forward(self, image: torch.Tensor, features: Any) -> torch.Tensor:
-        run = self._run_twice if self.recomputes and torch.is_grad_enabled() else self._run
-        return run(image, features)
+        if not (self.recomputes and torch.is_grad_enabled()):
+            return self._run(image, features)
+        self.shapes_at(*image.shape[-2:])  # a recomputation finds them known, and so must the forward
+        return self._run_twice(image, features)
 
     @torch.compiler.disable
     def _run_twice(self, image: torch.Tensor, features: Any) -> torch.Tensor:
@@ -105,7 +106,7 @@ class Tail(Branch):
     def _run(self, image: torch.Tensor, features: Any) -> torch.Tensor:
         feed = self.feed
         feed.image, feed.shapes = image, self.shapes_at(image.shape[-2], image.shape[-1])
-        feed.features = tree_map_only(torch.Tensor, torch.clone, features) if self.plan.copies else features
+        feed.features = map_tensors(torch.clone, features) if self.plan.copies else features
         try:
             return self.template(image)
         finally:

@@ -9,13 +9,13 @@ from timm.layers import set_reentrant_ckpt
 from timm.models import group_parameters
 from timm.optim import auto_group_layers
 from timm.utils import unwrap_model
-from torch.utils._pytree import tree_map_only
 
 from ..errors import InputError
 from .branches import Branch
 from .plan import BranchBuilder
 from .stages import list_stages, resolve_stages
 from .taps import is_tapped, run, tap, untap
+from .trace import map_tensors
 
 __all__ = ['DKSModel', 'prune']
 
@@ -221,7 +221,7 @@ class DKSModel(nn.Module):
                     f'in which {batch_size} images do not come first; use 1')
             return tensor[:count]
 
-        return x[:count], tree_map_only(torch.Tensor, first, features)
+        return x[:count], map_tensors(first, features)
 
     def set_student(self, student: nn.Module) -> None:
         """Have a module that wraps the backbone run it in training mode; its output takes the place of the logits.

@@ -13,7 +13,6 @@ import torch
 import torch.nn as nn
 from timm.layers import to_2tuple
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map_only
 
 from .. import models  # noqa: F401  (registers its networks with timm)
 from ..errors import InputError, out_of_memory, why, works
@@ -22,7 +21,7 @@ from .meta import copy_without_weights, flop_counter, on_meta_or_cpu
 from .presets import PRESETS, PRESETS_BY_ANALOGY
 from .stages import Stage, list_stages
 from .tails import TailPlan, plan_tail
-from .trace import TRACE_BATCH, SurgeryError, Trace, shapes
+from .trace import TRACE_BATCH, SurgeryError, Trace, map_tensors, shapes
 
 __all__ = ['BRANCH_KINDS', 'BranchBuilder', 'BranchSpec', 'Template', 'WEIGHT_SOURCES', 'run_bare']
 
@@ -266,7 +265,7 @@ class BranchBuilder:
         module, inputs = self.trace.model, [self.image()]
         if branch is not None:
             features = self.trace.once[branch.source].output
-            module, inputs = branch, [*inputs, tree_map_only(torch.Tensor, torch.Tensor.detach, features)]
+            module, inputs = branch, [*inputs, map_tensors(torch.Tensor.detach, features)]
         with flop_counter(module) as counter:
             module(*inputs)
         return counter.get_total_flops() // TRACE_BATCH

@@ -15,10 +15,9 @@ from typing import Any, Callable, Dict, FrozenSet, List, Tuple
 import torch
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map_only
 
 from .stages import Stage
-from .trace import TRACE_BATCH, SurgeryError, Trace, planning_mode, shapes, versions
+from .trace import TRACE_BATCH, SurgeryError, Trace, map_tensors, planning_mode, shapes, versions
 
 __all__ = ['Feed', 'TailPlan', 'cut', 'plan_tail']
 
@@ -188,7 +187,7 @@ def _watch(tree: Any, leaves: List[torch.Tensor]) -> Any:
         leaves.append(tensor.detach().requires_grad_())
         return leaves[-1] * 1  # no leaf, so that it may be worked on in place
 
-    return tree_map_only(torch.Tensor, watch, tree)
+    return map_tensors(watch, tree)
 
 
 def cut(template: nn.Module, plan: TailPlan, feed: Feed) -> nn.Module:

@@ -4,7 +4,8 @@ from typing import Any, Callable, Dict, Iterable, Optional
 
 import torch
 import torch.nn as nn
-from torch.utils._pytree import tree_map_only
+
+from .trace import map_tensors
 
 __all__ = ['is_tapped', 'run', 'tap', 'untap']
 
@@ -35,7 +36,7 @@ class _Tap:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if _forward.receiver is not None:
-            _forward.receiver(self.name, tree_map_only(torch.Tensor, torch.clone, output) if self.copies else output)
+            _forward.receiver(self.name, map_tensors(torch.clone, output) if self.copies else output)
 
 
 def run(module: nn.Module, x: torch.Tensor, receiver: Optional[Receiver] = None) -> Any:

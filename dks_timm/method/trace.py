@@ -8,13 +8,14 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import torch
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only  # private: torch utils._pytree
 
 from ..errors import InputError
 from .meta import without_fast_norm
 from .stages import Stage
 
-__all__ = ['TRACE_BATCH', 'Call', 'SurgeryError', 'Trace', 'planning_mode', 'shapes', 'tensors', 'versions']
+__all__ = [
+    'TRACE_BATCH', 'Call', 'SurgeryError', 'Trace', 'map_tensors', 'planning_mode', 'shapes', 'tensors', 'versions']
 
 TRACE_BATCH = 2
 
@@ -28,9 +29,14 @@ def tensors(tree: Any) -> List[torch.Tensor]:
     return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
 
+def map_tensors(function: Callable, tree: Any) -> Any:
+    """Replace every tensor in a nest by what a function returns for it."""
+    return tree_map_only(torch.Tensor, function, tree)
+
+
 def shapes(tree: Any) -> Any:
     """Replace every tensor in a nest by its ``torch.Size``."""
-    return tree_map_only(torch.Tensor, lambda t: t.shape, tree)
+    return map_tensors(lambda t: t.shape, tree)
 
 
 def versions(tree: Any) -> Tuple[int, ...]:

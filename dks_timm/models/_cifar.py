@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 from timm.layers import ClassifierHead
 from timm.models import build_model_with_cfg, checkpoint_seq
-from timm.models._features import feature_take_indices
+from timm.models._features import feature_take_indices  # private: timm models._features
 
 __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'CifarNet', 'check_layout', 'cifar_cfg', 'create_cifar_model']
 
