@@ -13,7 +13,8 @@ import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
 from ..errors import ExportError
-from ..method.model import DKSModel, create_dks_model, prune
+from ..method.create import create_dks_model
+from ..method.model import DKSModel, prune
 from ..models import ARCHITECTURES
 
 __all__ = ['verify']

@@ -13,8 +13,8 @@ from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwarg
 
 from ..errors import OptionError, closest, flag, naming
 from ..method.cost import training_cost
+from ..method.create import add_branches
 from ..method.loss import DKSLoss
-from ..method.model import add_branches
 from ..method.plan import run_bare
 from ..method.task import DKSDistillationTask, DKSTask
 from .config import mixup_active
@@ -107,13 +107,15 @@ def _add_branches(args, backbone, kwargs):
         backbone,
         args.model,
         args.pretrained,
-        args.dks_stages,
-        args.dks_branches,
-        args.dks_branch_kwargs,
-        args.dks_budget,
-        image_size,
-        args.dks_batch_fraction,
         {k: v for k, v in kwargs.items() if k != 'pretrained'},
+        layout=dict(
+            stages=args.dks_stages,
+            branches=args.dks_branches,
+            branch_kwargs=args.dks_branch_kwargs,
+            budget=args.dks_budget,
+            image_size=image_size,
+        ),
+        batch_fraction=args.dks_batch_fraction,
     )
     _logger.info(model.describe())
     if args.dks_batch_fraction < 1 or args.dks_every > 1:
