@@ -31,14 +31,7 @@ _DAMAGED = (EOFError, LookupError, RuntimeError, ValueError, pickle.UnpicklingEr
 
 
 def create_folder(args, args_text: str, input_size: Sequence[int], resume: str) -> str:
-    """Create the folder of a run, named as timm names it, with its args.yaml.
-
-    Args:
-        resume: Checkpoint that the run continues from, or ''; with --resume auto the run stays in its folder.
-
-    Raises:
-        OptionError: It cannot be written.
-    """
+    """Create the folder of a run, named as timm names it, with its args.yaml; --resume auto stays in its folder."""
     root = args.output or './output/train'
     name = args.experiment or '-'.join(
         [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(input_size[-1])])
@@ -181,11 +174,7 @@ class _File(io.BufferedWriter):
 
 
 def _write(path, write: Callable[[Any], Any]) -> None:
-    """Write a file to the disk, and leave nothing behind where that fails.
-
-    Raises:
-        OSError: It cannot be written.
-    """
+    """Write a file to the disk, and leave nothing behind where that fails with an OSError."""
     file = _File(path)
     try:
         with file:
@@ -244,13 +233,9 @@ class Output:
 class Saver(Output, CheckpointSaver):
     """timm's saver, whose files are whole or not there, and hold the state of the run, its configuration and facts.
 
-    Args:
-        *args: See timm's ``CheckpointSaver``.
-        facts: Findings of the run, which the saved arguments hold beside the configuration, for export and report.
-        **kwargs: As ``*args``.
-
     Attributes:
         run: The state of the run, from :meth:`dks_timm.training.resume.RunState.collect`.
+        facts: Findings of the run, which the saved arguments hold beside the configuration, for export and report.
     """
     run: Optional[Dict[str, Any]] = None
     source = ''  # an existing checkpoint to take in place of writing one

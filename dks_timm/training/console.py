@@ -22,9 +22,6 @@ class Progress:
         title: Name of the epoch or evaluation.
         total: Steps in all.
         done: Steps before the run was resumed.
-
-    Attributes:
-        done: Steps so far.
     """
 
     def __init__(self, accelerator, title: str, total: int, done: int = 0):
@@ -76,14 +73,7 @@ class Progress:
 
 
 def training_text(means: Mapping[str, float], lr: float, images_per_second: float, seconds_left: float) -> str:
-    """Describe the training so far.
-
-    Args:
-        means: From :meth:`dks_timm.training.metrics.Totals.compute`.
-        lr: Learning rate, a mean over parameter groups.
-        images_per_second: Of all processes.
-        seconds_left: Of the whole run.
-    """
+    """Describe the training so far, by the means of :meth:`dks_timm.training.metrics.Totals.compute`."""
     top1 = ', '.join(
         f'{name[5:]} {value:.1f}' for name, value in means.items()
         if name.startswith('top1_') and not math.isnan(value))  # branches may not have run yet
@@ -93,14 +83,7 @@ def training_text(means: Mapping[str, float], lr: float, images_per_second: floa
 
 
 def epoch_text(title: str, names: Sequence[str], metrics: Mapping[str, float], **more: float) -> str:
-    """Describe an evaluation.
-
-    Args:
-        title: Beginning of the line.
-        names: Names of the classifiers, the backbone's first.
-        metrics: Of an evaluation; {} where there was none.
-        **more: Values to be named before them.
-    """
+    """Describe the losses of an epoch and the accuracy of every classifier; ``metrics`` is {} without an evaluation."""
     parts = [f'{name} {value:.4f}' for name, value in more.items()]
     if metrics:
         top1 = [f'{names[0]} {metrics["top1"]:.2f}'] + [
@@ -130,7 +113,7 @@ def outcome_table(
         rows: Of summary.csv.
         names: Names of the classifiers, the backbone's first.
         best_epoch: That of model_best.pth.tar.
-        without_ema: Where the rows are of an average of the weights, metrics of the weights themselves, by epoch.
+        without_ema: Metrics of the weights themselves by epoch, where the rows are of their average.
     """
     last = rows[-1]
     best = next((row for row in rows if row['epoch'] == str(best_epoch)), last)
@@ -159,20 +142,11 @@ def outcome_table(
 
 
 def cost_text(seconds: float, images_per_second: float, device: torch.device, processes: int = 1) -> str:
-    """Describe the cost of a run.
-
-    Args:
-        seconds: Of all parts of the run, with evaluation.
-        images_per_second: In training, 0 where this part of the run has only evaluated.
-        device: Of this process.
-        processes: Number of processes.
-    """
+    """Describe the cost of a run: time with evaluation, images per second in training (0: unknown), memory."""
     used, where = peak_memory(device)
-    return ', '.join([
-        f'{timedelta(seconds=round(seconds))} in all',
-        *([f'{images_per_second:,.0f} images/s in training'] if images_per_second else []),
-        f'at most {used / 2 ** 20:,.0f} MiB of {where}' + (' in the first process' if processes > 1 else ''),
-    ])
+    speed = f'{images_per_second:,.0f} images/s in training, ' if images_per_second else ''
+    first = ' in the first process' if processes > 1 else ''
+    return f'{timedelta(seconds=round(seconds))} in all, {speed}at most {used / 2 ** 20:,.0f} MiB of {where}{first}'
 
 
 def peak_memory(device: torch.device) -> Tuple[int, str]:

@@ -30,10 +30,6 @@ def create_accelerator(args, given: Set[str]) -> Accelerator:
 
     Without --device, the best device present is taken. --amp and --amp-dtype win over the launcher.
 
-    Args:
-        args: The configuration.
-        given: Names of the flags that were given.
-
     Raises:
         OptionError: The machine does not have what was asked for.
     """
@@ -90,14 +86,9 @@ def _check_launcher() -> None:
         raise OptionError(
             'accelerate launch --num_processes: asks for several processes, but there is one, as on a CPU; '
             'start several by: torchrun --nproc_per_node N train.py ...')
-    for name in ('MEGATRON_LM', 'DEEPSPEED'):
+    for name in ('MEGATRON_LM', 'DEEPSPEED', 'PARALLELISM_CONFIG'):
         if parse_flag_from_env(f'ACCELERATE_USE_{name}'):
             raise OptionError(f'accelerate config asks for {name}: not supported; use FSDP2 (fsdp_version: 2)')
-    for kind in ('TP', 'CP', 'SP'):
-        size = env.get(f'PARALLELISM_CONFIG_{kind}_SIZE', '1')
-        if parse_flag_from_env('ACCELERATE_USE_PARALLELISM_CONFIG') and size != '1':
-            raise OptionError(
-                f'accelerate config: parallelism_config_{kind.lower()}_size {size} is not supported; use 1')
 
 
 def _resolve_device(args, given: Set[str]) -> bool:
@@ -145,10 +136,7 @@ def keep_freed_memory() -> bool:
     """Have malloc keep the memory of freed tensors for the next step. Settings in the environment win.
 
     glibc hands blocks above 32 MiB back to the system at once, and gets them anew page by page, each filled with
-    zeros: a tenth of the CPU time of a step where gradients or activations are of that size.
-
-    Returns:
-        True if it was asked to, and did not refuse: only glibc can.
+    zeros: a tenth of the CPU time of a step where gradients or activations are of that size. Returns True if it does.
     """
     given = any(name.startswith(('MALLOC_', 'GLIBC_TUNABLES')) for name in os.environ)
     if given or not sys.platform.startswith('linux'):
@@ -172,11 +160,7 @@ def refuse_together():
 
 
 def share(refusal: str = '', facts: Optional[dict] = None) -> None:
-    """Exchange refusals, and compare facts that have to be the same everywhere. All processes have to call it.
-
-    Args:
-        refusal: Reason why this process stops, or ''.
-        facts: Values by their names in a message.
+    """Exchange refusals, and compare facts (values by name) that have to be the same everywhere, in all processes.
 
     Raises:
         SharedError: Another process refuses, or facts differ.

@@ -97,14 +97,6 @@ class Shards:
 
     Stands in for task and optimizer before timm's CheckpointSaver, which only the main process has: every process calls
     :meth:`gather`, then the main one saves.
-
-    Args:
-        accelerator: That runs FSDP2.
-        task: Its trainable module is prepared here.
-        optimizer: Of all parameters of that module, perhaps with a resumed state.
-
-    Attributes:
-        optimizer: The prepared optimizer.
     """
 
     def __init__(self, accelerator: Accelerator, task, optimizer: torch.optim.Optimizer):

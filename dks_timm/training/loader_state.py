@@ -46,6 +46,19 @@ def packed(state: Any) -> Any:
     return tree_map_only(np.ndarray, lambda array: torch.from_numpy(array.copy()), state)
 
 
+def begin_epoch(args, loader, mixup_fn, epoch: int) -> None:
+    """Let a train loader draw the order of an epoch, and end Mixup at --mixup-off-epoch."""
+    sampler = loader.batch_sampler if hasattr(loader.batch_sampler, 'set_epoch') else loader.sampler
+    for part in (loader.dataset, sampler):
+        if hasattr(part, 'set_epoch'):
+            part.set_epoch(epoch)
+    if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
+        if args.prefetcher and getattr(loader, 'mixup_enabled', False):
+            loader.mixup_enabled = False
+        elif mixup_fn is not None:
+            mixup_fn.mixup_enabled = False
+
+
 class Fetch(NamedTuple):
     """A batch that has come from a loader."""
     random: tuple  # state of the main process before it
@@ -56,12 +69,8 @@ class Fetch(NamedTuple):
 class Fetches:
     """The batches of a train loader as they come out of its DataLoader, before timm's prefetcher gets them.
 
-    Stands in for the DataLoader, and has its attributes.
-
-    Args:
-        loader: A DataLoader that timm made, or a DeviceLoader.
-        device: Whose random state matters besides the CPU's.
-        memory: Number of batches to remember: those of an update, and those that a prefetcher is ahead.
+    Stands in for the DataLoader, and has its attributes. ``memory`` is the number of batches to remember: those of an
+    update, and those that a prefetcher is ahead.
     """
 
     def __init__(self, loader, device: torch.device, memory: int = 2):

@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 from ..errors import naming
 from . import checkpoint, console, distributed, fsdp2, stopping
 from .data import model_dtype
-from .loader_state import Fetches, prepare_evaluation
+from .loader_state import Fetches, begin_epoch, prepare_evaluation
 from .metrics import HeadMetrics, Totals
 from .records import Records, mean_lr
 from .resume import RunState
@@ -136,15 +136,8 @@ class Trainer:
         return self.start_epoch >= self.num_epochs
 
     def open_output(self, args_text: str, input_size: Sequence[int], resume: str) -> None:
-        """Create the run's folder with its args.yaml, checkpoint saver and trackers. Nothing is written before.
-
-        Args:
-            args_text: Content of args.yaml.
-            input_size: Of an image, (C, H, W).
-            resume: Checkpoint that the run continues from, or ''.
-        """
+        """Create the run's folder with its args.yaml, checkpoint saver and trackers. Nothing is written before."""
         args = self.args
-        self.input_size = input_size
         if not self.accelerator.is_main_process:
             return
         self.output_dir = checkpoint.create_folder(args, args_text, input_size, resume)
@@ -204,7 +197,8 @@ class Trainer:
         self.run, self.train_metrics, self.images_per_second = None, run and run['metrics'], 0.
         if self.train_metrics is not None:
             return
-        self._begin_epoch(epoch)
+        begin_epoch(args, self.loader_train, self.mixup_fn, epoch)
+        self.task.get_trainable_module().train()
         first, done, updates = 0, 0, epoch * self.updates_per_epoch
         totals = Totals(accelerator, self.names)
         if run is not None:
@@ -239,26 +233,12 @@ class Trainer:
             next(batches, None)  # to its end, where it winds up the epoch
         self._end_training(epoch, progress, totals)
 
-    def _begin_epoch(self, epoch: int):
-        args, loader = self.args, self.loader_train
-        sampler = loader.batch_sampler if hasattr(loader.batch_sampler, 'set_epoch') else loader.sampler
-        for part in (loader.dataset, sampler):
-            if hasattr(part, 'set_epoch'):
-                part.set_epoch(epoch)
-        if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
-            if args.prefetcher and getattr(loader, 'mixup_enabled', False):
-                loader.mixup_enabled = False
-            elif self.mixup_fn is not None:
-                self.mixup_fn.mixup_enabled = False
-        self.task.get_trainable_module().train()
-
     def _end_training(self, epoch: int, progress: console.Progress, totals: Totals):
         if progress.done > progress.done_before:
             images = totals.count * self.accelerator.num_processes
-            here = images * (progress.done - progress.done_before) / progress.done
-            self.train_images += here
+            self.images_per_second = images / progress.done * progress.steps_per_second
+            self.train_images += self.images_per_second * progress.seconds
             self.train_seconds += progress.seconds
-            self.images_per_second = here / progress.seconds
         if not totals.count:
             raise stopping.Fault(f'every update of epoch {epoch} had a non-finite loss or gradient', stopping.NONFINITE)
         raw_optimizer = getattr(self.optimizer, 'optimizer', self.optimizer)
@@ -396,15 +376,9 @@ class Trainer:
             utils.distribute_bn(self.task.get_trainable_module(ema=ema), processes, args.dist_bn == 'reduce')
 
     def _save(self, mark, totals=None, **place):
-        """Save a recovery checkpoint, or that of an epoch that is over. All processes have to call it.
+        """Save a recovery checkpoint, or that of an epoch that is over; return the best epoch or None.
 
-        Args:
-            mark: From :meth:`RunState.mark`.
-            totals: Of the epoch's training, while it goes on.
-            **place: See :meth:`RunState.collect`.
-
-        Returns:
-            The best epoch, or None.
+        All processes have to call it, with arguments as of :meth:`RunState.collect`.
         """
         run = self.state.collect(mark, totals, **place)
         if self.shards:

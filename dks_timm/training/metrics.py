@@ -16,15 +16,7 @@ THRESHOLDS = (0., 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99
 
 
 class Totals:
-    """Sums over the training samples of an epoch, kept on the device until they are asked for.
-
-    Args:
-        accelerator: Of the run.
-        names: Names of the classifiers, the backbone's first.
-
-    Attributes:
-        count: Samples so far, of this process.
-    """
+    """Sums over the training samples of an epoch, kept on the device until they are asked for; ``count`` of them."""
 
     def __init__(self, accelerator: Accelerator, names: Sequence[str]):
         self.accelerator = accelerator
@@ -39,14 +31,7 @@ class Totals:
 
     @torch.no_grad()
     def update(self, out: Dict[str, Any], loss: torch.Tensor, target: torch.Tensor, batch_size: int) -> None:
-        """Add a batch.
-
-        Args:
-            out: Output of the task.
-            loss: Of the batch, a scalar.
-            target: Class indices (B,) or dense targets (B, num_classes).
-            batch_size: Samples of the batch; branches may have run on the first of them only.
-        """
+        """Add the task's output for a batch, its loss (a scalar) and target, (B,) or (B, num_classes)."""
         # Little happens for each classifier by itself: on a GPU, every operation is a kernel to launch.
         logits = out.get('logits') or [out['output']]
         if isinstance(logits[0], (tuple, list)):

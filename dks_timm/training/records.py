@@ -11,12 +11,7 @@ __all__ = ['Records', 'Summary']
 
 
 class Summary(Output):
-    """The file summary.csv, whole at any time.
-
-    Args:
-        path: Of the file; rows of earlier epochs are kept.
-        start_epoch: First epoch to come.
-    """
+    """The file summary.csv, whole at any time; rows from ``start_epoch`` on are dropped."""
 
     def __init__(self, path, start_epoch: int):
         self.path = path
@@ -41,14 +36,7 @@ class Summary(Output):
 
 
 class Records:
-    """The summary and the trackers of a run, on the main process.
-
-    Args:
-        args: The configuration.
-        accelerator: Of the run; it holds the trackers.
-        folder: The run's.
-        start_epoch: First epoch to come.
-    """
+    """The summary and the trackers of a run, on the main process; rows from ``start_epoch`` on are dropped."""
 
     def __init__(self, args, accelerator, folder: str, start_epoch: int):
         self.accelerator = accelerator
@@ -74,16 +62,7 @@ class Records:
             skipped: Optional[int] = None,
             images_per_second: float = 0.,
     ) -> None:
-        """Record an epoch: timm's columns first, those of several heads after them.
-
-        Args:
-            epoch: Its number.
-            train_metrics: From its training.
-            eval_metrics: From its evaluation; {} where there was none.
-            lr: Learning rate, a mean over parameter groups.
-            skipped: Updates that were left out, None for no such column.
-            images_per_second: In training, 0 where that is not known; for trackers only.
-        """
+        """Record an epoch: timm's columns, those of several heads, updates left out; the speed for trackers only."""
         row: Dict[str, Any] = OrderedDict(epoch=epoch, train_loss=train_metrics['loss'])
         row.update((f'eval_{name}', eval_metrics[name]) for name in ('loss', 'top1', 'top5') if name in eval_metrics)
         row['lr'] = lr

@@ -16,18 +16,7 @@ _PLATEAU = ('best', 'num_bad_epochs', 'cooldown_counter', 'last_epoch')
 
 
 class RunState:
-    """Collects the state of a run from all processes for a checkpoint, and restores it.
-
-    Args:
-        args: The configuration.
-        accelerator: Of the run.
-        task: With its prepared module, and its average where there is one.
-        optimizer: Prepared.
-        scheduler: timm's, or None.
-        fetches: The train loader.
-        loader_eval: The evaluation loader, or None.
-        guard: Counts the updates that were left out.
-    """
+    """Collects the state of a run from all processes for a checkpoint, and restores it."""
 
     def __init__(self, args, accelerator, task, optimizer, scheduler, fetches: Fetches, loader_eval, guard: Guard):
         self.accelerator, self.optimizer, self.scheduler = accelerator, optimizer, scheduler
@@ -46,12 +35,7 @@ class RunState:
         )
 
     def mark(self, done: int, now: bool = True) -> Dict[str, Any]:
-        """Return the part of this process's state that cannot be had later. Takes next to no time.
-
-        Args:
-            done: Batches of the epoch that the loop is through with.
-            now: See :meth:`Fetches.state`.
-        """
+        """Return the part of this process's state that cannot be had later; arguments as of :meth:`Fetches.state`."""
         return dict(loader=self.fetches.state(done, now), evaluation_started=evaluation_started(self.loader_eval))
 
     def collect(self, mark: Dict[str, Any], totals: Optional[Totals], epoch: int, **place: Any) -> Dict[str, Any]:

@@ -136,13 +136,6 @@ class Guard:
     not finite are made NaN, too, and one norm tells all. A gradient scaler leaves out updates by itself where half
     precision overflows; there it is the losses that count.
 
-    Args:
-        args: The configuration.
-        accelerator: Of the run.
-        task: Its trainable module is prepared.
-        optimizer: Of that module, prepared.
-        names: Names of the classifiers, the backbone's first.
-
     Attributes:
         skipped: Updates that were left out.
         skipped_since: Those of them since the last row of summary.csv.
@@ -182,14 +175,7 @@ class Guard:
         return loss if self.accelerator.scaler is not None else loss * (loss.detach() * 0 + 1)
 
     def clip(self, losses: Sequence[torch.Tensor]) -> bool:
-        """Clip gradients as --clip-grad says.
-
-        Args:
-            losses: Of the batches of the update, scalars.
-
-        Returns:
-            True if gradients and losses are finite in all processes.
-        """
+        """Clip gradients as --clip-grad says; return True if they and the losses are finite in all processes."""
         args, norm = self.args, None
         scaled = self.accelerator.scaler is not None
         if scaled:
@@ -210,11 +196,7 @@ class Guard:
         return isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def report(self, outputs: Sequence[Dict[str, torch.Tensor]]) -> str:
-        """Name a number of an update that is not finite. All processes have to call it.
-
-        Args:
-            outputs: Of the task, for each batch.
-        """
+        """Name a number of an update that is not finite, by the task's outputs. All processes have to call it."""
         found = next(filter(None, map(self._suspect, outputs)), '')
         if self.accelerator.num_processes > 1:
             gathered = [None] * self.accelerator.num_processes
