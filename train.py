@@ -70,7 +70,7 @@ def create_run(args, given, args_text, argv):
         optimizer = build.create_optimizer(args, task.get_trainable_module(), lr)
         names = ['backbone', *(f'stage{stage}' for stage in model.stages)] if args.dks else ['backbone']
         trainer = loop.Trainer(args, accelerator, task, optimizer, loaders, names, resume, facts)
-        if trainer.finished:
+        if not trainer.epochs():
             at_end = f'{resume or "--start-epoch"} is at the end of {trainer.num_epochs} epochs'
             accelerator.print(f'Nothing left to train: {at_end}.')
             return None

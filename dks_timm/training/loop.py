@@ -130,11 +130,6 @@ class Trainer:
         elif self.run is None or self.run['over']:
             self.scheduler.step(self.start_epoch, self.run and self.run['metric'])
 
-    @property
-    def finished(self) -> bool:
-        """True if the checkpoint resumed from is the last one of its run."""
-        return self.start_epoch >= self.num_epochs
-
     def open_output(self, args_text: str, input_size: Sequence[int], resume: str) -> None:
         """Create the run's folder with its args.yaml, checkpoint saver and trackers. Nothing is written before."""
         args = self.args
@@ -184,7 +179,7 @@ class Trainer:
         self.accelerator.end_training()
 
     def epochs(self) -> range:
-        """Return the epochs that are left."""
+        """Return the epochs that are left; none where the checkpoint resumed from is the last one of its run."""
         return range(self.start_epoch, self.num_epochs)
 
     def updates(self, epoch: int) -> Iterator[Update]:
@@ -245,9 +240,11 @@ class Trainer:
         if hasattr(raw_optimizer, 'sync_lookahead'):
             raw_optimizer.sync_lookahead()
         self.train_metrics = totals.compute(reduce=True)
-        self._distribute_bn()
-        if self.task.has_ema() and not self.args.model_ema_force_cpu and self._evaluates(epoch):
-            self._distribute_bn(ema=True)
+        args, processes = self.args, self.accelerator.num_processes
+        if processes > 1 and args.dist_bn and not args.sync_bn:  # with --sync-bn statistics are the same already
+            of_ema = self.task.has_ema() and not args.model_ema_force_cpu and self._evaluates(epoch)
+            for ema in (False, True)[:1 + of_ema]:
+                utils.distribute_bn(self.task.get_trainable_module(ema=ema), processes, args.dist_bn == 'reduce')
 
     def _show(self, progress: console.Progress, update: Update):
         """Show how training goes, and save a picture of the batch, now and then."""
@@ -369,11 +366,6 @@ class Trainer:
         if self.args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return images, target
-
-    def _distribute_bn(self, ema: bool = False):
-        args, processes = self.args, self.accelerator.num_processes
-        if processes > 1 and args.dist_bn and not args.sync_bn:  # with --sync-bn they are the same already
-            utils.distribute_bn(self.task.get_trainable_module(ema=ema), processes, args.dist_bn == 'reduce')
 
     def _save(self, mark, totals=None, **place):
         """Save a recovery checkpoint, or that of an epoch that is over; return the best epoch or None.
