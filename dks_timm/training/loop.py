@@ -25,10 +25,6 @@ from .update import Update, group_batches
 _logger = logging.getLogger(__name__)
 
 
-class _Stop(Exception):
-    """A signal during an evaluation."""
-
-
 class Trainer:
     """A run: its parts, and all that surrounds the training step, in timm's order and with timm's digits.
 
@@ -310,24 +306,21 @@ class Trainer:
 
     def _evaluate_all(self, epoch: int) -> Dict[str, float]:
         """Evaluate the weights and, where it is at hand, their average, whose metrics are returned then."""
-        trained = self.state.mark(len(self.fetches))
-        try:
-            metrics = self.evaluate()
-            if self.task.has_ema() and not self.args.model_ema_force_cpu:
-                _logger.info(console.epoch_text(f'Epoch {epoch} without EMA', self.names, metrics))
-                self.without_ema[epoch] = metrics
-                metrics = self.evaluate(ema=True)
-                self.facts['top1_by_ema'] = {False: self.without_ema[epoch]['top1'], True: metrics['top1']}
-        except _Stop:
-            self._stop_as_told(trained, epoch=epoch, metrics=self.train_metrics, done=self.updates_per_epoch)
+        trained = dict(mark=self.state.mark(len(self.fetches)), epoch=epoch, metrics=self.train_metrics)
+        metrics = self.evaluate(trained)
+        if self.task.has_ema() and not self.args.model_ema_force_cpu:
+            _logger.info(console.epoch_text(f'Epoch {epoch} without EMA', self.names, metrics))
+            self.without_ema[epoch] = metrics
+            metrics = self.evaluate(trained, ema=True)
+            self.facts['top1_by_ema'] = {False: self.without_ema[epoch]['top1'], True: metrics['top1']}
         return metrics
 
     @torch.inference_mode()
-    def evaluate(self, ema: bool = False) -> Dict[str, float]:
-        """Evaluate the model or its average.
+    def evaluate(self, trained: Dict[str, Any], ema: bool = False) -> Dict[str, float]:
+        """Evaluate the model or its average; a signal ends the run with the state ``trained`` saved.
 
         Returns:
-            See :meth:`HeadMetrics.compute`; its rows of early exits become a fact of the run.
+            See :meth:`HeadMetrics.compute`, whose rows of early exits become a fact of the run.
         """
         args, accelerator = self.args, self.accelerator
         if len(self.names) > 1:
@@ -347,7 +340,7 @@ class Trainer:
         with console.Progress(accelerator, title, len(self.loader_eval)) as progress:
             for i, (images, target) in enumerate(self.loader_eval):
                 if not uneven and self.signals.stop(i):
-                    raise _Stop
+                    self._stop_as_told(**trained, done=self.updates_per_epoch)
                 images, target = self.to_device(images, target)
                 with accelerator.autocast():
                     logits = forward(images)
