@@ -111,11 +111,7 @@ def holds_weights(checkpoint: dict, ema: bool = False) -> bool:
 
 
 def load(path, args, task, optimizer, scaler):
-    """Load a checkpoint of ours or timm's.
-
-    Returns:
-        The epoch that comes after it, or None; the seconds of training until then; and the state of the run for
-        :class:`dks_timm.training.resume.RunState`, or None.
+    """Load a checkpoint of ours or timm's; return the next epoch, the seconds until then, and RunState's state or None.
 
     Raises:
         OptionError: It cannot be read, or is not one of this model.
@@ -133,10 +129,6 @@ def load(path, args, task, optimizer, scaler):
     )
     if not holds_weights(checkpoint) or args.model_ema and not holds_weights(checkpoint, ema=True):
         raise OptionError(misfit)
-    for name, kind in dict(epoch=int, version=int, optimizer=dict).items():
-        if not isinstance(checkpoint.get(name, kind()), kind) and not (args.no_resume_opt and name == 'optimizer'):
-            found = type(checkpoint[name]).__name__
-            raise OptionError(f'--resume {path}: its {name} is a {found}, not a {kind.__name__}')
     seconds = getattr(checkpoint.get('args'), 'train_seconds', 0.)
     saver = checkpoint.get('saver')
     run = saver.get('run') if isinstance(saver, dict) and not args.no_resume_opt else None

@@ -34,9 +34,7 @@ def create_accelerator(args, given: Set[str]) -> Accelerator:
         OptionError: The machine does not have what was asked for.
     """
     _check_launcher()
-    sharded = fsdp2.requested()
-    if sharded:
-        fsdp2.check(args)
+    sharded = fsdp2.requested(args)
     for module in args.device_modules or ():
         with naming(f'--device-modules {module}', ImportError):
             importlib.import_module(module)
@@ -139,9 +137,7 @@ def keep_freed_memory() -> bool:
     zeros: a tenth of the CPU time of a step where gradients or activations are of that size. Returns True if it does.
     """
     given = any(name.startswith(('MALLOC_', 'GLIBC_TUNABLES')) for name in os.environ)
-    if given or not sys.platform.startswith('linux'):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    mallopt = None if given or sys.platform != 'linux' else getattr(ctypes.CDLL(None), 'mallopt', None)
     return mallopt is not None and bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
 
 

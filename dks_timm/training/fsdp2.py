@@ -24,56 +24,44 @@ OPTIMIZERS = (
     'rmsproptfw', 'sgd', 'sgdc', 'sgdw')
 
 
-def requested() -> bool:
-    """Return True if the launcher's configuration asks for FSDP2 through the environment.
+def requested(args) -> bool:
+    """Return True if the launcher asks for FSDP2 through the environment.
 
     Raises:
-        OptionError: It asks for what is not supported.
+        OptionError: naming a setting or flag that does not work with it.
     """
     if not parse_flag_from_env('ACCELERATE_USE_FSDP'):
         return False
-    env = os.environ
-    refused = {
-        f'fsdp_version {env.get("FSDP_VERSION", "1")}': (
-            env.get('FSDP_VERSION', '1') != '2', 'set fsdp_version: 2'),
-        'fsdp_offload_params': (parse_flag_from_env('FSDP_OFFLOAD_PARAMS'), 'leave it out'),
-        'fsdp_activation_checkpointing': (
-            parse_flag_from_env('FSDP_ACTIVATION_CHECKPOINTING'), 'use --grad-checkpointing'),
-        'fsdp_auto_wrap_policy SIZE_BASED_WRAP': (
-            env.get('FSDP_AUTO_WRAP_POLICY', '').upper() == 'SIZE_BASED_WRAP',  # takes lists of branches for layers
-            "use NO_WRAP, or TRANSFORMER_BASED_WRAP with the model's class of blocks"),
-        f'dynamo_backend {env.get("ACCELERATE_DYNAMO_BACKEND", "NO")}': (
-            env.get('ACCELERATE_DYNAMO_BACKEND', 'NO') != 'NO', 'leave it out'),
-    }
-    for name, (asked, instead) in refused.items():
-        if asked:
-            raise OptionError(f'accelerate config: {name} is not supported with FSDP2; {instead}')
-    return True
+    settings = (
+        ('FSDP_VERSION', '1', '1', 'set fsdp_version: 2'),
+        ('FSDP_OFFLOAD_PARAMS', '', 'true', 'leave it out'),
+        ('FSDP_ACTIVATION_CHECKPOINTING', '', 'true', 'use --grad-checkpointing'),
+        ('FSDP_AUTO_WRAP_POLICY', '', 'size_based_wrap', 'use NO_WRAP or TRANSFORMER_BASED_WRAP'),  # cuts branches off
+    )
+    for name, default, unsupported, instead in settings:
+        if os.environ.get(name, default).lower() == unsupported:
+            raise OptionError(f'accelerate config: {name.lower()} {unsupported} is not supported; {instead}')
+    if os.environ.get('ACCELERATE_DYNAMO_BACKEND', 'NO') != 'NO':
+        raise OptionError('accelerate config: dynamo_backend is not supported with FSDP2; leave it out')
 
-
-def check(args) -> None:
-    """Refuse flags that cannot work under FSDP2.
-
-    Raises:
-        OptionError: naming flag, value and reason.
-    """
-    def refuse(condition, subject, reason):
-        if condition:
+    whole = 'it looks at whole weights, and each process holds a part of them'
+    flags = (
+        (args.model_ema, '--model-ema', whole),
+        (args.channels_last, '--channels-last', 'weights must be contiguous'),
+        (args.torchcompile, f'--torchcompile {args.torchcompile}', 'compiled models are not supported'),
+        (args.clip_grad is not None and args.clip_mode == 'agc', '--clip-mode agc', f'{whole}; use norm'),
+        (args.dks and args.dks_every > 1, f'--dks-every {args.dks_every}',
+         'updates in which branches have no gradients are not supported; use --dks-batch-fraction'),
+        (args.opt.lower() not in OPTIMIZERS, f'--opt {args.opt}', f'use one of {", ".join(OPTIMIZERS)}'),
+        (args.dataset.lower().startswith(('hfids/', 'tfds/', 'wds/')) and args.val_split, f'--dataset {args.dataset}',
+         'processes would evaluate different numbers of batches, and wait for each other; use --val-split='),
+        (args.kd_model_name and args.kd_distill_type == 'feature' and not args.dks, '--kd-distill-type feature',
+         f'{whole} in an evaluation; use logit'),
+    )
+    for refused, subject, reason in flags:
+        if refused:
             raise OptionError(f'{subject}: not under FSDP2: {reason}')
-
-    whole = 'looks at whole weights, and each process holds a part of them'
-    refuse(args.model_ema, '--model-ema', f'the average {whole}; leave it out')
-    refuse(args.channels_last, '--channels-last', 'weights must be contiguous; leave it out')
-    refuse(args.torchcompile, f'--torchcompile {args.torchcompile}', 'compiled models are not supported; leave it out')
-    refuse(args.clip_grad is not None and args.clip_mode == 'agc', '--clip-mode agc', f'it {whole}; use norm')
-    refuse(args.dks and args.dks_every > 1, f'--dks-every {args.dks_every}',
-           'updates in which branches have no gradients are not supported there; use --dks-batch-fraction')
-    refuse(args.opt.lower() not in OPTIMIZERS, f'--opt {args.opt}', f'use one of {", ".join(OPTIMIZERS)}')
-    streamed = args.dataset.lower().startswith(('hfids/', 'tfds/', 'wds/')) and args.val_split
-    refuse(streamed, f'--dataset {args.dataset}',
-           'processes would evaluate different numbers of batches, and wait for each other; use --val-split=')
-    refuse(args.kd_model_name and args.kd_distill_type == 'feature' and not args.dks, '--kd-distill-type feature',
-           f'evaluation of its student alone {whole}; use logit')
+    return True
 
 
 def plugin() -> FullyShardedDataParallelPlugin:

@@ -31,8 +31,7 @@ class Trainer:
     Args:
         args: The configuration.
         accelerator: From :func:`dks_timm.training.distributed.create_accelerator`.
-        task: A timm TrainingTask whose module is on the accelerator's device.
-        optimizer: Of the module.
+        task: A timm TrainingTask whose module is on the accelerator's device; ``optimizer`` is the module's.
         loaders: From :func:`dks_timm.training.data.create_loaders`.
         names: Names of the classifiers, the backbone's first; more than one with --dks.
         resume: Checkpoint to continue from, or ''.

@@ -6,7 +6,6 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from accelerate import Accelerator
-from timm.task import TrainingTask
 from torch.nn.functional import softmax
 
 __all__ = ['THRESHOLDS', 'HeadCounts', 'HeadMetrics', 'Totals']
@@ -88,13 +87,7 @@ def _off_diagonal(matrix):
 
 
 class HeadCounts:
-    """Counts over the images of an evaluation, kept on the device until they are asked for.
-
-    Args:
-        names: Names of the classifiers, the backbone's first.
-        device: Device of the logits.
-        max_samples: Images to count, as in timm's evaluators: those beyond it are padding of a sampler.
-    """
+    """Counts over the images of an evaluation, kept on the device; those beyond ``max_samples`` are padding."""
 
     def __init__(self, names: Sequence[str], device: torch.device, max_samples: Optional[int] = None):
         self.names = tuple(names)
@@ -108,12 +101,7 @@ class HeadCounts:
 
     @torch.no_grad()
     def update(self, logits: Sequence[torch.Tensor], target: torch.Tensor) -> None:
-        """Count a batch.
-
-        Args:
-            logits: Of each classifier (B, num_classes).
-            target: Class indices (B,).
-        """
+        """Count a batch, by the logits of each classifier (B, num_classes) and class indices (B,)."""
         z = torch.stack([z.float() for z in logits])  # (M, B, C)
         if self.max_samples is not None:
             count = max(0, self.max_samples - self.seen)
@@ -154,21 +142,14 @@ class HeadMetrics:
     """Metrics of the heads over an evaluation, as timm's evaluators compute them.
 
     Args:
-        task: The task, which creates the evaluators.
+        task: A timm TrainingTask, which creates the evaluators.
         names: Names of the classifiers, the backbone's first.
         device: Device of the logits.
         max_samples: Images to count; those beyond it are padding of a sampler.
         tta: Augmented images in a row that are one image, whose logits are averaged.
     """
 
-    def __init__(
-            self,
-            task: TrainingTask,
-            names: Sequence[str],
-            device: torch.device,
-            max_samples: Optional[int] = None,
-            tta: int = 0,
-    ):
+    def __init__(self, task, names: Sequence[str], device, max_samples: Optional[int] = None, tta: int = 0):
         self.classifiers = len(names)
         self.names = (*names, 'ensemble') if len(names) > 1 else tuple(names)
         self.tta = tta
@@ -176,12 +157,7 @@ class HeadMetrics:
         self.counts = HeadCounts(names, device, max_samples) if len(names) > 1 else None
 
     def update(self, logits: Union[torch.Tensor, Sequence[torch.Tensor]], target: torch.Tensor) -> None:
-        """Count a batch.
-
-        Args:
-            logits: What the model returned, (B, num_classes), or a list of it with one entry a classifier at least.
-            target: Class indices (B,).
-        """
+        """Count a batch, by the model's output, (B, num_classes) or a list of these, and class indices (B,)."""
         logits = list(logits) if isinstance(logits, (tuple, list)) else [logits]
         logits = [z.float() for z in logits[:self.classifiers]]
         if self.tta > 1:

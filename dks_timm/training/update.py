@@ -12,12 +12,8 @@ def group_batches(first: int, batches: int, accum: int) -> Iterator[Tuple[int, i
     """Yield the number of batches of each update of an epoch, and the divisor of their losses.
 
     This is the rule of timm's script, to the letter: the last group, where shorter, is divided by its own length, and
-    from its second batch on an update also falls due where that length divides the number of batches seen.
-
-    Args:
-        first: Batch of the epoch to begin with, after a whole update.
-        batches: Batches of the epoch.
-        accum: Batches in an update, --grad-accum-steps.
+    from its second batch on an update also falls due where that length divides the number of batches seen. ``first`` is
+    the batch of the epoch to begin with, after a whole update.
     """
     rest = batches % accum
     size = 0
@@ -34,15 +30,8 @@ class Update:
 
     Iterating gives images (B, C, H, W) and target, class indices (B,) or dense (B, num_classes), on the device.
 
-    Args:
-        trainer: The run.
-        batches: Iterator of the train loader.
-        size: Number of batches.
-        divisor: Of their losses.
-        totals: Sums of the epoch so far.
-        **place: Numbers before the update: ``epoch``, ``batch`` and ``done`` updates in it, ``updates`` of the run.
-
     Attributes:
+        place: Numbers before the update: ``epoch``, ``batch`` and ``done`` updates in it, ``updates`` of the run.
         finite: False once :meth:`clip_gradients` has found a number that is not finite.
         parts: For each batch the task's output, its loss, target and number of images.
         mark: State of this process before the update.
@@ -88,11 +77,7 @@ class Update:
         return contextlib.nullcontext() if self.is_last else self.trainer.accelerator.no_sync(module)
 
     def scale_loss(self, output: Dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the loss to call backward on: divided by the number of batches, and scaled where their size varies.
-
-        Args:
-            output: Of the task, for the batch that came last.
-        """
+        """Return the loss of the last batch to call backward on: over the number of batches, scaled by its size."""
         args = self.trainer.args
         loss, divisor = output['loss'], self.divisor
         if divisor > 1:

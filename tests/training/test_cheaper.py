@@ -342,14 +342,16 @@ def test_without_dks_the_flags_are_refused(flags):
     assert refusal(*flags.split()) == f'{flags.split()[0]}: needs --dks'
 
 
-def test_fsdp2_takes_no_updates_without_branches():
+def test_fsdp2_takes_no_updates_without_branches(monkeypatch):
+    monkeypatch.setenv('ACCELERATE_USE_FSDP', 'true')
+    monkeypatch.setenv('FSDP_VERSION', '2')
     for every in ('1', '2'):
         args, *_ = config.parse_args(['--dks', '--dks-every', every, '--opt', 'adamw'])
         if every == '2':
             with pytest.raises(errors.OptionError, match='--dks-every 2: not under FSDP2: .* use --dks-batch-fraction'):
-                fsdp2.check(args)
+                fsdp2.requested(args)
         else:
-            fsdp2.check(args)
+            fsdp2.requested(args)
 
 
 def test_a_model_that_takes_no_part_of_a_batch_is_refused_by_flag():

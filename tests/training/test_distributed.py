@@ -319,7 +319,7 @@ def test_accelerate_reads_every_config_and_asks_for_fsdp2_where_it_says_so(name,
     for key, value in launcher_env('--config_file', str(path), '--machine_rank', '1').items():
         monkeypatch.setenv(key, value)
     distributed._check_launcher()
-    assert fsdp2.requested() == asks_for
+    assert fsdp2.requested(config.parse_args([])[0]) == asks_for
 
 
 def test_every_config_is_tested():
@@ -361,8 +361,8 @@ def test_one_process_of_accelerate_launch_misses_nobody(monkeypatch):
     (dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_ACTIVATION_CHECKPOINTING='true'),
      ['fsdp_activation_checkpointing', '--grad-checkpointing']),
     (dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_AUTO_WRAP_POLICY='SIZE_BASED_WRAP'),
-     ['SIZE_BASED_WRAP', 'NO_WRAP']),
-    (dict(ACCELERATE_USE_PARALLELISM_CONFIG='true', PARALLELISM_CONFIG_TP_SIZE='2'), ['tp_size 2', '1']),
+     ['size_based_wrap', 'NO_WRAP']),
+    (dict(ACCELERATE_USE_PARALLELISM_CONFIG='true', PARALLELISM_CONFIG_TP_SIZE='2'), ['PARALLELISM_CONFIG']),
     (dict(ACCELERATE_USE_DEEPSPEED='true'), ['DEEPSPEED', 'FSDP2']),
 ])
 def test_what_an_accelerate_config_must_not_ask_for_is_refused(monkeypatch, env, words):
@@ -370,7 +370,7 @@ def test_what_an_accelerate_config_must_not_ask_for_is_refused(monkeypatch, env,
         monkeypatch.setenv(key, value)
     with pytest.raises(errors.OptionError) as e:
         distributed._check_launcher()
-        fsdp2.requested()
+        fsdp2.requested(config.parse_args([])[0])
     assert all(word in str(e.value) for word in words), e.value
 
 
@@ -385,10 +385,12 @@ def test_what_an_accelerate_config_must_not_ask_for_is_refused(monkeypatch, env,
     ('--kd-model-name x --kd-distill-type feature', ['--kd-distill-type feature', 'logit']),
     ('--dataset wds/x', ['--dataset wds/x', '--val-split=']),
 ])
-def test_flags_that_cannot_work_under_fsdp2_are_refused_by_name(flags, words):
+def test_flags_that_cannot_work_under_fsdp2_are_refused_by_name(monkeypatch, flags, words):
+    monkeypatch.setenv('ACCELERATE_USE_FSDP', 'true')
+    monkeypatch.setenv('FSDP_VERSION', '2')
     args, _, _ = config.parse_args(flags.split())
     with pytest.raises(errors.OptionError) as e:
-        fsdp2.check(args)
+        fsdp2.requested(args)
     assert all(word in str(e.value) for word in [*words, 'FSDP2']), e.value
 
 
@@ -397,7 +399,7 @@ def test_compiling_through_accelerate_is_refused_under_fsdp2(monkeypatch):
     monkeypatch.setenv('FSDP_VERSION', '2')
     monkeypatch.setenv('ACCELERATE_DYNAMO_BACKEND', 'INDUCTOR')
     with pytest.raises(errors.OptionError, match='dynamo_backend INDUCTOR'):
-        fsdp2.requested()
+        fsdp2.requested(config.parse_args([])[0])
 
 
 # FSDP2, in two processes on the CPU
