@@ -8,7 +8,7 @@ batch that the loop got, and those that orders and seeds were drawn from. Readin
 import random
 from collections import deque
 from itertools import chain, count, islice
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -83,8 +83,13 @@ class Fetches:
             self.collate_fn = loader.collate_fn  # timm's prefetcher looks for Mixup in it
             loader.collate_fn = _Collate(loader.collate_fn, loader.dataset)
             loader.worker_init_fn = _StartWorker(loader.worker_init_fn)
-            if not self.stream:
-                self._set_order()
+            if self.multi_epochs:
+                self.order = loader.batch_sampler.sampler = _Order(loader.batch_sampler.sampler)
+            elif not self.stream:
+                self.order = _Order(loader.batch_sampler)
+                loader._DataLoader__initialized = False  # as timm's own loader does it
+                loader.batch_sampler = self.order
+                loader._DataLoader__initialized = True
         self.resumed: Optional[Dict[str, Any]] = None  # a state to start from
         self.seeds: Optional[torch.Tensor] = None  # torch's state that the workers' seeds were drawn from
         self.workers_mix = True  # workers keep to what they started with, whatever the loop sets later
@@ -95,16 +100,6 @@ class Fetches:
         self.fetched: deque = deque(maxlen=memory)
         self.asked, self.asked_at = 0, None  # number of the batch asked for last, and the random state then
 
-    def _set_order(self):
-        loader = self.loader
-        if self.multi_epochs:
-            self.order = loader.batch_sampler.sampler = _Order(loader.batch_sampler.sampler)
-        else:
-            self.order = _Order(loader.batch_sampler)
-            loader._DataLoader__initialized = False  # as timm's own loader does it
-            loader.batch_sampler = self.order
-            loader._DataLoader__initialized = True
-
     def __getattr__(self, name):
         return getattr(self.__dict__['loader'], name)
 
@@ -114,7 +109,10 @@ class Fetches:
     def __iter__(self):
         resumed, self.resumed = self.resumed, None
         if resumed is None and self.number:
-            self._end_epoch()
+            if self.order is not None:
+                self.order.begun.popleft()
+            if self.multi_epochs and self.num_workers:
+                self.turn = (self.turn + len(self)) % self.num_workers
         self.workers_before = dict(self.workers)
         self.number = resumed['start'] if resumed else 0
         self.fetched.clear()
@@ -133,12 +131,6 @@ class Fetches:
                 return
             yield self._receive(batch)
 
-    def _end_epoch(self):
-        if self.order is not None:
-            self.order.begun.popleft()
-        if self.multi_epochs and self.num_workers:
-            self.turn = (self.turn + len(self)) % self.num_workers
-
     def _start(self, resumed):
         """Return an iterator over the batches of the epoch that are left, behind those that have to be passed over."""
         loader = self.loader
@@ -147,7 +139,8 @@ class Fetches:
             return iter(loader)
         if resumed:
             if self.order is not None:
-                self.order.resume(resumed['passes'], resumed['start'], resumed['turn'])
+                self.order.again, self.order.skip = deque(resumed['passes']), resumed['start']
+                self.order.idle = resumed['turn']
             loader.worker_init_fn.sent = self.workers
             if not self.num_workers and 0 in self.workers:
                 loader.dataset.set_random_state(self.workers[0][1])
@@ -197,11 +190,9 @@ class Fetches:
         return batch
 
     def state(self, done: int, now: bool = False) -> Dict[str, Any]:
-        """Return the state to continue from, after a number of batches. Takes next to no time.
+        """Return the state to continue from when the loop is through with ``done`` batches of the epoch.
 
-        Args:
-            done: Batches of the epoch that the loop is through with.
-            now: True if the loop has asked for no further batch; False if it has just got the one after them.
+        ``now`` is True if it has asked for no further batch, False if it has just got the one after them.
         """
         if self.resumed is not None:  # no batch has come since
             return {**self.resumed, 'random': random_state(self.device)}
@@ -223,7 +214,7 @@ class Fetches:
             random=random_state(self.device) if now else self.asked_at,
             workers={number: sent for number, sent in workers.items() if sent is not None},
             turn=first % max(1, self.num_workers),
-            passes=self.order.passes()[over:] if self.order is not None else [],
+            passes=[*self.order.begun, *self.order.again][over:] if self.order is not None else [],
             seeds=self.seeds,
             workers_mix=self.workers_mix,
         )
@@ -240,25 +231,20 @@ class _Order:
 
     Attributes:
         begun: torch's random states from which passes began that the loop is not through with.
+        again: Such states of passes to begin again.
+        idle: Number of empty batches to begin with.
+        skip: Number of batches of the first pass to leave out.
     """
 
     def __init__(self, batch_sampler):
         self.batch_sampler = batch_sampler
-        self.begun = deque()
-        self.resume([], 0, 0)
+        self.begun, self.again, self.idle, self.skip = deque(), deque(), 0, 0
 
     def __getattr__(self, name):
         return getattr(self.__dict__['batch_sampler'], name)
 
     def __len__(self):
         return len(self.batch_sampler)
-
-    def resume(self, passes: List[torch.Tensor], skip: int, idle: int) -> None:
-        """Begin these passes again: first some empty batches, then the first pass without its first batches."""
-        self.again, self.skip, self.idle = deque(passes), skip, idle
-
-    def passes(self) -> List[torch.Tensor]:
-        return [*self.begun, *self.again]
 
     def __iter__(self):
         for _ in range(self.idle):
