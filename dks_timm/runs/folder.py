@@ -12,14 +12,14 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from ..errors import UNREADABLE, InputError, naming
 from ..training.config import check_types, create_parser
 
-__all__ = ['Run', 'best_epoch', 'dataset_name', 'group_runs', 'read_run', 'read_summary', 'run_settings']
+__all__ = ['METHODS', 'Run', 'best_epoch', 'dataset_name', 'group_runs', 'read_run', 'read_summary', 'run_settings']
 
 PathLike = Union[str, os.PathLike]
 Epoch = Dict[str, float]  # a row of summary.csv
 
-# timm's names of the backbone's columns, where those of other heads end in the head.
-_OF_BACKBONE = dict(eval_top1_backbone='eval_top1', eval_loss_backbone='eval_loss', train_ce_backbone='train_loss')
 METHODS = ('baseline', 'DS', 'DKS')  # DS: branches that learn from the labels alone
+# Names of the backbone's columns after the pattern of other heads' -> timm's.
+_OF_BACKBONE = dict(eval_top1_backbone='eval_top1', eval_loss_backbone='eval_loss', train_ce_backbone='train_loss')
 # Flags that say nothing about how a model was trained, or only where its owner keeps things.
 _HOUSEKEEPING = {
     'card_baseline', 'card_license', 'checkpoint_hist', 'data', 'data_dir', 'experiment', 'export_dir', 'hub_private',

@@ -42,12 +42,10 @@ def column_lines(epochs: Sequence[Mapping[str, float]], columns: Mapping[str, st
 def draw(charts: Iterable[Chart]) -> Optional[str]:
     """Draw charts side by side.
 
-    matplotlib is imported here and not with the module: a training needs none of it.
-
     Returns:
         An ``svg`` element, the same bytes for the same charts; None where no line has points.
     """
-    import matplotlib
+    import matplotlib  # takes a second that a training does not need to wait for
     from matplotlib.figure import Figure
 
     charts = [chart for chart in charts if any(chart.lines.values())]

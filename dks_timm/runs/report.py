@@ -44,8 +44,11 @@ def write_report(folders: Sequence[PathLike], out_dir: Optional[PathLike] = None
     text, pictures = _render(runs)
     with naming(f'--output {out_dir}', OSError):
         out_dir.mkdir(parents=True, exist_ok=True)
-        if page.exists() and _GENERATOR not in page.read_text(encoding='utf-8', errors='replace'):
-            raise InputError(f'--output {out_dir}: holds an index.html that is no report; give another folder')
+        earlier = page.read_text(encoding='utf-8', errors='replace') if page.exists() else _GENERATOR
+        if _GENERATOR not in earlier:
+            raise InputError('holds an index.html that is no report; give another folder')
+        for picture in re.findall(r'href="([\w-]+\.svg)"', earlier):
+            (out_dir / picture).unlink(missing_ok=True)
         for name, content in {**pictures, page.name: text}.items():
             (out_dir / name).write_text(content, encoding='utf-8')
     return page
@@ -54,7 +57,7 @@ def write_report(folders: Sequence[PathLike], out_dir: Optional[PathLike] = None
 def _render(runs: Sequence[Run]) -> Tuple[str, Dict[str, str]]:
     """Return the page, and its pictures by the names of their files."""
     groups = group_runs(runs)
-    parts = {'Comparison': [_comparison(groups)]} if len(runs) > 1 else {}
+    parts = {f'{len(runs)} runs side by side': [_comparison(groups)]} if len(runs) > 1 else {}
     parts.update((f'{run.folder}: {run.method}', list(_sections(run))) for group in groups.values() for run in group)
     pictures: Dict[str, str] = {}
     for section in itertools.chain(*parts.values()):
