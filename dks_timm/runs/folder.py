@@ -4,24 +4,27 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Union
 
 import yaml
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-from ..errors import UNREADABLE, InputError, OptionError
+from ..errors import UNREADABLE, InputError, naming
 from ..training.config import check_types, create_parser
 
-__all__ = ['Group', 'Run', 'best_epoch', 'dataset_name', 'group_runs', 'read_run', 'read_summary', 'run_settings']
+__all__ = ['METHODS', 'Run', 'best_epoch', 'dataset_name', 'group_runs', 'read_run', 'read_summary', 'run_settings']
 
 PathLike = Union[str, os.PathLike]
 Epoch = Dict[str, float]  # a row of summary.csv
-_CHECKPOINTS = ('last.pth.tar', 'model_best.pth.tar')
 
+METHODS = ('baseline', 'DS', 'DKS')  # DS: branches that learn from the labels alone
+# Names of the backbone's columns after the pattern of other heads' -> timm's.
+_OF_BACKBONE = dict(eval_top1_backbone='eval_top1', eval_loss_backbone='eval_loss', train_ce_backbone='train_loss')
 # Flags that say nothing about how a model was trained, or only where its owner keeps things.
 _HOUSEKEEPING = {
     'card_baseline', 'card_license', 'checkpoint_hist', 'data', 'data_dir', 'experiment', 'export_dir', 'hub_private',
-    'hub_revision', 'hub_timeout', 'keep_branches', 'log_interval', 'output', 'overwrite', 'push_every_best',
-    'push_to_hub', 'recovery_interval', 'resume', 'workers',
+    'hub_revision', 'hub_timeout', 'keep_branches', 'log_interval', 'log_wandb', 'log_with', 'output', 'overwrite',
+    'push_every_best', 'push_to_hub', 'recovery_interval', 'resume', 'wandb_tags', 'workers',
 }
 
 
@@ -42,37 +45,28 @@ def dataset_name(args: Mapping[str, Any]) -> str:
 
 
 def read_summary(path: PathLike) -> List[Epoch]:
-    """Return the epochs in a run's ``summary.csv``, without lines that are cut off or broken; [] without a file."""
-    return _read_epochs(Path(path), [])
+    """Return the epochs in a run's ``summary.csv``, by epoch; [] without a file.
 
-
-def _read_epochs(path: Path, notes: List[str]) -> List[Epoch]:
+    Rows that are cut off or broken are left out, and so are values that are not finite.
+    """
     try:
-        text = path.read_text(encoding='utf-8', errors='replace')
+        text = Path(path).read_text(encoding='utf-8', errors='replace')
     except FileNotFoundError:
-        notes.append('There is no summary.csv yet: no epoch was completed.')
         return []
-    *lines, cut_off = text.replace('\0', '').split('\n')
-    header, *rows = list(csv.reader(lines)) or [[]]
-    epochs: Dict[float, Epoch] = {}
-    broken = int(bool(cut_off.strip()))
-    for row in filter(None, rows):
+    epochs = {}
+    for row in csv.DictReader(text.rpartition('\n')[0].splitlines()):
         try:
-            found = {name: float(value) for name, value in zip(header, row, strict=True) if value}
-            epochs[int(found['epoch'])] = found
-        except (KeyError, OverflowError, ValueError):
-            broken += 1
-    if broken:
-        notes.append(f'Lines of summary.csv that are cut off or broken, and left out: {broken}.')
-    elif not epochs:
-        notes.append('summary.csv has no epoch yet.')
+            values = {name: float(value) for name, value in row.items() if value != ''}
+            epochs[int(values['epoch'])] = {name: value for name, value in values.items() if math.isfinite(value)}
+        except (KeyError, TypeError, ValueError):  # TypeError: a row is too short or too long
+            continue
     return [epochs[epoch] for epoch in sorted(epochs)]
 
 
 def best_epoch(epochs: Iterable[Epoch], metric: str) -> Optional[Epoch]:
     """Return the evaluated epoch with the best metric, the earliest of equals; None without any."""
     sign = 1 if metric == 'loss' else -1
-    evaluated = [row for row in epochs if math.isfinite(row.get(f'eval_{metric}', math.nan))]
+    evaluated = [row for row in epochs if f'eval_{metric}' in row]
     return min(evaluated, key=lambda row: sign * row[f'eval_{metric}'], default=None)
 
 
@@ -81,38 +75,27 @@ class Run:
     """A run, as far as its folder tells.
 
     Attributes:
-        folder: The folder.
-        args: The arguments, with the defaults of those that were not noted.
-        noted: The content of its checkpoints besides the weights: arguments, and what
-            :func:`dks_timm.publishing.card.provenance` lists.
-        epochs: Rows of summary.csv.
-        notes: Sentences about files that are missing or broken.
-        known: True if the arguments are those of the run, False if they are the defaults.
-        name: Name of the folder.
+        args: The arguments, with the defaults of those that ``args.yaml`` does not name.
+        epochs: Rows of ``summary.csv``. The backbone's columns are there under its name, too: ``eval_top1_backbone``.
+        noted: What checkpoints hold besides weights: command, machine, versions, time, early exits and their costs.
+        notes: Sentences about what is missing.
     """
     folder: Path
     args: Dict[str, Any]
-    noted: Dict[str, Any]
     epochs: List[Epoch]
-    notes: List[str]
-    known: bool = True
-    name: str = ''
-
-    def __post_init__(self):
-        self.name = self.name or self.folder.resolve().name
+    noted: Dict[str, Any]
+    notes: List[str] = field(default_factory=list)
 
     @property
     def heads(self) -> List[str]:
         """Names of the heads, the backbone's first."""
-        columns = [name for row in self.epochs for name in row]
-        found = [name.partition('_top1_')[2] for name in columns if name.startswith(('eval_top1_', 'train_top1_'))]
-        return ['backbone', *(name for name in dict.fromkeys(found) if name not in ('backbone', 'ensemble'))]
+        columns = dict.fromkeys(name for row in self.epochs for name in row)
+        found = [name.removeprefix('train_top1_') for name in columns if name.startswith('train_top1_')]
+        return found or ['backbone']
 
     @property
     def method(self) -> str:
-        """'baseline', 'DS' (branches that learn from the labels alone), 'DKS', or 'unknown'."""
-        if not self.known:
-            return 'unknown'
+        """One of :data:`METHODS`."""
         if not self.args['dks']:
             return 'baseline'
         weights = self.args['dks_synergy_weight']
@@ -122,8 +105,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """True if all epochs that were asked for are done."""
-        epochs = self.args['epochs']
-        return bool(self.epochs) and isinstance(epochs, int) and self.epochs[-1]['epoch'] + 1 >= epochs
+        return bool(self.epochs) and self.epochs[-1]['epoch'] + 1 >= self.args['epochs']
 
     @property
     def best(self) -> Epoch:
@@ -133,132 +115,55 @@ class Run:
     @property
     def last(self) -> Epoch:
         """The last epoch with an evaluation; {} without one."""
-        return next((row for row in reversed(self.epochs) if math.isfinite(row.get('eval_top1', math.nan))), {})
+        return next((row for row in reversed(self.epochs) if 'eval_top1' in row), {})
 
 
 def read_run(folder: PathLike) -> Run:
     """Read the folder of a run.
 
     Raises:
-        ValueError: The folder holds nothing of a run.
+        ValueError: The folder has no ``args.yaml`` of a run.
     """
     folder = Path(folder)
-    advice = 'give the folder of a run, the one with its args.yaml'
-    if not folder.is_dir():
-        raise InputError(f'RUN {folder}: {"not a folder" if folder.exists() else "no such folder"}; {advice}')
-    if not any((folder / name).is_file() for name in ('args.yaml', 'summary.csv', *_CHECKPOINTS)):
-        if inside := sorted(path.parent.name for path in folder.glob('*/args.yaml')):
-            advice = f'it holds the runs {", ".join(inside[:5])}{", ..." * (len(inside) > 5)}; give those'
-        raise InputError(f'RUN {folder}: has no args.yaml, summary.csv or checkpoint; {advice}')
-    notes: List[str] = []
-    epochs = _read_epochs(folder / 'summary.csv', notes)
-    noted = _read_checkpoints(folder, notes)
-    settings = _read_settings(folder / 'args.yaml', notes)
-    if settings is None and noted:
-        notes.append('The arguments are those that a checkpoint holds.')
-        settings = noted
-    try:
-        settings = settings and check_types(f'RUN {folder}', settings)
-    except OptionError as e:
-        notes.append(f'Settings are unknown: {e}.')
-        settings = None
-    args = {**vars(create_parser().parse_args([])), **(settings or {})}
-    run = Run(folder, args, noted, epochs, notes, known=settings is not None)
-    if epochs and run.known and not run.finished:
-        notes.append(f'{epochs[-1]["epoch"] + 1:.0f} of {args["epochs"]} epochs are done.')
+    if not (folder / 'args.yaml').is_file():
+        raise InputError(f'RUN {folder}: has no args.yaml; give the folder of a run')
+    with naming(f'RUN {folder}', OSError, ValueError, yaml.YAMLError):
+        settings = dict(yaml.safe_load((folder / 'args.yaml').read_text(encoding='utf-8')))
+        settings = check_types(f'RUN {folder}', settings)
+    epochs = read_summary(folder / 'summary.csv')
+    for row in epochs:
+        for name, column in _OF_BACKBONE.items():
+            if column in row:
+                row.setdefault(name, row[column])
+    last, best = _checkpoint_args(folder / 'last.pth.tar'), _checkpoint_args(folder / 'model_best.pth.tar')
+    noted = {**(last or best), 'exits': best.get('exits')}  # measured with the best weights
+    run = Run(folder, {**vars(create_parser().parse_args([])), **settings}, epochs, noted)
+    if not run.finished:
+        run.notes.append(f'{len(epochs)} of {run.args["epochs"]} epochs are done.')
+    if not last or not best:
+        run.notes.append('A checkpoint is missing or broken: early exits, command, versions or time may be unknown.')
     return run
 
 
-def _read_settings(path: Path, notes: List[str]) -> Optional[Dict[str, Any]]:
+def _checkpoint_args(path: Path) -> Dict[str, Any]:
     try:
-        settings = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except FileNotFoundError:
-        notes.append('There is no args.yaml: settings are unknown.')
-        return None
-    except (OSError, ValueError, yaml.YAMLError):
-        settings = None
-    if not isinstance(settings, dict):
-        notes.append('args.yaml cannot be read: settings are unknown.')
-        return None
-    return {str(key): value for key, value in settings.items()}
-
-
-def _read_checkpoints(folder: Path, notes: List[str]) -> Dict[str, Any]:
-    """Return the arguments of the last checkpoint, else of the best; ``exits`` and ``exits_epoch`` of the best."""
-    from timm.utils.checkpoint_saver import load_checkpoint_metadata
-
-    found = {}
-    for name in _CHECKPOINTS:
-        if (folder / name).is_file():
-            try:
-                checkpoint = load_checkpoint_metadata(folder / name)
-                found[name] = {**vars(checkpoint['args']), 'exits_epoch': checkpoint['epoch']}
-            except UNREADABLE:
-                notes.append(f'{name} is no whole checkpoint.')
-    if not found:
-        notes.append('There is no checkpoint: command, versions, machine, time and early exits are unknown.')
+        return vars(load_checkpoint_metadata(path)['args'])
+    except UNREADABLE:
         return {}
-    last, best = (found.get(name, {}) for name in _CHECKPOINTS)
-    return {**(last or best), **{key: best.get(key) for key in ('exits', 'exits_epoch')}}
 
 
-@dataclass(eq=False)
-class Group:
-    """Runs that differ in their seed only.
+def group_runs(runs: Sequence[Run]) -> Dict[str, List[Run]]:
+    """Return groups of runs that differ in their seed only, the baseline first, by labels that tell them apart.
 
-    Attributes:
-        label: By what it differs from the other groups.
-        runs: The runs.
-        settings: What they have in common, see :func:`run_settings`, with the data.
+    A label is the method and the settings that differ: from other groups of this method all, else those besides DKS.
     """
-    label: str
-    runs: List[Run]
-    settings: Dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def method(self) -> str:
-        return self.runs[0].method
-
-    @property
-    def counted(self) -> List[Run]:
-        """The runs that means are taken over: the finished ones, all where none is."""
-        return [run for run in self.runs if run.finished] or self.runs
-
-    @property
-    def finished(self) -> bool:
-        return all(run.finished and run.last for run in self.counted)
-
-    def values(self, which: str) -> List[float]:
-        """Return top-1 accuracies of the counted runs in their 'last' or 'best' epoch."""
-        return [epoch['eval_top1'] for run in self.counted if 'eval_top1' in (epoch := getattr(run, which))]
-
-    def curve(self, column: str) -> List[Tuple[float, List[float]]]:
-        """Return the values of a column at the epochs that all counted runs have."""
-        tables = [{row['epoch']: row[column] for row in run.epochs if math.isfinite(row.get(column, math.nan))}
-                  for run in self.counted]
-        return [(epoch, [table[epoch] for table in tables]) for epoch in sorted(set.intersection(*map(set, tables)))]
-
-
-def group_runs(runs: Sequence[Run]) -> List[Group]:
-    """Group runs that differ in their seed only, the baseline first, and name the groups by what they differ in."""
-    groups: Dict[str, Group] = {}
-    for run in runs:
-        settings = {**run_settings(run.args), 'data': dataset_name(run.args)}
-        settings = {k: v for k, v in settings.items() if k not in ('seed', 'wandb_tags', 'log_with', 'log_wandb')}
-        groups.setdefault(repr(sorted(settings.items())), Group(run.method, [], settings)).runs.append(run)
-    found = sorted(groups.values(), key=lambda g: ('baseline', 'DS', 'DKS', 'unknown').index(g.method))
-    defaults = {**vars(create_parser().parse_args([])), 'data': ''}
-    for group in found:
-        # Within a method all that differs, between methods only what has nothing to do with them.
+    defaults = vars(create_parser().parse_args([]))
+    settings = [{**defaults, **run_settings(run.args), 'data': dataset_name(run.args), 'seed': None} for run in runs]
+    groups: Dict[str, List[Run]] = {}
+    for run, mine in sorted(zip(runs, settings, strict=True), key=lambda pair: METHODS.index(pair[0].method)):
         keys = {
-            key for other in found for key in differing(group.settings, other.settings)
-            if other.method == group.method or not key.startswith('dks')}
-        parts = [f'{key} {group.settings.get(key, defaults[key])}'
-                 for key in sorted(keys, key=lambda key: (not key.startswith('dks'), key))]
-        group.label = ', '.join([group.method, *parts])
-    return found
-
-
-def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> List[str]:
-    """Return the keys by which two settings differ."""
-    return sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k))
+            key for other, theirs in zip(runs, settings, strict=True) for key in mine
+            if mine[key] != theirs[key] and (other.method == run.method or not key.startswith('dks'))}
+        label = ', '.join([run.method, *(f'{key} {mine[key]}' for key in sorted(keys))])
+        groups.setdefault(label, []).append(run)
+    return groups
