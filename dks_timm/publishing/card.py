@@ -194,8 +194,6 @@ def baseline(settings: Mapping[str, Any], folder: PathLike) -> Dict[str, Any]:
         ValueError: If it is no such run.
     """
     other = read_run(folder)
-    if not other.known:
-        raise InputError(f'baseline {str(folder)!r} is no folder of a run: {" ".join(other.notes)}')
     if not other.best:
         raise InputError(f'baseline {str(folder)!r} has no evaluated epoch in its summary.csv')
     mine = {**vars(create_parser().parse_args([])), **settings}
