@@ -120,7 +120,6 @@ READERS = {
         ['0 - zero', '1 - one', '2 - two', '3 - three', '4 - four', '5 - five', '6 - six', '7 - seven', '8 - eight',
          '9 - nine']),
     'hfds': (make_huggingface, ['--dataset', 'hfds/{root}', '--data-dir', '{root}-cache'], list(CLASSES)),
-    'hfds images': (make_folder, ['--dataset', 'hfds/{root}', '--data-dir', '{root}-cache'], list(CLASSES)),
     'hfids': (
         make_huggingface, ['--dataset', 'hfids/{root}', '--data-dir', '{root}-cache', '--train-num-samples', '12',
                            '--val-num-samples', '6'], list(CLASSES)),
