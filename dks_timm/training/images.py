@@ -69,7 +69,7 @@ def check_label(label, num_classes, name: str = ''):
 
 
 class Images(ImageDataset):
-    """timm's ImageDataset, with BadImages in place of its retries, which take few errors for bad images.
+    """timm's ImageDataset, which passes over files of any kind that cannot be decoded, and names them.
 
     Readable images come out as timm's do, and nothing random is drawn for the others.
 

@@ -113,8 +113,8 @@ def check_dataset(args):
             data = f'--dataset {args.dataset}' if name else f'--data-dir {root}'
             raise OptionError(f'{flag(dest)} {getattr(args, dest)}: means nothing to {data}; leave it out')
     if not root and name in ('', 'torch', 'wds'):
-        there = f' for --dataset {args.dataset}' if args.dataset else ', or --dataset'
-        raise OptionError(f'--data-dir: missing; give a folder{there}')
+        data = f'the folder of --dataset {args.dataset}' if args.dataset else 'a folder of images, or --dataset'
+        raise OptionError(f'--data-dir: missing; give {data}')
     if name:
         return
     if not os.path.isdir(root) and not (is_tar and os.path.exists(root)):
@@ -207,14 +207,14 @@ def _create_reader(args, prefix: str, **kwargs):
 
 def _check_shards(reader):
     """Refuse shards that are not there, which webdataset passes over with a warning."""
-    paths = [os.path.join(reader.root, name) for name in reader.split_info.filenames]
-    for path in paths:
+    for name in reader.split_info.filenames:
+        path = os.path.join(reader.root, name)
         if not re.match(r'\w{2,}:', path) and not os.path.exists(path):  # not s3:, https:, pipe: and the like
             raise FileNotFoundError(f'{path} is not there')
 
 
 def _check_fields(reader):
-    """Refuse fields that a dataset of ``hfds/``, ``hfids/`` or ``tfds/`` lacks; give streams the names of classes."""
+    """Refuse fields that a dataset of ``hfds/``, ``hfids/`` or ``tfds/`` lacks; give ``hfids/`` its class names."""
     if hasattr(reader, 'dataset'):  # to which timm adds an empty field for images where there is none
         input_key, target_key = reader.image_key, reader.label_key
         fields = {name: value for name, value in reader.dataset[0].items() if value is not None}
@@ -227,10 +227,10 @@ def _check_fields(reader):
         if fields and not has_field(fields, key):
             raise OptionError(f'{name} {key}: the data has no such field; it has {", ".join(sorted(fields))}')
     names = getattr(get_field(fields, target_key), 'names', None) if fields else None
-    if names and not reader._source_names:  # private: timm ReaderHfids, which reads the card alone
+    if names and not reader._source_names:  # private: timm ReaderHfids, which looks for names in the card alone
         reader._source_names = dict(enumerate(names))
         if not reader.remap_class:
-            reader.class_to_idx = {label: index for index, label in enumerate(names)}
+            reader.class_to_idx = {name: index for index, name in enumerate(names)}
 
 
 def _create_folder(args, split: str, img_mode: str):

@@ -1,7 +1,7 @@
 """Datasets that are read in order, divided over processes and workers."""
 from timm.data import IterableImageDataset
 
-from ..errors import DataError, OptionError, flag
+from ..errors import DataError, OptionError, flag, why
 from .images import BadImages, check_label
 
 
@@ -52,7 +52,10 @@ class Stream(IterableImageDataset):
     def _start(self):
         """Let the reader open its pipeline in this worker; then correct its shares, and name bad images."""
         reader = self.reader
-        reader._lazy_init()  # private: timm ReaderHfids, ReaderTfds, ReaderWds
+        try:
+            reader._lazy_init()  # private: timm ReaderHfids, ReaderTfds, ReaderWds
+        except RuntimeError as e:  # of ReaderHfids, for more workers than shards
+            raise DataError(f'--workers: {why(e)}') from e
         if not reader.is_training:
             reader.dist_num_replicas = 1  # else timm cuts or pads the processes' shares to one length
         if hasattr(reader.ds, 'pipeline'):

@@ -395,13 +395,17 @@ def test_shards_without_the_fields_named_hold_no_readable_images(tmp_path, argv,
         numbers(loaders(*make('wds', tmp_path), *argv)[0])
 
 
+def test_more_workers_than_shards_of_hugging_face_are_refused(tmp_path):
+    with pytest.raises(errors.DataError, match='^--workers: .* 2 shard.* Reduce the number of loader workers'):
+        numbers(loaders(*make('hfids', tmp_path), '--workers', 3)[0])
+
+
 FOLDER = ['--data-dir', '{tmp}/folder']
 HFDS = ['--dataset', 'hfds/{tmp}/hf', '--data-dir', '{tmp}/cache']
 HFIDS = ['--dataset', 'hfids/{tmp}/hf', '--train-num-samples', '12', '--val-num-samples', '6']
 WDS = [a.replace('{root}', '{tmp}/web') for a in WEB]
 REFUSED = [
     (['--dataset', 'hdfs/x'], ['--dataset hdfs/x', 'no reader "hdfs/"', 'closest: hfds/']),
-    (['--dataset', 'torch/image_folder', *FOLDER, '--val-split', 'test'], ['--val-split test', 'train, validation']),
     (['--dataset', 'wds/x', '--data-dir', '{tmp}/web'], ['--train-split train', 'train-{000..099}.tar|50000']),
     ([*HFDS, '--val-split', 'test'], ['--val-split test', 'train', 'validation']),
     ([*HFIDS, '--val-split', 'test'], ['--val-split test', 'train', 'validation']),
