@@ -58,7 +58,7 @@ def create_run(args, given, args_text, argv):
             set_fast_norm()
         model = build.create_model(args)
         if args.num_classes is None:
-            data.check_num_classes(model.num_classes, dataset_train, dataset_eval)
+            data.check_num_classes(model.num_classes, dataset_train)
         data_config = resolve_data_config(vars(args), model=model, verbose=accelerator.is_main_process)
         facts = {}
         if args.dks and accelerator.is_main_process:

@@ -58,11 +58,11 @@ MISTAKES = [
     (build, 'DKSLoss', ValueError('a bug'), ['--dks']),
     (build, 'create_optimizer_v2', TypeError('a bug'), []),
     (build, 'create_optimizer_v2', ValueError('a bug'), ['--opt', 'adamw', '--opt-betas', '0.9', '0.99']),
-    (readers, 'ReaderImageFolder', AttributeError('a bug'), []),
-    (readers, 'ReaderImageFolder', TypeError('a bug'), []),
+    (readers, 'create_reader', AttributeError('a bug'), []),
+    (readers, 'create_reader', TypeError('a bug'), []),
     (data, 'create_loader', AssertionError('a bug'), []),
     (data, 'create_transform', ValueError('a bug'), ['--aa', 'rand-m9']),
-    (images.BadImages, 'warn', ValueError('a bug'), ['--data-dir', 'bad/data']),
+    (images.BadImages, 'add', ValueError('a bug'), ['--data-dir', 'bad/data']),
     (timm.task.ClassificationTask, '__init__', ValueError('a bug'), []),
     (timm.task.LogitDistillationTask, '__init__', ValueError('a bug'), ['--kd-model-name', 'local-dir:teacher']),
     (CheckpointSaver, 'save_checkpoint', RuntimeError('a bug'), []),
@@ -155,12 +155,6 @@ def test_a_checkpoint_is_not_damaged_where_there_is_no_memory_for_it(command, tm
     with pytest.raises(SystemExit, match='out of memory'):
         main(*command, '--resume', 'auto', '--epochs', '2')
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')} == left
-
-
-def test_images_are_not_bad_where_there_is_no_memory_for_them(command, monkeypatch):
-    breaking(monkeypatch, images.BadImages, 'convert', MemoryError())
-    with pytest.raises(SystemExit, match='out of memory'):
-        main(*command)
 
 
 @pytest.mark.parametrize('error', [

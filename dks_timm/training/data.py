@@ -18,7 +18,7 @@ from torchvision.transforms import RandomCrop
 from ..errors import OptionError, naming
 from . import readers
 from .config import mixup_active
-from .device_data import DeviceLoader, check_fit, decode
+from .device_data import DeviceLoader, decode
 from .streams import Stream, check_stream
 
 _logger = logging.getLogger(__name__)
@@ -40,13 +40,11 @@ def create_datasets(args):
     val = readers.create(args, 'val', is_training=False) if args.val_split else None
     if val is not None and class_to_idx(val) != class_to_idx(train):
         differ = sorted(map(str, set(class_to_idx(val)) ^ set(class_to_idx(train))))
-        names = ', '.join(differ[:5]) + (', ...' if len(differ) > 5 else '')
         raise OptionError(
             f'--val-split {args.val_split}: its classes are not those of --train-split {args.train_split} '
-            f'({f"{names} in one of them only" if differ else "they are in another order"}); give the same folders, or '
-            '--class-map'
+            f'({", ".join(differ[:5]) or "another order"}); give the same folders, or --class-map'
         )
-    check_num_classes(args.num_classes, train, val)
+    check_num_classes(args.num_classes, train)
     return train, val
 
 
@@ -61,21 +59,13 @@ def label_names(dataset):
     return [names[i] for i in range(len(names))] if names and set(names) == set(range(len(names))) else None
 
 
-def check_num_classes(num_classes, train, val=None):
+def check_num_classes(num_classes, dataset):
     """Refuse a model with too few classes for the data, and warn of one with more; no number is no check."""
-    if num_classes is None:
-        return
-    for what, dataset in (('training', train), ('evaluation', val)):
-        present = _count_classes(dataset) if dataset is not None else 0
-        if num_classes < present:
-            raise OptionError(f'--num-classes {num_classes}: the {what} data has {present} classes')
-    present = _count_classes(train)
-    if 0 < present < num_classes:
+    present = max(class_to_idx(dataset).values(), default=-1) + 1
+    if num_classes is not None and num_classes < present:
+        raise OptionError(f'--num-classes {num_classes}: the training data has {present} classes')
+    if num_classes is not None and 0 < present < num_classes:
         _logger.warning(f'The model has {num_classes} classes, the training data {present} (--num-classes).')
-
-
-def _count_classes(dataset):
-    return max(class_to_idx(dataset).values(), default=getattr(dataset.reader, 'num_labels', 0) - 1) + 1
 
 
 def model_dtype(args):
@@ -137,15 +127,13 @@ def create_loaders(args, train, val, data_config, model, accelerator):
 
 
 def _check_loaders(args, train, data_config, accelerator):
-    channels, *size = data_config['input_size']
     if args.aug_repeats and accelerator.num_processes == 1:
         raise OptionError(f'--aug-repeats {args.aug_repeats:g}: repeats over several processes, and this is one')
     if isinstance(train, Stream):
         check_stream(args, train, accelerator)
-    if args.no_prefetcher and len(data_config['mean']) != channels:
-        raise OptionError(f'--no-prefetcher: needs --mean and --std for images of {channels} channels')
-    if args.train_pad is not None and args.train_pad >= min(size):
-        raise OptionError(f'--train-pad {args.train_pad}: must be below the image size {size[-1]}')
+    size = min(data_config['input_size'][1:])
+    if args.train_pad is not None and args.train_pad >= size:
+        raise OptionError(f'--train-pad {args.train_pad}: must be below the image size {size}')
     if args.aa:
         transform = partial(create_transform, data_config['input_size'], is_training=True)
         with naming(f'--aa {args.aa}', Exception, without=transform):
@@ -238,7 +226,6 @@ def _fit(data_config, interpolation, **kwargs):
 
 def _create_device_loaders(args, train, val, train_kwargs, eval_kwargs, data_config, accelerator):
     size, device = data_config['input_size'], accelerator.device
-    check_fit([d for d in (train, val) if d is not None], size, device)
 
     def create(dataset, transform, split, **kwargs):
         return DeviceLoader(

@@ -5,19 +5,15 @@ decoded once, by timm's own transforms; reflect pad, random crop, flips and norm
 batch.
 """
 import logging
-import os
 import time
 from typing import Sequence, Tuple
 
 import numpy as np
-import psutil
 import torch
 from timm.data.distributed_sampler import OrderedDistributedSampler
 from timm.data.loader import adapt_to_chs, fast_collate
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
-
-from ..errors import OptionError
 
 _logger = logging.getLogger(__name__)
 
@@ -34,15 +30,10 @@ class DeviceLoader:
         targets: (N,) or (N, num_classes).
         batch_size: Images a batch of this process.
         is_training: Shuffle, augment, and leave out a last batch that is not full.
-        mean: Mean of the pixels, at most 1, as for timm's loaders.
-        std: Standard deviation of the pixels.
+        mean: Mean of the pixels, at most 1, as for timm's loaders; std alike.
         pad: Pixels of reflection on each side, out of which a crop of the image's own size is taken.
-        hflip: Probability of a horizontal flip.
-        vflip: Probability of a vertical flip.
-        dtype: dtype of the batches.
-        seed: Seed of order and augmentation.
-        rank: Index of this process.
-        world_size: Number of processes that share the dataset.
+        hflip: Probability of a horizontal flip; vflip alike.
+        rank: Index of this process, of world_size that share the dataset.
     """
     batch_sampler = None
     mixup_enabled = False  # the training loop mixes
@@ -125,15 +116,11 @@ def _mix(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def decode(dataset, transform, input_size: Tuple[int, int, int], device, workers: int = 0, name: str = 'data'):
-    """Read a whole dataset.
+def decode(dataset, transform, input_size: Tuple[int, int, int], device, workers: int, name: str):
+    """Read a whole map-style dataset of PIL images.
 
     Args:
-        dataset: Map-style dataset of PIL images and targets.
-        transform: Turns an image into a uint8 tensor of the input size.
-        input_size: Channels, height and width.
-        device: Device of the images.
-        workers: Processes that decode.
+        transform: Turns an image into a uint8 tensor of the input size: channels, height and width.
         name: Name of the dataset for the log.
 
     Returns:
@@ -144,36 +131,12 @@ def decode(dataset, transform, input_size: Tuple[int, int, int], device, workers
     # A generator of its own: the global random state is the same afterwards.
     loader = DataLoader(
         dataset, batch_size=256, num_workers=workers, collate_fn=fast_collate, generator=torch.Generator())
-    images, targets, done = torch.empty(len(dataset), *input_size, dtype=torch.uint8), [], 0
-    for batch, target in loader:
-        images[done:done + len(batch)] = batch
+    images, targets = torch.empty(len(dataset), *input_size, dtype=torch.uint8), []
+    for place, (batch, target) in zip(images.split(256), loader, strict=True):
+        place.copy_(batch)
         targets.append(target)
-        done += len(batch)
     _logger.info(
-        f'{name} on {device}: {done:,} images of {"x".join(map(str, input_size))}, {images.nbytes / 1e6:,.0f} MB, '
-        f'decoded in {time.monotonic() - start:.1f} s'
+        f'{name} on {device}: {len(images):,} images of {"x".join(map(str, input_size))}, {images.nbytes / 1e6:,.0f} '
+        f'MB, decoded in {time.monotonic() - start:.1f} s'
     )
     return images.to(device), torch.cat(targets).to(device)
-
-
-def check_fit(datasets, input_size: Tuple[int, int, int], device) -> None:
-    """Refuse datasets that would take more than half of the memory that is free.
-
-    Raises:
-        OptionError: naming flags that need less.
-    """
-    count = sum(map(len, datasets))
-    size, free = count * int(np.prod(input_size)), free_memory(device)
-    if size > free / 2:
-        raise OptionError(
-            f'--data-on-device: {count:,} images of {"x".join(map(str, input_size))} are {size / 1e9:.1f} GB and '
-            f'{device} has {free / 1e9:.1f} GB free, of which training needs half; '
-            'leave the flag out, or lower --img-size'
-        )
-
-
-def free_memory(device) -> int:
-    """Return the bytes that are free on a device; of the host's, the share of one of its processes."""
-    if device.type == 'cuda':
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available // int(os.environ.get('LOCAL_WORLD_SIZE', 1))

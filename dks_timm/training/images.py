@@ -1,38 +1,20 @@
 """Images of a dataset: an unreadable one is named in a warning, and the next one takes its place."""
-import contextlib
 import logging
 import numbers
 import tarfile
-from functools import partial
 
 import numpy as np
 from PIL import Image
 from timm.data import ImageDataset
+from torch.utils.data import Dataset
 
-from ..errors import DataError, out_of_memory, printable, why
+from ..errors import DataError, printable, why
 
 _logger = logging.getLogger(__name__)
 
-# Resizing brings the shorter side up to the input size: an image of 1 x 65,500 pixels, a small file, would take
-# gigabytes.
-MOST_ELONGATED = 500
 
-
-class BadImage(ValueError):
-    """An image that cannot be decoded, or not be used."""
-
-
-@contextlib.contextmanager
-def decoding():
-    """Raise BadImage for whatever a decoder raises.
-
-    For a broken file each decoder of Pillow raises what it happens to stumble over (KeyError, SyntaxError,
-    struct.error, ...) and documents none of it.
-    """
-    try:
-        yield
-    except Exception as e:
-        raise BadImage(why(e, 300)) from e
+class BadImage(OSError):
+    """An image that cannot be decoded."""
 
 
 class BadImages:
@@ -44,77 +26,62 @@ class BadImages:
     """
 
     def __init__(self, most: int, then: str):
-        self.most = most
-        self.then = then
+        self.most, self.then = most, then
         self.in_a_row = 0
         self.named = set()
 
     def add(self, name: str, error: Exception):
-        """Warn of an image, once in a process.
-
-        Raises:
-            DataError: if it is one too many in a row.
-            Exception: the decoder's, if memory ran out and it is one too many.
-        """
+        """Warn of an image, once in a process; raise DataError if it is one too many in a row."""
         self.in_a_row += 1
         name, reason = printable(name), why(error, 300)
-        self.warn(name, f'Bad image {name}: {reason}; {self.then}.')
+        if name not in self.named:
+            self.named.add(name)
+            _logger.warning(f'Bad image {name}: {reason}; {self.then}.')
         if self.in_a_row > self.most:
-            if error.__cause__ and out_of_memory(error.__cause__):
-                raise error.__cause__
             raise DataError(
                 f'--max-bad-images {self.most}: {self.in_a_row} images in a row cannot be read, the last is {name} '
                 f'({reason}); repair or remove them, or allow more'
             ) from None
 
-    def warn(self, about: str, message: str):
-        """Log a warning, the first time that it is about this."""
-        if about not in self.named:
-            self.named.add(about)
-            _logger.warning(message)
 
-    def convert(self, image, mode: str, name):
-        """Convert an image to a Pillow mode, '' for its own.
+def decode(image, mode: str) -> Image.Image:
+    """Decode an image file, unless it is a Pillow image already, and convert it to a mode; '' keeps its own.
 
-        Of gray in 16 bits the upper 8 are kept, as Pillow keeps those of colour; its conversion of gray takes all
-        values above 255 for white.
+    Raises:
+        BadImage: for whatever Pillow raises: of a broken file, each of its decoders raises what it happens to stumble
+            over (KeyError, SyntaxError, struct.error, ...), and documents none of it.
+    """
+    try:
+        image = image if isinstance(image, Image.Image) else Image.open(image)
+        image.load()
+        return image.convert(mode) if mode else image
+    except Exception as e:
+        raise BadImage(why(e, 300)) from e
 
-        Args:
-            image: A Pillow image, decoded or not.
-            mode: As of ``Image.convert``.
-            name: Returns the image's name. Some readers read the file for it, so it is called only for a warning.
 
-        Raises:
-            BadImage: if it cannot be decoded, has pixels that have no meaning in 8 bits, or is no shape to resize.
-        """
-        if max(image.size) > MOST_ELONGATED * min(image.size):
-            raise BadImage(f'{image.width} x {image.height} pixels are too far from a square')
-        with decoding():
-            image.load()
-        if image.mode.startswith('I;16'):
-            self.warn(image.mode, f'{printable(name())} has 16 bits a pixel; of all such images the upper 8 are used.')
-            image = Image.fromarray((np.asarray(image) >> 8).astype('uint8'))
-        elif image.mode in ('I', 'F'):
-            low, high = image.getextrema()
-            if low < 0 or high > 255 or image.mode == 'F' and 0 < high <= 1:
-                raise BadImage(f'its pixels are numbers from {low:g} to {high:g}, not from 0 to 255')
-        with decoding():
-            return image.convert(mode) if mode else image
+def check_label(label, num_classes, name: str = ''):
+    """Refuse a label that no output of the model stands for; without a number of classes, any will do."""
+    if num_classes and not (isinstance(label, numbers.Integral) and 0 <= label < num_classes):
+        raise DataError(
+            f'--num-classes {num_classes}: the data holds label {label!r}{name and f" ({printable(name)})"}; '
+            f'wanted: 0 to {num_classes - 1}, or a --class-map to these'
+        )
 
 
 class Images(ImageDataset):
-    """timm's ImageDataset, with BadImages in place of its retries.
+    """timm's ImageDataset, which passes over files of any kind that cannot be decoded, and names them.
 
     Readable images come out as timm's do, and nothing random is drawn for the others.
 
     Args:
-        reader: A reader of timm, which may also return images that are decoded already.
+        reader: A reader of timm or a dataset of torchvision, of files or of images that are decoded already.
         input_img_mode: Pillow mode that images are converted to.
         max_bad: Most unreadable images in a row.
+        target_transform: Maps the reader's labels to others.
     """
 
-    def __init__(self, reader, input_img_mode: str, max_bad: int):
-        super().__init__('', reader=reader, input_img_mode=input_img_mode)
+    def __init__(self, reader, input_img_mode: str, max_bad: int, target_transform=None):
+        super().__init__('', reader=reader, input_img_mode=input_img_mode, target_transform=target_transform)
         self.bad_images = BadImages(max_bad, 'the next one takes its place')
         self.num_classes = None  # set once the model is known
 
@@ -122,41 +89,47 @@ class Images(ImageDataset):
         while True:
             try:
                 image, target = self.reader[index]
-                if not isinstance(image, Image.Image):
-                    with decoding():
-                        image = Image.open(image)
-                image = self.bad_images.convert(image, self.input_img_mode, partial(self._name, index))
+                image = decode(image, self.input_img_mode)
                 break
-            except (AssertionError, BadImage, OSError, tarfile.TarError) as e:  # timm's ReaderHfds asserts a file
+            except (AssertionError, OSError, tarfile.TarError) as e:  # timm's ReaderHfds asserts that there is a file
                 self.bad_images.add(self._name(index), e)
                 index = (index + 1) % len(self.reader)
         self.bad_images.in_a_row = 0
-        check_label(target, self.num_classes, partial(self._name, index))
-        if self.transform is not None:
-            image = self.transform(image)
-        return image, -1 if target is None else target
+        if self.target_transform is not None:
+            target = self.target_transform(target)
+        check_label(target, self.num_classes)
+        return image if self.transform is None else self.transform(image), target
 
     def _name(self, index):
-        return self.reader.filename(index, absolute=True) or f'number {index}'
+        if hasattr(self.reader, 'filename'):
+            name = self.reader.filename(index, absolute=True)
+        else:  # of torchvision, image_folder has names
+            name = self.reader.samples[index][0] if hasattr(self.reader, 'samples') else ''
+        return name or f'number {index}'
 
 
-class Synthetic(Images):
-    """Transforms a few images once in every worker and returns them for all: data that take no time beside a model."""
+class Synthetic(Dataset):
+    """Random pixels under all labels in turn, which take no time beside a model.
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    A few images come again and again; each worker transforms them once.
+    """
+    reader = None  # neither files nor names of classes
+
+    def __init__(self, count: int, num_classes: int, mode: str, seed: int):
+        self.count, self.num_labels = count, num_classes
+        # More than one, as BatchNorm magnifies what is left of a batch in which all images are the same.
+        pixels = np.random.default_rng(seed).integers(256, size=(16, 256, 256, 3), dtype='uint8')
+        self.images = [Image.fromarray(p).convert(mode) for p in pixels]
+        self.transform = None
         self.transformed = {}
 
+    def __len__(self):
+        return self.count
+
     def __getitem__(self, index):
-        key = self.transform, index % len(self.reader.images)
+        number = index % len(self.images)
+        key = self.transform, number
         if key not in self.transformed:
-            self.transformed[key] = super().__getitem__(index)[0]
-        return self.transformed[key], self.reader.label(index)
-
-
-def check_label(label, num_classes, name=lambda: ''):
-    """Refuse a label that no output of the model stands for; without a number of classes, any will do."""
-    if num_classes and not (isinstance(label, numbers.Integral) and 0 <= label < num_classes):
-        of = f' ({printable(name())})' if name() else ''
-        raise DataError(
-            f'--num-classes {num_classes}: the data holds label {label!r}{of}; wanted: 0 to {num_classes - 1}')
+            image = self.images[number]
+            self.transformed[key] = image if self.transform is None else self.transform(image)
+        return self.transformed[key], index % self.num_labels

@@ -1,23 +1,18 @@
 """The datasets that ``--data-dir`` and ``--dataset`` name, created by timm or built in."""
-import functools
-import importlib
 import logging
 import os
 import re
-import sys
 import tarfile
+from functools import partial
 
-import numpy as np
 import torch
-import yaml
 from PIL import Image
 from timm.data import create_dataset
-from timm.data.readers.reader import Reader
-from timm.data.readers.reader_image_folder import ReaderImageFolder
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.data.readers import create_reader
+from timm.data.readers.class_map import load_class_map
+from timm.data.readers.targets import get_field, has_field
 
-from ..errors import OptionError, closest, flag, naming
-from . import labels
+from ..errors import UNREADABLE, DataError, OptionError, closest, flag, naming, why
 from .images import Images, Synthetic
 from .streams import Stream
 
@@ -26,41 +21,30 @@ _logger = logging.getLogger(__name__)
 # Folder names that timm takes for one another.
 SPLITS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
 
-# timm's prefixes, with the package that each needs and what installs it.
-PREFIXES = {
-    'torch': ('torchvision', 'torchvision'),
-    'hfds': ('datasets', '"dks-timm[readers]"'),
-    'hfids': ('datasets', '"dks-timm[readers]"'),
-    'wds': ('webdataset', '"dks-timm[readers]"'),
-    'tfds': ('tensorflow_datasets', 'tensorflow-cpu tensorflow-datasets'),
-}
+PREFIXES = ('torch', 'hfds', 'hfids', 'wds', 'tfds')
 BUILT_IN = ('digits', 'synthetic')
-# Flags that kinds of dataset know nothing of.
+# Flags that kinds of dataset know nothing of; '' is folders and tars.
 FIELDS = ('class_map', 'input_key', 'target_key')
 IGNORED = {'': ('target_key',), 'torch': FIELDS, 'digits': FIELDS, 'synthetic': FIELDS}
 
 IMAGENET_SAMPLES = dict(train=1_281_167, val=50_000)
 
 # What readers raise, and the packages behind them, where the data is not there or other than the flags say.
-ERRORS = (AssertionError, LookupError, OSError, RuntimeError, ValueError, tarfile.TarError, yaml.YAMLError)
+ERRORS = (AssertionError, ImportError, LookupError, OSError, RuntimeError, ValueError, tarfile.TarError)
 
-# Part of what they say, as a regular expression, and which flag it is about.
-MEANINGS = {
-    'pass `num_samples`|num_samples not specified': (
-        '--{prefix}-num-samples: missing; {subject} does not say how many samples it has'),
-    "Couldn't cast|Unsupported cast": '--input-key {key}: the field holds no images',
-    'not found in info': (
-        '{split}: no such split in an _info.json of --data-dir {root}; name one, or shards and how many samples they '
-        'hold, as in train-{{000..099}}.tar|50000'
-    ),
+# Part of what they say, and what to do about it.
+HINTS = {
+    'ModuleNotFoundError': 'pip install "dks-timm[readers]"; for tfds/ tensorflow-cpu and tensorflow-datasets',
+    'num_samples': 'give --{prefix}-num-samples',
+    'not found in info': 'name the shards and how many samples they hold, as in train-{{000..099}}.tar|50000',
 }
 
 
-class ReaderDigits(Reader):
+class Digits(list):
     """scikit-learn's handwritten digits: 1,797 real 8x8 gray images; of each class, every fifth one validates."""
+    class_to_idx = {str(label): label for label in range(10)}
 
     def __init__(self, split: str):
-        super().__init__()
         try:
             from sklearn.datasets import load_digits
         except ImportError:
@@ -73,123 +57,76 @@ class ReaderDigits(Reader):
             held_out[(digits.target == label).nonzero()[0][4::5]] = True
         indices = (held_out if split in SPLITS[1] else ~held_out).nonzero().flatten().tolist()
         pixels = (digits.images * (255 / 16)).round().astype('uint8')
-        self.samples = [(Image.fromarray(pixels[i]), int(digits.target[i])) for i in indices]
-        self.class_to_idx = {str(label): label for label in range(10)}
-
-    def __getitem__(self, index):
-        return self.samples[index]
-
-    def __len__(self):
-        return len(self.samples)
-
-    def _filename(self, index, basename=False, absolute=False):
-        return f'{self.samples[index][1]}/{index}.png'
+        super().__init__((Image.fromarray(pixels[i]), int(digits.target[i])) for i in indices)
 
 
-class ReaderSynthetic(Reader):
-    """A few images of random pixels again and again, under all labels in turn."""
+class ClassMap(dict):
+    """Indices of class names or labels, read from --class-map. Asking for one that it lacks is an error that says so.
 
-    def __init__(self, count: int, num_classes: int, seed: int):
-        super().__init__()
-        self.count, self.num_labels = count, num_classes
-        # More than one, as BatchNorm magnifies what is left of a batch in which all images are the same.
-        pixels = np.random.default_rng(seed).integers(256, size=(16, 256, 256, 3), dtype='uint8')
-        self.images = [Image.fromarray(p) for p in pixels]
+    Args:
+        path: A .txt or .pkl file, as timm's readers take it.
+        root: Folder of the images, which the path may start from.
 
-    def label(self, index):
-        return index % self.num_labels
+    Raises:
+        OptionError: if it is not there or not a class map.
+    """
 
-    def __getitem__(self, index):
-        return self.images[index % len(self.images)], self.label(index)
+    def __init__(self, path: str, root: str = ''):
+        self.path = path
+        try:
+            super().__init__(load_class_map(path, root))
+            self.pop('', None)  # of an empty line
+            if not all(isinstance(index, int) and index >= 0 for index in self.values()):
+                raise ValueError('holds an index that is no whole number from 0')
+        except (AssertionError, *UNREADABLE) as e:
+            raise OptionError(
+                f'--class-map {path}: {why(e)}; wanted: a .txt of one class name a line, or a .pkl of a dict from name '
+                'or label to index'
+            ) from e
 
-    def __len__(self):
-        return self.count
-
-    def _filename(self, index, basename=False, absolute=False):
-        return f'{self.label(index)}/{index}'
-
-
-class ReaderTorch(Reader):
-    """A torchvision dataset as a reader, so that its images are decoded by :class:`Images`, too."""
-
-    def __init__(self, dataset):
-        super().__init__()
-        self.dataset = dataset
-        self.class_to_idx = getattr(dataset, 'class_to_idx', None)
-        if hasattr(dataset, 'loader'):
-            dataset.loader = functools.partial(open, mode='rb')
-
-    def __getitem__(self, index):
-        return self.dataset[index]
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def _filename(self, index, basename=False, absolute=False):
-        return self.dataset.samples[index][0] if hasattr(self.dataset, 'samples') else ''
+    def __missing__(self, name):
+        raise DataError(f'--class-map {self.path}: has no index for {name!r}, a class of the data; add it to the map')
 
 
 def kind(args) -> str:
     """Return the kind of --dataset: '' for folders and tars, "digits", "synthetic", or timm's prefix in lower case."""
-    if args.dataset in BUILT_IN:
-        return args.dataset
     prefix, slash, _ = args.dataset.partition('/')
-    return prefix.lower() if slash else ''
+    return args.dataset if args.dataset in BUILT_IN else prefix.lower() if slash else ''
 
 
 def check_dataset(args):
     """Refuse what can be seen to be wrong without reading data.
 
     Raises:
-        OptionError: for an unknown kind of dataset, a missing package, a flag that means nothing to the reader, and
-            a folder that is not there.
+        OptionError: for an unknown kind of dataset, a flag that means nothing to it, and a folder that is not there.
     """
-    name, root, data = kind(args), args.data_dir, f'--dataset {args.dataset}'
-    if name and name not in (*BUILT_IN, *PREFIXES):
+    name, root = kind(args), args.data_dir
+    if name not in ('', *PREFIXES, *BUILT_IN):
         known = [f'{prefix}/' for prefix in PREFIXES]
         raise OptionError(
-            f'{data}: no reader "{name}/"; there are {", ".join(known)}, "digits", "synthetic", and for folders and '
-            f'tars --data-dir alone{closest(f"{name}/", known)}'
+            f'--dataset {args.dataset}: no reader "{name}/"; there are {", ".join(known)}, "digits", "synthetic", and '
+            f'for folders and tars --data-dir alone{closest(f"{name}/", known)}'
         )
-    if name in PREFIXES:
-        package, install = PREFIXES[name]
-        try:
-            importlib.import_module(package)
-        except ImportError as e:
-            raise OptionError(f'{data}: needs the package {package} ({e}); pip install {install}') from e
     is_tar = not name and (root or '').endswith('.tar')
     for dest in IGNORED.get(name, ()) + (('input_key',) if is_tar else ()):
         if getattr(args, dest):
-            data = data if name else f'--data-dir {root}'
+            data = f'--dataset {args.dataset}' if name else f'--data-dir {root}'
             raise OptionError(f'{flag(dest)} {getattr(args, dest)}: means nothing to {data}; leave it out')
-    if args.target_key and ',' in args.target_key:
-        raise OptionError(f'--target-key {args.target_key}: several labels an image are not supported; give one field')
-    if not root and not name:
-        there = f' for {data}' if args.dataset else ''
-        raise OptionError(f'--data-dir: missing{there}; give a folder of images, or --dataset')
-    if not root and name in ('torch', 'wds'):
-        raise OptionError(f'--data-dir: missing; give the folder of {data}')
-    if not name:
-        _check_folder(args)
-
-
-def _check_folder(args):
-    root = args.data_dir
-    if not os.path.exists(root):
-        raise OptionError(f'--data-dir {root}: no such folder')
-    if not os.path.isdir(root) and not root.endswith('.tar'):
+    if not root and name in ('', 'torch', 'wds'):
+        data = f'the folder of --dataset {args.dataset}' if args.dataset else 'a folder of images, or --dataset'
+        raise OptionError(f'--data-dir: missing; give {data}')
+    if name:
+        return
+    if not os.path.isdir(root) and not (is_tar and os.path.exists(root)):
         raise OptionError(f'--data-dir {root}: neither a folder nor a .tar file')
-    if os.path.isfile(root) and args.val_split:
+    if is_tar and args.val_split:
         _logger.warning(f'--data-dir {root} has no splits: evaluation is on the training images (--val-split "").')
     for dest in ('train_split', 'val_split'):
         split = getattr(args, dest)
-        whole = dest == 'train_split' and not args.val_split  # timm then trains on the folder itself
-        if split and not whole and os.path.isdir(root) and split_root(root, split) == root:
-            there = sorted(os.listdir(root))
-            raise OptionError(
-                f'{flag(dest)} {split}: --data-dir {root} has no such folder; it has '
-                + (', '.join(there[:8]) + (', ...' if len(there) > 8 else '') or 'nothing')
-            )
+        whole = is_tar or dest == 'train_split' and not args.val_split  # timm then trains on the folder itself
+        if split and not whole and split_root(root, split) == root:
+            there = ', '.join(sorted(os.listdir(root))[:8]) or 'nothing'
+            raise OptionError(f'{flag(dest)} {split}: --data-dir {root} has no such folder; it has {there}')
 
 
 def split_root(root: str, split: str) -> str:
@@ -213,7 +150,7 @@ def create(args, prefix: str, is_training: bool, **kwargs):
         **kwargs: More arguments for timm's create_dataset.
 
     Returns:
-        :class:`Images` or :class:`Stream`.
+        :class:`Images`, :class:`Stream` or :class:`Synthetic`.
 
     Raises:
         OptionError: if the data is not there, or not what the flags say.
@@ -223,103 +160,91 @@ def create(args, prefix: str, is_training: bool, **kwargs):
     img_mode = ('RGB' if in_chans == 3 else 'L') if args.input_img_mode is None else args.input_img_mode
     if name == 'synthetic':
         count = getattr(args, f'{prefix}_num_samples') or IMAGENET_SAMPLES[prefix]
-        return Synthetic(ReaderSynthetic(count, args.num_classes or 1000, args.seed), img_mode, args.max_bad_images)
+        return Synthetic(count, args.num_classes or 1000, img_mode, args.seed)
     if name == 'digits':
-        reader = ReaderDigits(split)
-    elif not name:
-        reader = _create_folder_reader(args, split)
-    else:
-        reader = _create_reader(args, name, prefix, is_training=is_training, input_img_mode=img_mode, **kwargs)
+        return Images(Digits(split), img_mode, args.max_bad_images)
+    if not name:
+        return _create_folder(args, split, img_mode)
+    reader = _create_reader(args, prefix, is_training=is_training, input_img_mode=img_mode, **kwargs)
     if hasattr(reader, 'is_training'):  # of timm's readers, those of streams
         return Stream(reader, args.max_bad_images)
     return Images(reader, img_mode, args.max_bad_images)
 
 
-def _create_reader(args, name: str, prefix: str, **kwargs):
-    """Return timm's reader of a dataset that a prefix of --dataset names, its fields and labels checked."""
+def _create_reader(args, prefix: str, **kwargs):
+    """Return timm's reader, or torchvision's dataset, that a prefix of --dataset names."""
     split = getattr(args, f'{prefix}_split')
-    split_flag = f'--{prefix}-split {split}'
-    subject = f'--dataset {args.dataset}, {split_flag}'
-    errors = ERRORS
-    if name in ('hfds', 'hfids'):
-        import datasets
-        errors += (datasets.exceptions.DatasetsError,)
-        if not sys.stderr.isatty():
-            datasets.disable_progress_bars()
-    class_map = labels.ClassMap(args.class_map) if args.class_map else None
-    with naming(subject, *errors):
-        try:
-            dataset = create_dataset(
-                args.dataset,
-                root=args.data_dir,
-                split=split,
-                class_map=class_map,
-                download=args.dataset_download,
-                batch_size=args.batch_size,
-                input_key=args.input_key,
-                target_key=args.target_key,
-                num_samples=getattr(args, f'{prefix}_num_samples'),
-                trust_remote_code=args.dataset_trust_remote_code,
-                **kwargs,
-            )
-        except (*errors, TypeError) as e:
-            meaning = next((meaning for said, meaning in MEANINGS.items() if re.search(said, str(e))), None)
-            if meaning is None:
-                raise
-            raise OptionError(meaning.format(
-                prefix=prefix, split=split_flag, subject=subject, root=args.data_dir, key=args.input_key)) from e
-    if name == 'torch':
-        return ReaderTorch(dataset)
-    labels.CHECKS[name](dataset.reader, split_flag)
+    subject = f'--dataset {args.dataset}, --{prefix}-split {split}'
+    class_map = ClassMap(args.class_map) if args.class_map else None
+    try:
+        dataset = create_dataset(
+            args.dataset,
+            root=args.data_dir,
+            split=split,
+            class_map=class_map,
+            download=args.dataset_download,
+            batch_size=args.batch_size,
+            input_key=args.input_key,
+            target_key=args.target_key,
+            num_samples=getattr(args, f'{prefix}_num_samples'),
+            trust_remote_code=args.dataset_trust_remote_code,
+            **kwargs,
+        )
+    except ERRORS as e:
+        hint = next((f'; {hint.format(prefix=prefix)}' for said, hint in HINTS.items() if said in why(e)), '')
+        raise OptionError(f'{subject}: {why(e)}{hint}') from e
+    if kind(args) == 'torch':
+        if hasattr(dataset, 'loader'):
+            dataset.loader = partial(open, mode='rb')  # for Images to decode
+        return dataset
+    with naming(subject, *ERRORS):
+        if kind(args) == 'wds':
+            _check_shards(dataset.reader)
+        else:
+            _check_fields(dataset.reader)
     return dataset.reader
 
 
-def _create_folder_reader(args, split: str):
-    """Return timm's reader of folders or tars, with a class for every image, and an index for every class."""
+def _check_shards(reader):
+    """Refuse shards that are not there, which webdataset passes over with a warning."""
+    for name in reader.split_info.filenames:
+        path = os.path.join(reader.root, name)
+        if not re.match(r'\w{2,}:', path) and not os.path.exists(path):  # not s3:, https:, pipe: and the like
+            raise FileNotFoundError(f'{path} is not there')
+
+
+def _check_fields(reader):
+    """Refuse fields that a dataset of ``hfds/``, ``hfids/`` or ``tfds/`` lacks; give ``hfids/`` its class names."""
+    if hasattr(reader, 'dataset'):  # to which timm adds an empty field for images where there is none
+        input_key, target_key = reader.image_key, reader.label_key
+        fields = {name: value for name, value in reader.dataset[0].items() if value is not None}
+    else:
+        input_key, target_key = reader.input_key, reader.target_key
+        if hasattr(reader.builder, 'as_streaming_dataset'):
+            reader.builder.as_streaming_dataset(split=reader.split)  # finds out the fields of files without a card
+        fields = reader.builder.info.features or {}
+    for name, key in (('--input-key', input_key), ('--target-key', target_key)):
+        if fields and not has_field(fields, key):
+            raise OptionError(f'{name} {key}: the data has no such field; it has {", ".join(sorted(fields))}')
+    names = getattr(get_field(fields, target_key), 'names', None) if fields else None
+    if names and not reader._source_names:  # private: timm ReaderHfids, which looks for names in the card alone
+        reader._source_names = dict(enumerate(names))
+        if not reader.remap_class:
+            reader.class_to_idx = {name: index for index, name in enumerate(names)}
+
+
+def _create_folder(args, split: str, img_mode: str):
+    """Return the images of folders or of a tar, with a class for every image, and an index for every class."""
     root = split_root(args.data_dir, split)
     with naming(f'--data-dir {args.data_dir}', *ERRORS):
-        if os.path.isdir(root) and not _holds_tars(root):
-            _check_readable(args, root)
-            reader = ReaderImageFolder(root, input_key=args.input_key)
-            targets = [label for _, label in reader.samples]
-        else:
-            try:
-                reader = ReaderImageInTar(root)
-            except ValueError as e:
-                raise OptionError(f'--data-dir {args.data_dir}: Found 0 images in {root}') from e
-            targets, reader.class_to_idx = reader.targets.tolist(), reader.class_name_to_idx
-    for name in {'', '.'} & set(reader.class_to_idx):
-        stray = [i for i, label in enumerate(targets) if label == reader.class_to_idx[name]]
-        raise OptionError(
-            f'--data-dir {args.data_dir}: {len(stray)} images of {root} lie in no class folder, the first is '
-            f'{reader.filename(stray[0])}; remove them, or give each class a folder'
-        )
-    if args.class_map:
-        class_map = labels.ClassMap(args.class_map, root)
-        class_map.require(reader.class_to_idx)
-        index = {label: class_map[name] for name, label in reader.class_to_idx.items()}
+        reader = create_reader('', root=root, input_key=args.input_key)
+    if hasattr(reader, 'class_name_to_idx'):  # of a tar
+        reader.class_to_idx = reader.class_name_to_idx
+    if {'', '.'} & set(reader.class_to_idx):
+        raise OptionError(f'--data-dir {args.data_dir}: {root} has images outside of class folders; move them')
+    target_transform = None
+    if args.class_map:  # timm's readers leave out images of classes that it lacks
+        class_map = ClassMap(args.class_map, root)
+        target_transform = {label: class_map[name] for name, label in reader.class_to_idx.items()}.__getitem__
         reader.class_to_idx = class_map
-        if isinstance(reader, ReaderImageInTar):
-            reader.targets = [index[label] for label in targets]
-        else:
-            reader.samples = [(path, index[label]) for path, label in reader.samples]
-    return reader
-
-
-def _holds_tars(root: str) -> bool:
-    """True if a folder holds tars, one a class or many, and no folders: timm's tar reader reads them as one dataset."""
-    entries = list(os.scandir(root))
-    return any(e.name.endswith('.tar') for e in entries) and not any(e.is_dir() for e in entries)
-
-
-def _check_readable(args, root: str):
-    """Refuse folders that timm takes for empty ones, as they may not be read, or walks through again and again."""
-    def refuse(error):
-        raise OptionError(
-            f'--data-dir {args.data_dir}: {error.filename} cannot be read ({error.strerror}); permit it, or remove it')
-
-    for folder, _, _ in os.walk(root, onerror=refuse, followlinks=True):
-        parent, target = os.path.realpath(os.path.dirname(folder)), os.path.realpath(folder)
-        if os.path.islink(folder) and os.path.commonpath([parent, target]) == target:
-            raise OptionError(
-                f'--data-dir {args.data_dir}: {folder} is a link to a folder that it lies in itself; remove it')
+    return Images(reader, img_mode, args.max_bad_images, target_transform)

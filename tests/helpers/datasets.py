@@ -51,14 +51,6 @@ def make_tars(root):
     return root
 
 
-def make_class_tars(root):
-    """A folder for each split, with a tar for each class in it."""
-    for split, count in COUNTS.items():
-        for label, name in enumerate(CLASSES):
-            make_tar(root / split / f'{name}.tar', [(f'{i}.png', encoded(i)) for i in range(label, count, 3)])
-    return root
-
-
 def make_mnist(root):
     """MNIST's files, which torchvision reads, with images of our own."""
     for split, count in dict(train=12, t10k=6).items():
@@ -121,7 +113,6 @@ READERS = {
     'folder': (make_folder, ['--data-dir', '{root}'], list(CLASSES)),
     'tars': (make_tars, ['--data-dir', '{root}'], list(CLASSES)),
     'single tar': (make_tars, ['--data-dir', '{root}/train.tar'], list(CLASSES)),
-    'folders of tars': (make_class_tars, ['--data-dir', '{root}'], list(CLASSES)),
     'torch/image_folder': (
         make_folder, ['--dataset', 'torch/image_folder', '--data-dir', '{root}'], list(CLASSES)),
     'torch/mnist': (
@@ -129,7 +120,6 @@ READERS = {
         ['0 - zero', '1 - one', '2 - two', '3 - three', '4 - four', '5 - five', '6 - six', '7 - seven', '8 - eight',
          '9 - nine']),
     'hfds': (make_huggingface, ['--dataset', 'hfds/{root}', '--data-dir', '{root}-cache'], list(CLASSES)),
-    'hfds images': (make_folder, ['--dataset', 'hfds/{root}', '--data-dir', '{root}-cache'], list(CLASSES)),
     'hfids': (
         make_huggingface, ['--dataset', 'hfids/{root}', '--data-dir', '{root}-cache', '--train-num-samples', '12',
                            '--val-num-samples', '6'], list(CLASSES)),
