@@ -115,7 +115,7 @@ def main(argv=None):
     if pushing:
         pushing.close()
     if args.export_dir or args.push_to_hub:
-        publish.publish(args, trainer.output_dir)
+        publish.publish(args, trainer)
     print(publish.next_steps(args, trainer.output_dir))
 
 

@@ -162,7 +162,7 @@ def write_card(model, model_dir, card, results, folder_name):
         results=results,
         source=f'hf-hub:{repo_id}' if repo_id else f'local-dir:{printable(folder_name)}',
         title=title,
-        curves=curves,
+        curves=curves and 'curves.svg',
         has_branches=(model_dir / 'dks_config.json').exists(),
         **{name: card.get(name) for name in FACTS},
     ).save(model_dir / 'README.md')

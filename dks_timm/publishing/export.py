@@ -193,13 +193,15 @@ def _logits(model, x):
 
 
 def export_checkpoint(
-        checkpoint, out_dir, use_ema=True, keep_branches=False, license=None, baseline_dir=None, overwrite=False):
+        checkpoint, out_dir, use_ema=True, keep_branches=False, license=None, baseline_dir=None, overwrite=False,
+        top1_without_ema=None):
     """Export a training checkpoint, with the arguments of its run and what its folder says about it.
 
     Args:
         checkpoint: A checkpoint that ``train.py`` (or timm's) has written. It is never unpickled beyond plain data.
         use_ema: Take the averaged weights where the checkpoint has them.
         baseline_dir: Folder of another run to show beside this one in the card.
+        top1_without_ema: Accuracy (%) of the weights themselves in other checkpoints of the run, by path.
 
     Raises:
         ValueError: If the checkpoint is not one of a run, or an argument does not fit.
@@ -223,7 +225,8 @@ def export_checkpoint(
             load_checkpoint_branches(net, str(checkpoint), use_ema)
     is_ema = use_ema and 'state_dict_ema' in state
     if 'state_dict_ema' in state:
-        _note_weights(checkpoint, is_ema, args.get('top1_by_ema') or {})
+        top1 = args.get('top1_by_ema') or {}
+        _note_weights(is_ema, top1.get(is_ema), is_ema and top1_without_ema or {checkpoint: top1.get(not is_ema)})
     # The run evaluated its average where it had one at hand; a recovery checkpoint lies between two evaluations.
     evaluated_ema = args['model_ema'] and not args['model_ema_force_cpu']
     metric = state.get('metric') if is_ema == evaluated_ema else None
@@ -237,15 +240,16 @@ def export_checkpoint(
     )
 
 
-def _note_weights(checkpoint, is_ema, top1):
+def _note_weights(is_ema, top1, others):
     """Log which weights of a run with an average are exported, with a warning if the others are better by a point.
 
-    ``top1`` holds the accuracy (%) of the average (True) and of the weights themselves (False), where it is known.
+    ``top1`` is their accuracy (%) and ``others`` that of the other kind by the path of its checkpoint, where known.
     """
     text = 'the average of the weights (--model-ema)' if is_ema else 'the weights themselves, not their average'
-    if top1:
-        text += f', with {top1[is_ema]:.2f} % top-1; the other has {top1[not is_ema]:.2f} %'
-    if top1 and top1[not is_ema] > top1[is_ema] + 1:
-        _logger.warning(f'Exported are {text}: dks-timm export {checkpoint} DIR{" --no-ema" * is_ema}')
-    else:
-        _logger.info(f'Exported are {text}.')
+    path, other = max(others.items(), key=lambda item: item[1] or 0)
+    if top1 is not None and other is not None:
+        text += f', with {top1:.2f} % top-1; the other has {other:.2f} %'
+        if other > top1 + 1:
+            _logger.warning(f'Exported are {text}: dks-timm export {path} DIR{" --no-ema" * is_ema}')
+            return
+    _logger.info(f'Exported are {text}.')

@@ -56,11 +56,7 @@ def push_to_hub(
 
 
 def check_publishing(args: argparse.Namespace, model: nn.Module, label_names: Optional[List[str]]) -> None:
-    """Check before training that what the flags ask for can be published. A Hub out of reach is only a warning.
-
-    Raises:
-        OptionError: If it cannot.
-    """
+    """Refuse before training what cannot be published. A Hub out of reach is only a warning."""
     if args.card_baseline:
         with naming(f'--card-baseline {args.card_baseline}'):
             baseline(vars(args), args.card_baseline)
@@ -117,14 +113,17 @@ class BackgroundPush:
         self.folder.cleanup()
 
 
-def publish(args: argparse.Namespace, run_dir: str) -> None:
+def publish(args: argparse.Namespace, trainer: Any) -> None:
     """Export the best weights of a finished run, and push them if asked; say how to load them, or what is left to do.
 
     Raises:
         SystemExit: With code 3 if the model was not kept, or the Hub did not take it. The checkpoints stay, and so
             does the exported folder if the push failed.
     """
+    run_dir = trainer.output_dir
     best, out_dir = os.path.join(run_dir, 'model_best.pth.tar'), args.export_dir or os.path.join(run_dir, 'export')
+    without_ema = {os.path.join(run_dir, f'checkpoint-{epoch}.pth.tar'): metrics['top1']
+                   for epoch, metrics in trainer.without_ema.items()}
     doing = f'--export-dir {out_dir}'
     left = f'The checkpoints are in {run_dir}. To export the best one:\n    {_export_line(args, run_dir, out_dir)}'
     try:
@@ -137,6 +136,7 @@ def publish(args: argparse.Namespace, run_dir: str) -> None:
             baseline_dir=args.card_baseline,
             # Only a run with this very name could have left a model in its folder.
             overwrite=args.overwrite or not args.export_dir,
+            top1_without_ema={path: top1 for path, top1 in without_ema.items() if os.path.exists(path)},
         )
         print(f'Exported to {out_dir}: a fresh process loads it, with bit-identical logits:')
         print(f"    model = timm.create_model('local-dir:{out_dir}', pretrained=True)")

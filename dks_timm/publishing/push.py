@@ -37,12 +37,7 @@ def check_request(repo_id, revision=None):
 
 
 def check_repository(repo_id, config, private=True, revision=None, overwrite=False):
-    """Check within seconds that a push of a model will be accepted. A repository that does not exist is created.
-
-    Raises:
-        ValueError: If the token is not accepted, may not write there, or the repository holds another model.
-        PushError: If the Hub cannot be asked now.
-    """
+    """Check within seconds that a push of a model will be accepted, and raise what it would. Create the repository."""
     check_request(repo_id, revision)
     _ask_hub(CHECK_SECONDS, repo_id, revision, config=dict(config), private=private, overwrite=overwrite)
 
@@ -56,10 +51,10 @@ def push_folder(folder, repo_id, private=True, revision=None, overwrite=False, t
         URL of the commit; of the present one where nothing has changed.
     """
     folder = Path(folder).absolute()
-    files = [folder / name for name in FILES if (folder / name).is_file()]
-    missing = {'config.json', 'model.safetensors', 'README.md'}.difference(file.name for file in files)
+    missing = [name for name in ('config.json', 'model.safetensors', 'README.md') if not (folder / name).is_file()]
     if missing:
-        raise InputError(f'folder {str(folder)!r} is not an exported model: it has no {", ".join(sorted(missing))}')
+        raise InputError(f'folder {str(folder)!r} is not an exported model: it has no {", ".join(missing)}')
+    files = [folder / name for name in FILES if (folder / name).is_file()]
     check_request(repo_id, revision)
     config, card = json.loads((folder / 'config.json').read_text()), ModelCard.load(folder / 'README.md')
     message = f'{config["architecture"]} with {config["num_classes"]} classes'

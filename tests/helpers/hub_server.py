@@ -5,7 +5,6 @@ without Xet, keeps everything in memory, writes down who asked for what, and fai
 
     with HubServer() as hub:                       # hub.url; a user 'alice', whose token is hub.token
         use(hub, monkeypatch, tmp_path)            # the client of this process and of those it starts; HF_HOME
-        bob = hub.add_user('bob', role='read')     # another token
         hub.create('alice/net', {'config.json': b'{}'}, private=True)   # without the client
         hub.files('alice/net', 'v1')               # {path: bytes} of a revision
         hub.commits('alice/net')                   # newest first: .id, .title, .files
@@ -19,8 +18,8 @@ import json
 import os
 import re
 import threading
+from collections import namedtuple
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Dict, List, Optional
@@ -28,8 +27,7 @@ from urllib.parse import unquote, urlsplit
 
 from huggingface_hub import constants
 
-LFS_PATTERNS = ('*.bin', '*.ckpt', '*.pt', '*.pth', '*.safetensors')
-GITATTRIBUTES = ''.join(f'{p} filter=lfs diff=lfs merge=lfs -text\n' for p in LFS_PATTERNS).encode()
+LFS = ('.bin', '.safetensors')  # endings of the files that the Hub keeps in LFS
 
 
 @dataclass
@@ -100,16 +98,12 @@ class Repo:
         return commit
 
 
-@dataclass
-class User:
-    name: str
-    role: str  # of the token: 'write' or 'read'
+User = namedtuple('User', 'name role')  # the role of a token: 'write' or 'read'
 
 
 @dataclass
 class Request:
     route: Optional[str]
-    path: str  # percent-decoded, without the query
     token: Optional[str]
     body: bytes
 
@@ -147,7 +141,7 @@ class HubServer:
         self._httpd.handle_error = lambda *_: None  # the client hung up
         self.url = f'http://127.0.0.1:{self._httpd.server_port}'
 
-    def __enter__(self) -> 'HubServer':
+    def __enter__(self):
         threading.Thread(target=self._httpd.serve_forever, args=(.02,), daemon=True).start()
         return self
 
@@ -175,9 +169,9 @@ class HubServer:
     def create(self, repo_id: str, files: Optional[Dict[str, bytes]] = None, private: bool = False) -> Repo:
         """Create a repository; ``files`` are its second commit."""
         self.repos[repo_id] = repo = Repo(repo_id, private)
-        start = repo.commit('main', {'.gitattributes': File(GITATTRIBUTES)}, 'initial commit')
+        start = repo.commit('main', {'.gitattributes': File(b'')}, 'initial commit')
         if files:
-            new = {path: File(content, _is_lfs(path, content)) for path, content in files.items()}
+            new = {path: File(content, path.endswith(LFS)) for path, content in files.items()}
             repo.lfs.update((f.oid, f.content) for f in new.values() if f.lfs)
             repo.commit('main', {**start.files, **new}, 'Add files')
         return repo
@@ -185,8 +179,8 @@ class HubServer:
     def files(self, repo_id: str, rev: str = 'main') -> Dict[str, bytes]:
         return {path: f.content for path, f in sorted(self.repos[repo_id].at(rev).files.items())}
 
-    def commits(self, repo_id: str, rev: str = 'main') -> List[Commit]:
-        commits = [self.repos[repo_id].at(rev)]
+    def commits(self, repo_id: str) -> List[Commit]:
+        commits = [self.repos[repo_id].at('main')]
         while commits[-1].parent is not None:
             commits.append(self.repos[repo_id].at(commits[-1].parent))
         return commits
@@ -216,7 +210,7 @@ class HubServer:
                 if request.token is not None and request.token not in self.users:
                     raise HubError(401)
                 if function is None:
-                    raise HubError(501, f'{request.path} is unknown to this server')
+                    raise HubError(501, 'This is unknown to this server')
                 if needs:
                     args['repo'] = self._repo(args['repo'], self.users.get(request.token), needs)
                 result = function(self, request, **args)
@@ -262,8 +256,8 @@ class HubServer:
         answers = []
         for item in request.json['files']:
             path = item['path']
-            lfs = _is_lfs(path, base64.b64decode(item['sample']))
-            answer = {'path': path, 'uploadMode': 'lfs' if lfs else 'regular', 'shouldIgnore': False}
+            mode = 'lfs' if path.endswith(LFS) else 'regular'
+            answer = {'path': path, 'uploadMode': mode, 'shouldIgnore': False}
             answers.append({**answer, 'oid': existing[path].oid} if path in existing else answer)
         return {'files': answers, 'commitOid': repo.at(rev).id}
 
@@ -304,9 +298,7 @@ class HubServer:
 
     @_route('info', 'GET', _MODEL + '(/revision/(?P<rev>[^/]+))?', 'read')
     def _info(self, request, repo, rev):
-        commit = repo.at(rev or 'main')
-        siblings = [{'rfilename': path} for path in sorted(commit.files)]
-        return {'id': repo.id, 'sha': commit.id, 'private': repo.private, 'tags': [], 'siblings': siblings}
+        return {'id': repo.id, 'sha': repo.at(rev or 'main').id, 'private': repo.private, 'tags': []}
 
     @_route('tree', 'GET', _MODEL + '/tree/(?P<rev>[^/]+)', 'read')
     def _tree(self, request, repo, rev):
@@ -337,11 +329,6 @@ class HubServer:
             raise error
         file = commit.files[path]
         return Answer(200, file.content, {'X-Repo-Commit': commit.id, 'ETag': f'"{file.oid}"'})
-
-
-def _is_lfs(path: str, content: bytes) -> bool:
-    """True if the Hub would keep a file in LFS, as it tells from its name and its beginning."""
-    return any(fnmatch(path, pattern) for pattern in LFS_PATTERNS) or b'\0' in content[:512]
 
 
 def _check_write(user: User, owner: str) -> None:
@@ -376,7 +363,7 @@ class _Handler(BaseHTTPRequestHandler):
                 args = {k: v and unquote(v) for k, v in match.groupdict().items()}
                 break
         token = self.headers.get('Authorization', '').removeprefix('Bearer ') or None
-        request = Request(name, unquote(url.path), token, self.read_body())
+        request = Request(name, token, self.read_body())
         answer = self.server.hub.answer(request, function, needs, args)
         self.send_response(answer.status)
         for key, value in answer.headers.items():

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from torch.nn.parallel import DistributedDataParallel
 
-from dks_timm import DKSModel, create_dks_model
+from dks_timm import create_dks_model
 from dks_timm.cli import main
 from dks_timm.publishing import export as exporting
 from dks_timm.publishing.card import eval_results
@@ -74,8 +74,7 @@ def exported(tmp_path_factory):
     torch.manual_seed(0)
     model, folder = tiny(), tmp_path_factory.mktemp('exported') / 'my-model'
     results = eval_results({'top1': 91.234567, 'top5': 99.5, 'loss': 0.3}, 'digits')
-    export(
-        folder, model, card=CARD, data_config=DATA_CONFIG, label_names=['zero', 'one', 'zwölf'], results=results)
+    export(folder, model, card=CARD, data_config=DATA_CONFIG, label_names=['zero', 'one', 'zwölf'], results=results)
     return model, folder, results
 
 
@@ -154,7 +153,6 @@ def test_code_in_the_card_of_a_model_with_branches_runs(tmp_path, monkeypatch, u
     ('resnet20_cifar', dict(), torch.float32),
 ])
 def test_transformers_loads_every_export_with_the_same_logits(name, kwargs, dtype, tmp_path):
-    import dks_timm.models  # noqa: F401
     export(tmp_path / 'net', tiny(name, **kwargs).to(dtype), label_names=['zero', 'one', 'two'])
     loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'net', dtype=torch.float32)
     timms = load(tmp_path / 'net')
@@ -164,13 +162,6 @@ def test_transformers_loads_every_export_with_the_same_logits(name, kwargs, dtyp
     assert loaded.config.id2label == {0: 'zero', 1: 'one', 2: 'two'}
     text = (tmp_path / 'net/README.md').read_text()
     assert ('import dks_timm.models' in text) == ('Only timm is needed' not in text) == ('cifar' in name)
-
-
-def test_wrapped_model_is_exported_whole(tmp_path):
-    model = tiny()
-    export(tmp_path / 'model', torch.compile(convert_sync_batchnorm(deepcopy(model))))
-    assert torch.equal(logits(load(tmp_path / 'model')), logits(model))
-    assert load_file(tmp_path / 'model/model.safetensors').keys() == model.state_dict().keys()
 
 
 def test_model_with_shared_weights_is_exported_whole(tmp_path):
@@ -247,12 +238,6 @@ def test_overwriting_replaces_the_model_and_leaves_other_files(tmp_path, unverif
     assert load(tmp_path).in_chans == 1
 
 
-def test_more_names_than_classes_are_refused(tmp_path):
-    with pytest.raises(ValueError, match='label_names has 4 names; the model has 3 classes'):
-        export(tmp_path / 'model', tiny(), label_names=['a'] * 4)
-    assert not names(tmp_path)
-
-
 def test_network_with_branches_is_exported_as_its_backbone(tmp_path):
     net = create_dks_model('test_resnet', num_classes=3).train()
     dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
@@ -322,30 +307,15 @@ def test_published_branches_adapt_to_other_classes_and_give_way_to_what_is_asked
     assert len(fresh) == 4 and {other.branches.get_parameter(k).shape[0] for k in fresh} == {5}  # two classifiers
     assert create_dks_model(name, pretrained=True, stages=[3]).stages == (3,)
     assert {b.kind for b in create_dks_model(name, pretrained=True, branches='conv').branches} == {'conv'}
-    unloaded = create_dks_model(name)
-    assert not torch.equal(unloaded.branches[0].get_classifier().weight, net.branches[0].get_classifier().weight)
 
 
-@pytest.mark.parametrize('change, message', [
-    (dict(branch_kwargs={'2.pretrained_cfg_overlay': {'url': 'http://x'}}), 'not accepted.*pretrained_cfg_overlay'),
-    (dict(stages=[1, 3]), 'holds other branches'),
+@pytest.mark.parametrize('arguments, message', [
+    (dict(keep_branches=True), 'keep_branches needs a network with branches, not a ResNet'),
+    (dict(label_names=['a'] * 4), 'label_names has 4 names; the model has 3 classes'),
 ])
-def test_layout_that_was_tampered_with_is_refused(change, message, tmp_path, unverified):
-    export(tmp_path / 'net', create_dks_model('test_resnet', num_classes=3), keep_branches=True)
-    path = tmp_path / 'net/dks_config.json'
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+def test_an_argument_that_does_not_fit_the_model_is_refused(arguments, message, tmp_path, unverified):
     with pytest.raises(ValueError, match=message):
-        create_dks_model(f'local-dir:{tmp_path / "net"}', pretrained=True)
-
-
-@pytest.mark.parametrize('net, message', [
-    (lambda: tiny(), 'keep_branches needs a network with branches, not a ResNet'),
-    (lambda: DKSModel(*(lambda n: (n.backbone, n.branches))(create_dks_model('test_resnet', num_classes=3))),
-     'keep_branches needs a network made by'),
-])
-def test_branches_that_could_not_come_back_are_refused(net, message, tmp_path, unverified):
-    with pytest.raises(ValueError, match=message):
-        export(tmp_path / 'net', net(), keep_branches=True)
+        export(tmp_path / 'net', tiny(), **arguments)
     assert not (tmp_path / 'net').exists()
 
 
@@ -402,10 +372,6 @@ def test_checkpoint_is_exported_with_what_its_run_noted_and_its_branches(run, tm
 def test_checkpoint_is_exported_and_pushed_in_one_go(run, tmp_path, unverified, monkeypatch, capfd):
     folder, _, _ = run('run', dks=True)
     command = ['export', str(folder / 'model_best.pth.tar'), str(tmp_path / 'net'), '--push-to-hub', 'alice/net']
-    monkeypatch.delenv('HF_TOKEN', raising=False)
-    monkeypatch.setenv('HF_TOKEN_PATH', str(tmp_path / 'none'))
-    monkeypatch.setattr('huggingface_hub.constants.HF_TOKEN_PATH', str(tmp_path / 'none'))
-    assert main(command) == 2 and not (tmp_path / 'net').exists()  # nobody is logged in
     with HubServer() as server:
         use(server, monkeypatch, tmp_path / 'home')
         server.fail('*', 500)
@@ -440,30 +406,13 @@ def test_card_shows_the_baseline_beside_the_run(run, tmp_path, unverified):
 
 
 @pytest.mark.parametrize('settings, message', [
-    (dict(model='test_convnext'), "has model 'test_convnext', this run 'test_resnet'"),
     (dict(dataset='torch/cifar10'), "has data 'torch/cifar10', this run 'digits'"),
     (dict(top1=()), 'is no run with an ev'),
-    (None, 'no such folder; give the folder of a run'),
 ])
 def test_baseline_that_cannot_be_compared_is_refused(run, tmp_path, settings, message, capsys):
     folder, _, _ = run('run', dks=True)
-    other = run('other', **settings, dks=False) if settings is not None else tmp_path / 'none'
+    other = run('other', **settings, dks=False)
     command = ['export', str(folder / 'model_best.pth.tar'), str(tmp_path / 'net')]
     assert main([*command, '--card-baseline', str(other)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / 'net').exists()
-
-
-@pytest.mark.parametrize('content, message', [
-    (b'no checkpoint', 'cannot be read'),
-    ({'state_dict': {}}, 'does not say how its model was made'),
-])
-def test_file_that_is_no_checkpoint_of_a_run_is_refused(content, message, tmp_path):
-    path = tmp_path / 'checkpoint.pth.tar'
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        torch.save(content, path)
-    with pytest.raises(ValueError, match=f'checkpoint .*{message}'):
-        export_checkpoint(path, tmp_path / 'model')
-    assert not (tmp_path / 'model').exists()

@@ -1,12 +1,10 @@
 """Pushing to the Hub, loading and fine-tuning from it: the real client, over real HTTP, to the Hub of hub_server.py."""
 import json
 import logging
-import os
 import re
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -47,10 +45,6 @@ def folder(tmp_path):
     return tmp_path / 'net'
 
 
-def change(folder):
-    (folder / 'model.safetensors').write_bytes(os.urandom(100_000))
-
-
 def test_a_push_is_one_commit_of_the_exports_files_to_a_private_repository(hub, folder):
     url = push_folder(folder, 'alice/net')
     commit, initial = hub.commits('alice/net')
@@ -62,6 +56,9 @@ def test_a_push_is_one_commit_of_the_exports_files_to_a_private_repository(hub, 
     assert sorted(files) == ['.gitattributes', 'README.md', 'config.json', 'model.safetensors']
     for name in ('config.json', 'model.safetensors'):
         assert files[name] == (folder / name).read_bytes()
+    (upload,) = hub.requests_to('lfs-upload')  # to a storage that never sees the token
+    assert upload.token is None and {r.token for r in hub.requests if r is not upload} == {hub.token}
+    assert not hub.requests_to(None)  # nothing was asked that the test Hub does not know
 
 
 def test_the_card_on_the_hub_says_how_to_load_from_there(hub, folder):
@@ -82,7 +79,7 @@ def test_pushing_unchanged_files_again_changes_nothing(hub, folder):
     hub.requests.clear()
     assert push_folder(folder, 'alice/net') == url
     assert not hub.requests_to('commit', 'lfs-upload')
-    change(folder)
+    (folder / 'model.safetensors').write_bytes(b'other')
     assert push_folder(folder, 'alice/net') != url
     assert len(hub.commits('alice/net')) == 3
 
@@ -93,7 +90,7 @@ def test_branches_and_tags_leave_what_was_there(hub, folder):
     assert hub.files('alice/net', 'v1') == first
     push_folder(folder, 'alice/net', revision='tag:v1')
     assert len(hub.commits('alice/net')) == 2
-    change(folder)
+    (folder / 'model.safetensors').write_bytes(b'other')
     push_folder(folder, 'alice/net', revision='wide')
     assert hub.files('alice/net') == first
     assert hub.files('alice/net', 'wide')['model.safetensors'] == (folder / 'model.safetensors').read_bytes()
@@ -104,13 +101,10 @@ def test_branches_and_tags_leave_what_was_there(hub, folder):
 
 
 def test_branches_of_an_earlier_export_do_not_stay_beside_new_weights(hub, folder):
-    for name in ('branches.safetensors', 'dks_config.json'):
-        (folder / name).write_bytes(b'{}')
+    (folder / 'dks_config.json').write_bytes(b'{}')
     push_folder(folder, 'alice/net')
-    assert {'branches.safetensors', 'dks_config.json'} < hub.files('alice/net').keys()
-    for name in ('branches.safetensors', 'dks_config.json'):
-        (folder / name).unlink()
-    change(folder)
+    assert 'dks_config.json' in hub.files('alice/net')
+    (folder / 'dks_config.json').unlink()
     push_folder(folder, 'alice/net')
     assert sorted(hub.files('alice/net')) == ['.gitattributes', 'README.md', 'config.json', 'model.safetensors']
 
@@ -137,7 +131,6 @@ def test_another_model_is_replaced_only_if_asked(hub, folder, config, message, c
     ('bob/new', True, 'rights to write under the namespace "bob"'),
     ('alice/net', 'hf_aliceReadToken2', 'you must use a write token'),
     ('net', True, 'give owner/name'),
-    ('alice/net/x', True, 'give owner/name'),
     ('alice/a..b', True, 'give owner/name'),
 ])
 def test_a_push_that_cannot_work_is_refused_in_one_line(hub, folder, monkeypatch, repo_id, token, message, capsys):
@@ -154,16 +147,10 @@ def test_a_push_that_cannot_work_is_refused_in_one_line(hub, folder, monkeypatch
     assert list(hub.repos) == ['alice/net'] and len(hub.commits('alice/net')) == 1
 
 
-@pytest.mark.parametrize('fault, message', [
-    (lambda hub: hub.slow('lfs-upload', 3600), 'the Hub took longer than 4 s'),
-    (lambda hub: hub.fail('commit', 500), r'500 Internal Server Error'),
-], ids=['upload-stalls', 'commit-500'])
-def test_a_fault_ends_a_push_in_time_and_it_can_be_repeated(hub, folder, fault, message):
-    fault(hub)
-    start = time.monotonic()
-    with pytest.raises(PushError, match=message):
+def test_a_push_that_stalls_is_ended_in_time_and_can_be_repeated(hub, folder):
+    hub.slow('lfs-upload', 3600)
+    with pytest.raises(PushError, match='the Hub took longer than 4 s'):
         push_folder(folder, 'alice/net', timeout=4)
-    assert time.monotonic() - start < 60  # not for ever
     hub.recover()
     push_folder(folder, 'alice/net')
     assert len(hub.commits('alice/net')) == 2
@@ -180,11 +167,6 @@ def test_a_hub_out_of_reach_is_known_within_ten_seconds(hub, monkeypatch):
         monkeypatch.setattr(push, 'CHECK_SECONDS', seconds)
         with pytest.raises(PushError, match=message):
             check_repository('alice/net', CONFIG)
-
-
-def test_checking_creates_the_repository_and_nothing_else(hub):
-    check_repository('alice/net', CONFIG)
-    assert hub.repos['alice/net'].private and len(hub.commits('alice/net')) == 1
 
 
 def test_what_the_hub_says_is_repeated_without_the_token(hub, folder, capfd):
@@ -245,8 +227,6 @@ def test_a_background_push_that_fails_is_a_warning_and_one_at_work_is_left_alone
     background.close()
     assert 'The best checkpoint was not pushed, training goes on: no such thing' in caplog.text
 
-
-# The whole story, on one tiny run.
 
 TINY = [
     '--model', 'test_resnet', '--img-size', '32', '--device', 'cpu', '--workers', '0', '-b', '64', '--opt', 'adamw',
