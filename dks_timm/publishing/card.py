@@ -92,7 +92,6 @@ def describe_run(args, run_dir, epoch, metric, license=None, baseline_dir=None):
     epochs = read_summary(Path(run_dir, 'summary.csv'))
     # A row with another metric is of other weights, or of another run.
     found = [row for row in epochs if row['epoch'] == epoch and row.get(f'eval_{args["eval_metric"]}', -1) == metric]
-    dataset = dataset_name(args)
     training = {**run_settings(args), 'seed': args['seed'], 'epoch of these weights (from 0)': epoch}
     if args.get('train_seconds'):
         seconds = timedelta(seconds=round(args['train_seconds']))
@@ -100,7 +99,7 @@ def describe_run(args, run_dir, epoch, metric, license=None, baseline_dir=None):
     training.update({key: args[key] for key in ('hardware', 'software', 'commit') if args.get(key)})
     if len(epochs) > 1 and found == [best_epoch(epochs, args['eval_metric'])]:
         training['chosen among the epochs by'] = f'{args["eval_metric"]} on the split {args["val_split"]}'
-    started_from = args.get('started_from')
+    dataset, started_from = dataset_name(args), args.get('started_from')
     card = dict(
         training=training,
         command=args.get('command'),

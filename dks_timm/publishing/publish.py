@@ -117,18 +117,17 @@ def publish(args: argparse.Namespace, trainer: Any) -> None:
     """Export the best weights of a finished run, and push them if asked; say how to load them, or what is left to do.
 
     Raises:
-        SystemExit: With code 3 if the model was not kept, or the Hub did not take it. The checkpoints stay, and so
-            does the exported folder if the push failed.
+        SystemExit: With code 3 if the model was not kept, or the Hub did not take it. What is there by then stays.
     """
     run_dir = trainer.output_dir
-    best, out_dir = os.path.join(run_dir, 'model_best.pth.tar'), args.export_dir or os.path.join(run_dir, 'export')
+    out_dir = args.export_dir or os.path.join(run_dir, 'export')
     without_ema = {os.path.join(run_dir, f'checkpoint-{epoch}.pth.tar'): metrics['top1']
                    for epoch, metrics in trainer.without_ema.items()}
     doing = f'--export-dir {out_dir}'
     left = f'The checkpoints are in {run_dir}. To export the best one:\n    {_export_line(args, run_dir, out_dir)}'
     try:
         export_checkpoint(
-            best,
+            os.path.join(run_dir, 'model_best.pth.tar'),
             out_dir,
             use_ema=not args.model_ema_force_cpu,
             keep_branches=args.keep_branches,

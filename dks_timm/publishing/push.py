@@ -90,10 +90,10 @@ def _pushed_card(text, repo_id, revision):
     source, pipeline = f'hf-hub:{repo_id}', f"model='{repo_id}'"
     if revision != 'main':
         source, pipeline = f'{source}@{revision}', f"{pipeline}, revision='{revision}'"
-    if not found:
-        return text
-    text = text.replace(f"model='{found[2]}'", pipeline)
-    return re.sub(rf"{re.escape(found[1])}(?='| --pretrained)", source, text)
+    if found:
+        text = text.replace(f"model='{found[2]}'", pipeline)
+        text = re.sub(rf"{re.escape(found[1])}(?='| --pretrained)", source, text)
+    return text
 
 
 def _ask_hub(timeout, repo_id, revision, **request):

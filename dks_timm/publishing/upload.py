@@ -31,7 +31,10 @@ def push(api, repo_id, config, private, branch, tag, overwrite, folder=None, mes
         raise Refused(f'it has a tag {tag} already; choose another name')
     if branch in branches and not overwrite and api.file_exists(repo_id, 'config.json', revision=branch):
         theirs = json.loads(Path(api.hf_hub_download(repo_id, 'config.json', revision=branch)).read_text())
-        differ = [key for key in ('architecture', 'num_classes', 'label_names') if theirs.get(key) != config.get(key)]
+        keys = ['architecture', 'num_classes']
+        if config.get('label_names') and theirs.get('label_names'):
+            keys.append('label_names')
+        differ = [key for key in keys if theirs.get(key) != config[key]]
         if differ:
             raise Refused(f'it holds another model (other {", ".join(differ)}); choose another name, or --overwrite')
     if folder is None:
