@@ -79,7 +79,7 @@ def create_run(args, given, args_text, argv):
                 export.check_export_dir(args.export_dir, args.overwrite)
         label_names = data.label_names(dataset_train)
         if accelerator.is_main_process:
-            publish.check_publishing(args, args_text, model, label_names)
+            publish.check_publishing(args, model, label_names)
         trainer.open_output(args_text, data_config['input_size'], resume)
         facts.update(
             lr=lr, num_classes=model.num_classes, device=str(accelerator.device), world_size=accelerator.num_processes)
@@ -102,7 +102,8 @@ def main(argv=None):
     from dks_timm.publishing import publish
     from dks_timm.training import stopping
 
-    pushing = publish.push_every_best(args, trainer.output_dir)
+    push_best = args.push_every_best and trainer.accelerator.is_main_process
+    pushing = publish.BackgroundPush(args, trainer.output_dir) if push_best else None
     with stopping.exit_on_fault(trainer.accelerator), trainer.running():
         for epoch in trainer.epochs():
             for update in trainer.updates(epoch):

@@ -112,7 +112,6 @@ def _export(args: argparse.Namespace):
         keep_branches=args.keep_branches,
         license=args.card_license,
         baseline_dir=args.card_baseline,
-        repo_id=args.push_to_hub,
         overwrite=args.overwrite,
     )
     print(f"Exported and checked, bit for bit: timm.create_model('local-dir:{out_dir}', pretrained=True)")

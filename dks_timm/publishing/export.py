@@ -3,63 +3,59 @@ import argparse
 import json
 import logging
 import os
+import shutil
+import subprocess
+import sys
 import tempfile
+from copy import deepcopy
+from itertools import chain
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Mapping, Optional, Sequence, Union
 
+import torch
 import torch.nn as nn
 from huggingface_hub import EvalResult
-from timm.data import resolve_data_config
-from timm.data.loader import adapt_to_chs
-from timm.models import get_model_input_config, load_checkpoint, save_for_hf
+from safetensors.torch import load_file, save_file
+from timm.data import resolve_input_data_config
+from timm.models import load_checkpoint
+from timm.models._hub import save_config_for_hf  # private: timm models._hub.save_config_for_hf
 from timm.utils import load_checkpoint_metadata, unwrap_model
 
-from ..errors import UNREADABLE, InputError, naming
+from ..errors import UNREADABLE, ExportError, InputError, naming
 from ..method.branch_files import load_checkpoint_branches, plain_tensors, save_branches
-from ..method.model import DKSModel, prune
+from ..method.model import DKSModel, create_dks_model, prune
+from ..models import ARCHITECTURES
 from ..training.build import check_model_name, create_model
 from ..training.checkpoint import holds_weights
 from ..training.config import check_types, create_parser
-from .card import FACTS, METADATA, describe_run, write_card
+from .card import describe_run, write_card
 from .push import FILES
-from .verify import verify
-
-__all__ = ['check_export_dir', 'export', 'export_checkpoint']
-
-PathLike = Union[str, os.PathLike]
 
 _logger = logging.getLogger(__name__)
 
+_LOAD_BACK = Path(__file__).with_name('load_back.py')
 # What timm's pretrained_cfg says about the weights that timm publishes under an architecture's name.
 _SOURCE_FACTS = ('description', 'license', 'notes', 'origin_url', 'paper_ids', 'paper_name', 'tag')
 
 
-def check_export_dir(out_dir: PathLike, overwrite: bool = False) -> Path:
-    """Check that a model may be written to a folder, without writing anything, and return the folder.
-
-    Args:
-        out_dir: Folder to export to; it need not exist.
-        overwrite: Accept that a model is already there, which an export would replace.
+def check_export_dir(out_dir: Union[str, Path], overwrite: bool = False) -> None:
+    """Check that a model may be written to a folder, without writing anything.
 
     Raises:
-        ValueError: If it is no folder, cannot be written to, or holds a model or a README.md already.
+        ValueError: If it is no folder, cannot be written to, or holds a model already and ``overwrite`` is not set.
     """
     out_dir = Path(out_dir)
     existing = next(p for p in (out_dir, *out_dir.absolute().parents) if p.exists())
-    if not existing.is_dir():
-        raise InputError(f'out_dir is {str(out_dir)!r}, but {str(existing)!r} is a file; choose another folder')
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f'out_dir is {str(out_dir)!r}, which is not writable; choose another folder')
-    if out_dir.is_dir() and not overwrite:
-        found = [p.name for p in sorted(out_dir.iterdir()) if p.name in FILES or p.suffix in ('.safetensors', '.bin')]
-        if found:
-            raise InputError(
-                f'out_dir {str(out_dir)!r} already holds {", ".join(found)}; choose another folder or set overwrite')
-    return out_dir
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f'out_dir {str(out_dir)!r}: {str(existing)!r} is a file, or not writable; choose another one')
+    found = [name for name in FILES if (out_dir / name).exists()]
+    if found and not overwrite:
+        raise InputError(
+            f'out_dir {str(out_dir)!r} already holds {", ".join(found)}; choose another folder or set overwrite')
 
 
 def export(
-        out_dir: PathLike,
+        out_dir: Union[str, Path],
         net_or_model: nn.Module,
         *,
         card: Optional[Mapping[str, Any]] = None,
@@ -80,17 +76,16 @@ def export(
     Args:
         out_dir: Folder to write to, created if need be.
         net_or_model: A DKSModel, or a timm model; may be wrapped (DDP, ``torch.compile``, EMA).
-        card: What to say in the card. Metadata: ``base_model``, ``base_model_relation``, ``datasets``, ``language``,
-            ``license``, ``license_link``, ``license_name``, ``tags``. Facts: ``dks`` (whether it was trained with DKS)
-            and ``branches`` (a table of the branches), both known of a DKSModel, ``command``, ``training`` (a mapping
-            of settings and measurements), ``started_from`` (published weights), ``summary`` (the epochs, from
+        card: What to say in the card. Facts: ``dks`` (whether it was trained with DKS) and ``branches`` (a table of the
+            branches), both known of a DKSModel, ``command``, ``training`` (a mapping of settings and measurements),
+            ``started_from`` (published weights), ``summary`` (the epochs, from
             :func:`dks_timm.runs.folder.read_summary`), ``baseline`` (from
-            :func:`dks_timm.publishing.card.baseline`), ``model_name``
-            (default: the name of the repository, without one architecture and data), ``repo_id`` on the Hub.
+            :func:`dks_timm.publishing.card.baseline`), ``model_name`` (default: architecture and data), ``repo_id`` on
+            the Hub. All else is metadata for ``huggingface_hub.ModelCardData``: ``license``, ``datasets``, ...
         model_args: Arguments of ``timm.create_model`` that the model was made with. timm records them itself; they are
             only needed for a model that was not made by ``create_model``.
-        data_config: The run's preprocessing, as ``timm.data.resolve_data_config`` gives it (``input_size``, ``mean``,
-            ``std``, ``crop_pct``, ``crop_mode``, ``interpolation``); default: the model's ``pretrained_cfg``.
+        data_config: The run's preprocessing, as ``timm.data.resolve_model_data_config`` gives it (``input_size``,
+            ``mean``, ``std``, ``crop_pct``, ``crop_mode``, ``interpolation``); default: the model's ``pretrained_cfg``.
         label_names: Class names in the order of the classifier's outputs.
         results: What was measured with these weights, for the card; see :func:`dks_timm.publishing.card.eval_results`.
         keep_branches: Write a DKSModel's branches beside the backbone, ``branches.safetensors`` and
@@ -105,13 +100,10 @@ def export(
         ValueError: If the folder holds a model already, or an argument does not fit.
         RuntimeError: If the loaded model is not the exported one. Nothing is written or replaced then.
     """
-    out_dir = check_export_dir(out_dir, overwrite)
+    out_dir = Path(out_dir)
+    check_export_dir(out_dir, overwrite)
     net, model = unwrap_model(net_or_model), prune(net_or_model)
     card = dict(card or {})
-    unknown = sorted(set(card) - {*METADATA, *FACTS})
-    if unknown:
-        accepted = ', '.join(sorted((*METADATA, *FACTS)))
-        raise InputError(f'card has {", ".join(map(str, unknown))}; it takes {accepted}')
     if label_names is not None and len(label_names) > model.num_classes:
         raise InputError(f'label_names has {len(label_names)} names; the model has {model.num_classes} classes')
     if isinstance(net, DKSModel):
@@ -119,104 +111,103 @@ def export(
     elif keep_branches:
         raise InputError(f'keep_branches needs a network with branches, not a {type(net).__name__}')
 
-    created = not out_dir.exists()
-    with naming(f'out_dir {str(out_dir)!r}', OSError):
+    with tempfile.TemporaryDirectory(prefix='dks-timm-') as work_dir:
+        work_dir = Path(work_dir)
+        _save(model, work_dir, model_args, data_config, label_names, card.get('license'))
+        if keep_branches:
+            save_branches(net, work_dir)
+        verify(net if keep_branches else model, work_dir)
+        write_card(model, work_dir, card, results, out_dir.resolve().name)
         out_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        # Inside the folder, because that is the file system where the files have to end up.
-        with tempfile.TemporaryDirectory(prefix='.export-', dir=out_dir) as work_dir:
-            model_dir = Path(work_dir, 'model')
-            _save(model, model_dir, model_args, data_config, label_names, card.get('license'))
-            if keep_branches:
-                save_branches(net, model_dir)
-            verify(net if keep_branches else model, model_dir)
-            write_card(model, model_dir, card, results, out_dir.resolve().name, has_branches=keep_branches)
-            mode = (model_dir / 'config.json').stat().st_mode
-            (out_dir / 'config.json').unlink(missing_ok=True)
-            for name in FILES:
-                if (model_dir / name).exists():
-                    (model_dir / name).chmod(mode)  # safetensors makes its files private
-                    os.replace(model_dir / name, out_dir / name)
-                else:
-                    (out_dir / name).unlink(missing_ok=True)
-    finally:
-        if created and not any(out_dir.iterdir()):
-            out_dir.rmdir()
+        for name in reversed(FILES):  # config.json first, without which there is no model to load
+            (out_dir / name).unlink(missing_ok=True)
+        for name in FILES:
+            if (work_dir / name).exists():
+                shutil.copyfile(work_dir / name, out_dir / name)
     return out_dir
 
 
+def _save(model, folder, model_args, data_config, label_names, license):
+    """Write ``model.safetensors`` and ``config.json``, with nothing in it about the weights that timm publishes."""
+    save_file(plain_tensors(model.state_dict()), folder / 'model.safetensors')
+    config_file = folder / 'config.json'
+    save_config_for_hf(
+        model,
+        config_file,
+        model_config=dict(label_names=list(label_names or ())),
+        model_args=dict(model_args or {}),
+        data_config=data_config,
+    )
+    config = json.loads(config_file.read_text())
+    for fact in _SOURCE_FACTS:
+        config['pretrained_cfg'].pop(fact, None)
+    if license:
+        config['pretrained_cfg']['license'] = license
+    # transformers gives create_model the number of classes, and would do so twice. timm reads it from the level above.
+    config.get('model_args', {}).pop('num_classes', None)
+    config_file.write_text(json.dumps(config, indent=2))
+
+
+def verify(net_or_model: nn.Module, folder: Path) -> None:
+    """Check that timm loads a folder with the logits of the network that was written to it, for one random input.
+
+    The logits are compared on the CPU in float32; of a DKSModel, whose branches were written, too, those of all heads.
+
+    Raises:
+        ExportError: If it cannot be loaded, or gives other logits.
+    """
+    config = json.loads((folder / 'config.json').read_text())
+    input_size, logits_file = config['pretrained_cfg']['input_size'], folder / 'logits'
+    settings = [json.dumps(input_size), str(torch.get_num_threads()), torch.get_float32_matmul_precision()]
+    if config['architecture'] in ARCHITECTURES:
+        settings.append(str(_LOAD_BACK.parents[2]))
+    command = [sys.executable, _LOAD_BACK, folder, logits_file, *settings]
+    loader = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if loader.returncode:
+        reason = loader.stderr.strip().rpartition('\n')[-1]
+        raise ExportError(f'The exported model was not kept, because timm cannot load it: {reason}')
+    x = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
+    expected, *of_branches = _logits(net_or_model, x)
+    found = load_file(logits_file)['logits']
+    if not torch.equal(found, expected):
+        raise ExportError(
+            'The exported model was not kept, because timm loads it with other logits; if it was changed after it was '
+            'made, give the arguments that timm.create_model makes it with as model_args')
+    if of_branches:
+        with torch.random.fork_rng(devices=[]):
+            _, *loaded = _logits(create_dks_model(f'local-dir:{folder}', pretrained=True), x)
+        if not all(torch.equal(a, b) for a, b in zip(loaded, of_branches, strict=True)):
+            raise ExportError('The exported model was not kept, because its branches load with other logits')
+
+
+def _logits(model, x):
+    """Return the logits (B, num_classes) of every classifier of a copy of the model, on the CPU and in float32."""
+    copy = deepcopy(model).to('cpu', torch.float32).eval()
+    for tensor in chain(copy.parameters(), copy.buffers()):
+        tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)  # channels_last sums in another order
+    for module in copy.modules():
+        if hasattr(module, 'init_non_persistent_buffers'):
+            module.init_non_persistent_buffers()  # tables that no file has: the cast must not leave them rounded
+    with torch.inference_mode(), torch.autocast('cpu', enabled=False):
+        return copy.exits(x) if isinstance(copy, DKSModel) else [copy(x)]
+
+
 def export_checkpoint(
-        checkpoint: PathLike,
-        out_dir: PathLike,
-        use_ema: bool = True,
-        *,
-        keep_branches: bool = False,
-        license: Optional[str] = None,
-        baseline_dir: Optional[PathLike] = None,
-        repo_id: Optional[str] = None,
-        overwrite: bool = False,
-        top1_without_ema: Optional[Mapping[str, float]] = None,
-) -> Path:
+        checkpoint, out_dir, use_ema=True, keep_branches=False, license=None, baseline_dir=None, overwrite=False,
+        top1_without_ema=None):
     """Export a training checkpoint, with the arguments of its run and what its folder says about it.
 
     Args:
         checkpoint: A checkpoint that ``train.py`` (or timm's) has written. It is never unpickled beyond plain data.
-        out_dir: Folder to write to, see :func:`export`.
         use_ema: Take the averaged weights where the checkpoint has them.
-        keep_branches: See :func:`export`.
-        license: License of the weights, for the card.
         baseline_dir: Folder of another run to show beside this one in the card.
-        repo_id: Repository on the Hub that the card is for.
-        overwrite: Replace a model that is already in the folder.
-        top1_without_ema: Accuracy (%) of the weights themselves in this and other checkpoints of the run, by path. If
-            not given, that of this checkpoint counts.
-
-    Returns:
-        The folder.
+        top1_without_ema: Accuracy (%) of the weights themselves in other checkpoints of the run, by path.
 
     Raises:
         ValueError: If the checkpoint is not one of a run, or an argument does not fit.
     """
     check_export_dir(out_dir, overwrite)
-    state, args = _read_checkpoint(checkpoint, use_ema)
-    net = create_model(argparse.Namespace(**{
-        **args, 'pretrained': False, 'pretrained_path': None, 'initial_checkpoint': ''}))
-    with naming(f'checkpoint {str(checkpoint)!r}', RuntimeError):  # what torch raises for weights of another model
-        # Without the statistics that split BatchNorm keeps for training only.
-        load_checkpoint(prune(net), str(checkpoint), use_ema=use_ema, filter_fn=lambda state, _: plain_tensors(state))
-        if keep_branches and isinstance(net, DKSModel):
-            load_checkpoint_branches(net, str(checkpoint), use_ema)
-    # The run evaluated its average where it had one at hand; a recovery checkpoint lies between two evaluations.
-    evaluated_ema = args['model_ema'] and not args['model_ema_force_cpu']
-    is_ema = use_ema and 'state_dict_ema' in state
-    if 'state_dict_ema' in state:
-        top1 = args.get('top1_by_ema') or {}
-        others = (is_ema and top1_without_ema) or {checkpoint: top1.get(not is_ema)}
-        _note_weights(is_ema, top1.get(is_ema), others)
-    described = describe_run(
-        args,
-        Path(checkpoint).parent,
-        state.get('epoch'),
-        metric=state.get('metric') if is_ema == evaluated_ema else None,
-        license=license,
-        baseline_dir=baseline_dir,
-    )
-    described['card']['repo_id'] = repo_id
-    return export(
-        out_dir,
-        net,
-        data_config=resolve_data_config(args, model=net),
-        keep_branches=keep_branches,
-        overwrite=overwrite,
-        **described,
-    )
-
-
-def _read_checkpoint(checkpoint: PathLike, use_ema: bool) -> Tuple[Dict[str, Any], Dict[str, Any]]:
-    """Return a checkpoint's content and the arguments of its run, both checked; see :func:`export_checkpoint`."""
     subject = f'checkpoint {str(checkpoint)!r}'
-    if not Path(checkpoint).is_file():
-        raise InputError(f'checkpoint is {str(checkpoint)!r}, but there is no such file')
     with naming(f'{subject} cannot be read', *UNREADABLE):
         state = load_checkpoint_metadata(str(checkpoint))
     if not isinstance(state, dict) or not isinstance(state.get('args'), argparse.Namespace):
@@ -225,63 +216,40 @@ def _read_checkpoint(checkpoint: PathLike, use_ema: bool) -> Tuple[Dict[str, Any
     check_model_name(args['model'], f'{subject}: model')
     if not holds_weights(state, ema=use_ema):
         raise InputError(f'{subject} holds no weights by name; give one of a run')
-    return state, args
+    net = create_model(argparse.Namespace(**{
+        **args, 'pretrained': False, 'pretrained_path': None, 'initial_checkpoint': ''}))
+    with naming(subject, RuntimeError):  # what torch raises for weights of another model
+        # Without the statistics that split BatchNorm keeps for training only.
+        load_checkpoint(prune(net), str(checkpoint), use_ema=use_ema, filter_fn=lambda state, _: plain_tensors(state))
+        if keep_branches and isinstance(net, DKSModel):
+            load_checkpoint_branches(net, str(checkpoint), use_ema)
+    is_ema = use_ema and 'state_dict_ema' in state
+    if 'state_dict_ema' in state:
+        top1 = args.get('top1_by_ema') or {}
+        _note_weights(is_ema, top1.get(is_ema), is_ema and top1_without_ema or {checkpoint: top1.get(not is_ema)})
+    # The run evaluated its average where it had one at hand; a recovery checkpoint lies between two evaluations.
+    evaluated_ema = args['model_ema'] and not args['model_ema_force_cpu']
+    metric = state.get('metric') if is_ema == evaluated_ema else None
+    return export(
+        out_dir,
+        net,
+        data_config=resolve_input_data_config(prune(net), args),
+        keep_branches=keep_branches,
+        overwrite=overwrite,
+        **describe_run(args, Path(checkpoint).parent, state.get('epoch'), metric, license, baseline_dir),
+    )
 
 
-def _note_weights(is_ema: bool, top1: Optional[float], others: Mapping[str, Optional[float]]) -> None:
-    """Log which weights of a run with an average are exported, with a warning if the others are better.
+def _note_weights(is_ema, top1, others):
+    """Log which weights of a run with an average are exported, with a warning if the others are better by a point.
 
-    Args:
-        is_ema: The average is exported.
-        top1: Accuracy (%) of what is exported, None if that is not known.
-        others: Accuracy of what is not, by the path of its checkpoint.
+    ``top1`` is their accuracy (%) and ``others`` that of the other kind by the path of its checkpoint, where known.
     """
     text = 'the average of the weights (--model-ema)' if is_ema else 'the weights themselves, not their average'
-    path, other = max(others.items(), key=lambda item: item[1] or 0.)
-    if top1 is None or other is None:
-        _logger.info(f'Exported are {text}.')
-        return
-    text = f'Exported are {text}, with {top1:.2f} % top-1; the other has {other:.2f} %'
-    if other > top1 + 1:
-        _logger.warning(f'{text}: dks-timm export {path} DIR{" --no-ema" * is_ema}')
-    else:
-        _logger.info(f'{text}.')
-
-
-def _make_plain(model: nn.Module, state_dict: Dict[str, Any], prefix: str, metadata: Dict[str, Any]):
-    """Replace the tensors of a state dict by what safetensors takes; a hook of ``state_dict()``."""
-    tensors = plain_tensors(state_dict)
-    state_dict.clear()
-    state_dict.update(tensors)
-
-
-def _save(model, model_dir, model_args, data_config, label_names, license):
-    """Write ``model.safetensors`` and ``config.json``, with nothing in it about the weights that timm publishes."""
-    pretrained_cfg = {k: None for k in _SOURCE_FACTS if model.pretrained_cfg.get(k)}
-    if license:
-        pretrained_cfg['license'] = license
-    if data_config is not None:
-        data_config = dict(data_config)
-        # timm's resolve_data_config keeps three channels for a model of one; its loaders adapt mean and std.
-        channels = get_model_input_config(model)['input_size'][0]
-        if 'input_size' in data_config:
-            data_config['input_size'] = (channels, *data_config['input_size'][1:])
-        for key in {'mean', 'std'} & set(data_config):
-            data_config[key] = tuple(adapt_to_chs(data_config[key], channels))
-    hook = model.register_state_dict_post_hook(_make_plain)
-    try:
-        save_for_hf(
-            model,
-            model_dir,
-            model_config=dict(pretrained_cfg=pretrained_cfg, label_names=list(label_names or ())),
-            model_args=dict(model_args or {}),
-            safe_serialization=True,
-            data_config=data_config,
-        )
-    finally:
-        hook.remove()
-    # transformers gives create_model the number of classes, and would do so twice. timm reads it from the level above.
-    config_file = model_dir / 'config.json'
-    config = json.loads(config_file.read_text())
-    config.get('model_args', {}).pop('num_classes', None)
-    config_file.write_text(json.dumps(config, indent=2))
+    path, other = max(others.items(), key=lambda item: item[1] or 0)
+    if top1 is not None and other is not None:
+        text += f', with {top1:.2f} % top-1; the other has {other:.2f} %'
+        if other > top1 + 1:
+            _logger.warning(f'Exported are {text}: dks-timm export {path} DIR{" --no-ema" * is_ema}')
+            return
+    _logger.info(f'Exported are {text}.')

@@ -5,34 +5,21 @@ without Xet, keeps everything in memory, writes down who asked for what, and fai
 
     with HubServer() as hub:                       # hub.url; a user 'alice', whose token is hub.token
         use(hub, monkeypatch, tmp_path)            # the client of this process and of those it starts; HF_HOME
-        subprocess.run(command, env=hub.env(tmp_path))                  # the same for one process
-        bob = hub.add_user('bob', role='read')     # another token
         hub.create('alice/net', {'config.json': b'{}'}, private=True)   # without the client
-
-        hub.files('alice/net')                     # {path: bytes} on main; hub.files('alice/net', 'v1') of a revision
-        hub.commits('alice/net')                   # newest first: .id, .parent, .title, .files
-        hub.repos['alice/net']                     # .private, .branches, .tags (name -> commit id)
-        hub.requests_to('commit')                  # Requests: .method, .path, .token, .body, .status
-
-Routes have names, for ``requests_to`` and for faults; '*' is all of them: create, validate-yaml, preupload, lfs-batch,
-lfs-upload, lfs-verify, commit, info, tree, refs, branch, tag, resolve (HEAD and GET of a file). A new
-repository has, as on the Hub, one commit with a ``.gitattributes``.
-
-Faults hit the next requests to a route, until ``hub.recover()``::
-
-    hub.fail('commit', 500)                        # an error answer; the request has no effect
-    hub.slow('info', 30)                           # seconds before the answer; ends early when the server stops
-    hub.stop(), hub.start()                        # connections are refused in between; the port stays
+        hub.files('alice/net', 'v1')               # {path: bytes} of a revision
+        hub.commits('alice/net')                   # newest first: .id, .title, .files
+        hub.requests_to('commit')                  # by the names of routes below; '*' is all of them for faults
+        hub.fail('commit', 500)                    # the next requests to a route have no effect, until hub.recover()
+        hub.slow('info', 30)                       # seconds before the answer; ends early when the server stops
 """
 import base64
 import hashlib
 import json
 import os
 import re
-import socket
 import threading
+from collections import namedtuple
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Dict, List, Optional
@@ -40,8 +27,7 @@ from urllib.parse import unquote, urlsplit
 
 from huggingface_hub import constants
 
-LFS_PATTERNS = ('*.bin', '*.ckpt', '*.pt', '*.pth', '*.safetensors')
-GITATTRIBUTES = ''.join(f'{p} filter=lfs diff=lfs merge=lfs -text\n' for p in LFS_PATTERNS).encode()
+LFS = ('.bin', '.safetensors')  # endings of the files that the Hub keeps in LFS
 
 
 @dataclass
@@ -112,20 +98,14 @@ class Repo:
         return commit
 
 
-@dataclass
-class User:
-    name: str
-    role: str  # of the token: 'write' or 'read'
+User = namedtuple('User', 'name role')  # the role of a token: 'write' or 'read'
 
 
 @dataclass
 class Request:
     route: Optional[str]
-    method: str
-    path: str  # percent-decoded, without the query
     token: Optional[str]
     body: bytes
-    status: Optional[int] = None  # of the answer
 
     @property
     def json(self) -> Any:
@@ -154,38 +134,24 @@ class HubServer:
         self.errors: Dict[str, HubError] = {}  # by route
         self.waits: Dict[str, float] = {}
         self.token = self.add_user('alice')
-        self.port = 0
         self.lock = threading.RLock()
+        self.stopped = threading.Event()
+        self._httpd = ThreadingHTTPServer(('127.0.0.1', 0), _Handler)
+        self._httpd.hub = self
+        self._httpd.handle_error = lambda *_: None  # the client hung up
+        self.url = f'http://127.0.0.1:{self._httpd.server_port}'
 
-    def __enter__(self) -> 'HubServer':
-        self.start()
+    def __enter__(self):
+        threading.Thread(target=self._httpd.serve_forever, args=(.02,), daemon=True).start()
         return self
 
     def __exit__(self, *exc) -> None:
         self.stop()
 
-    @property
-    def url(self) -> str:
-        return f'http://127.0.0.1:{self.port}'
-
-    def start(self) -> None:
-        self.stopped = threading.Event()
-        self.connections = set()
-        self._httpd = ThreadingHTTPServer(('127.0.0.1', self.port), _Handler)
-        self._httpd.hub = self
-        self.port = self._httpd.server_port
-        threading.Thread(target=self._httpd.serve_forever, args=(.02,), daemon=True).start()
-
     def stop(self) -> None:
-        if not self.stopped.is_set():
-            self.stopped.set()
-            self._httpd.shutdown()
-            self._httpd.server_close()
-            for connection in list(self.connections):
-                try:
-                    connection.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass  # the client was first
+        self.stopped.set()
+        self._httpd.shutdown()
+        self._httpd.server_close()
 
     def env(self, home: Any) -> Dict[str, str]:
         """Environment of a process whose client talks to this server and keeps its cache in the folder ``home``."""
@@ -203,9 +169,9 @@ class HubServer:
     def create(self, repo_id: str, files: Optional[Dict[str, bytes]] = None, private: bool = False) -> Repo:
         """Create a repository; ``files`` are its second commit."""
         self.repos[repo_id] = repo = Repo(repo_id, private)
-        start = repo.commit('main', {'.gitattributes': File(GITATTRIBUTES)}, 'initial commit')
+        start = repo.commit('main', {'.gitattributes': File(b'')}, 'initial commit')
         if files:
-            new = {path: File(content, _is_lfs(path, content)) for path, content in files.items()}
+            new = {path: File(content, path.endswith(LFS)) for path, content in files.items()}
             repo.lfs.update((f.oid, f.content) for f in new.values() if f.lfs)
             repo.commit('main', {**start.files, **new}, 'Add files')
         return repo
@@ -213,8 +179,8 @@ class HubServer:
     def files(self, repo_id: str, rev: str = 'main') -> Dict[str, bytes]:
         return {path: f.content for path, f in sorted(self.repos[repo_id].at(rev).files.items())}
 
-    def commits(self, repo_id: str, rev: str = 'main') -> List[Commit]:
-        commits = [self.repos[repo_id].at(rev)]
+    def commits(self, repo_id: str) -> List[Commit]:
+        commits = [self.repos[repo_id].at('main')]
         while commits[-1].parent is not None:
             commits.append(self.repos[repo_id].at(commits[-1].parent))
         return commits
@@ -244,7 +210,7 @@ class HubServer:
                 if request.token is not None and request.token not in self.users:
                     raise HubError(401)
                 if function is None:
-                    raise HubError(501, f'{request.method} {request.path} is unknown to this server')
+                    raise HubError(501, 'This is unknown to this server')
                 if needs:
                     args['repo'] = self._repo(args['repo'], self.users.get(request.token), needs)
                 result = function(self, request, **args)
@@ -290,8 +256,8 @@ class HubServer:
         answers = []
         for item in request.json['files']:
             path = item['path']
-            lfs = _is_lfs(path, base64.b64decode(item['sample']))
-            answer = {'path': path, 'uploadMode': 'lfs' if lfs else 'regular', 'shouldIgnore': False}
+            mode = 'lfs' if path.endswith(LFS) else 'regular'
+            answer = {'path': path, 'uploadMode': mode, 'shouldIgnore': False}
             answers.append({**answer, 'oid': existing[path].oid} if path in existing else answer)
         return {'files': answers, 'commitOid': repo.at(rev).id}
 
@@ -302,7 +268,7 @@ class HubServer:
             item = {'oid': item['oid'], 'size': item['size']}
             if item['oid'] not in repo.lfs:
                 upload = {'href': f'{self.url}/lfs-storage/{repo.id}/{item["oid"]}?signature=test', 'header': {}}
-                item['actions'] = {'upload': upload, 'verify': {'href': f'{self.url}/{repo.id}.git/info/lfs/verify'}}
+                item['actions'] = {'upload': upload}
             objects.append(item)
         return {'transfer': 'basic', 'objects': objects}
 
@@ -312,12 +278,6 @@ class HubServer:
             raise HubError(400, 'The content does not match its sha256')
         self.repos[repo_id].lfs[oid] = request.body
         return Answer()
-
-    @_route('lfs-verify', 'POST', r'/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/verify', 'write')
-    def _lfs_verify(self, request, repo):
-        if len(repo.lfs.get(request.json['oid'], b'')) != request.json['size']:
-            raise HubError(404, 'The object was not uploaded', code='EntryNotFound')
-        return {}
 
     @_route('commit', 'POST', _MODEL + '/commit/(?P<rev>[^/]+)', 'write')
     def _commit(self, request, repo, rev):
@@ -338,9 +298,7 @@ class HubServer:
 
     @_route('info', 'GET', _MODEL + '(/revision/(?P<rev>[^/]+))?', 'read')
     def _info(self, request, repo, rev):
-        commit = repo.at(rev or 'main')
-        siblings = [{'rfilename': path} for path in sorted(commit.files)]
-        return {'id': repo.id, 'sha': commit.id, 'private': repo.private, 'tags': [], 'siblings': siblings}
+        return {'id': repo.id, 'sha': repo.at(rev or 'main').id, 'private': repo.private, 'tags': []}
 
     @_route('tree', 'GET', _MODEL + '/tree/(?P<rev>[^/]+)', 'read')
     def _tree(self, request, repo, rev):
@@ -373,11 +331,6 @@ class HubServer:
         return Answer(200, file.content, {'X-Repo-Commit': commit.id, 'ETag': f'"{file.oid}"'})
 
 
-def _is_lfs(path: str, content: bytes) -> bool:
-    """True if the Hub would keep a file in LFS, as it tells from its name and its beginning."""
-    return any(fnmatch(path, pattern) for pattern in LFS_PATTERNS) or b'\0' in content[:512]
-
-
 def _check_write(user: User, owner: str) -> None:
     if user.name != owner:
         raise HubError(403, f'You don\'t have the rights to write under the namespace "{owner}"')
@@ -399,20 +352,6 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def setup(self):
-        super().setup()
-        self.server.hub.connections.add(self.connection)
-
-    def finish(self):
-        self.server.hub.connections.discard(self.connection)
-        super().finish()
-
-    def handle(self):
-        try:
-            super().handle()
-        except OSError:
-            pass  # the client hung up
-
     def handle_request(self):
         url = urlsplit(self.path)
         method = 'GET' if self.command == 'HEAD' else self.command
@@ -424,9 +363,8 @@ class _Handler(BaseHTTPRequestHandler):
                 args = {k: v and unquote(v) for k, v in match.groupdict().items()}
                 break
         token = self.headers.get('Authorization', '').removeprefix('Bearer ') or None
-        request = Request(name, self.command, unquote(url.path), token, self.read_body())
+        request = Request(name, token, self.read_body())
         answer = self.server.hub.answer(request, function, needs, args)
-        request.status = answer.status
         self.send_response(answer.status)
         for key, value in answer.headers.items():
             self.send_header(key, value)

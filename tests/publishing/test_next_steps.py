@@ -14,7 +14,6 @@ from dks_timm.training import config
         'report a/run', 'export a/run/model_best.pth.tar a/run/export --no-ema --keep-branches',
         'push a/run/export OWNER/NAME --no-hub-private']),
     (['--export-dir', 'out/my net'], ['report a/run', "push 'out/my net' OWNER/NAME"]),
-    (['--export-dir', 'out/net', '--push-to-hub', 'me/net'], ['report a/run']),
     (['--push-to-hub', 'me/net'], ['report a/run']),
 ])
 def test_the_next_commands_are_those_that_flags_have_not_done(flags, commands, monkeypatch):
