@@ -23,7 +23,8 @@ from timm.utils import load_checkpoint_metadata, unwrap_model
 
 from ..errors import UNREADABLE, ExportError, InputError, naming
 from ..method.branch_files import load_checkpoint_branches, plain_tensors, save_branches
-from ..method.model import DKSModel, create_dks_model, prune
+from ..method.create import create_dks_model
+from ..method.model import DKSModel, prune
 from ..models import ARCHITECTURES
 from ..training.build import check_model_name, create_model
 from ..training.checkpoint import holds_weights
