@@ -162,7 +162,7 @@ def create_loaders(args, train, val, data_config, model, accelerator):
         create = _create_device_loaders
     if args.aa:
         of_training = partial(create_transform, data_config['input_size'], is_training=True)
-        with naming(f'--aa {args.aa}', Exception, without=of_training):
+        with naming(f'--aa {args.aa}', AssertionError, ValueError):
             of_training(auto_augment=args.aa)
     patch_size = model.get_patch_size() if hasattr(model, 'get_patch_size') else (16, 16)
     loader_train, loader_eval, mixup_fn = create(
