@@ -61,16 +61,8 @@ def _inspect(args: argparse.Namespace):
         backbone_without_weights(args.model, **of_timm, **args.model_kwargs)
     with naming(subject):
         found = inspect_model(
-            args.model,
-            stages=args.dks_stages,
-            branches=args.dks_branches,
-            branch_kwargs=args.dks_branch_kwargs,
-            budget=args.dks_budget,
-            batch_fraction=args.dks_batch_fraction,
-            every=args.dks_every,
-            **of_timm,
-            **args.model_kwargs,
-        )
+            args.model, args.dks_stages, args.dks_branches, args.dks_branch_kwargs, args.dks_budget,
+            batch_fraction=args.dks_batch_fraction, every=args.dks_every, **of_timm, **args.model_kwargs)
     print(json.dumps(found, indent=2) if args.json else format_inspection(found))
 
 
@@ -103,14 +95,8 @@ def _export(args: argparse.Namespace):
 def _push(args: argparse.Namespace, folder=None):
     from .publishing.push import push_folder
 
-    print(push_folder(
-        folder or args.folder,
-        args.push_to_hub,
-        private=args.hub_private,
-        revision=args.hub_revision,
-        overwrite=args.overwrite,
-        timeout=args.hub_timeout,
-    ))
+    settings = dict(private=args.hub_private, revision=args.hub_revision, timeout=args.hub_timeout)
+    print(push_folder(folder or args.folder, args.push_to_hub, overwrite=args.overwrite, **settings))
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -96,11 +96,9 @@ def works(function) -> bool:
 
 @contextlib.contextmanager
 def naming(subject: str, *errors):
-    """Turn what a library raises about bad input into an OptionError that names flag and value.
+    """Raise an OptionError that names flag and value, the subject, in place of the errors of a library for bad input.
 
-    Args:
-        subject: Flag and value. Of an InputError, the flag of the argument that it begins with is named instead.
-        *errors: Types that the library raises for bad input. Running out of memory is never the input's fault.
+    An InputError begins with its argument, and the flag of that is named. Running out of memory is no input's fault.
     """
     try:
         yield
@@ -118,7 +116,7 @@ def naming(subject: str, *errors):
 def out_of_memory(error: BaseException) -> bool:
     """True if the memory of the machine or of its device was used up; of some errors, only the text says so."""
     said = re.search("(out of|can(no|')t allocate|not enough) memory", str(error), re.IGNORECASE)
-    return isinstance(error, MemoryError) or isinstance(error, (OSError, RuntimeError)) and said is not None
+    return isinstance(error, MemoryError) or isinstance(error, (OSError, RuntimeError)) and bool(said)
 
 
 @contextlib.contextmanager

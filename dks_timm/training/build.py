@@ -54,7 +54,6 @@ def naming_model(subject: str, model_kwargs=None):
 def create_model(args):
     """Create the model that the flags describe; with --dks a DKSModel around it."""
     kwargs = dict(
-        pretrained=args.pretrained,
         in_chans=args.in_chans or (args.input_size or [3])[0],
         num_classes=args.num_classes,
         drop_rate=args.drop,
@@ -69,7 +68,7 @@ def create_model(args):
         kwargs['pretrained_cfg_overlay'] = dict(file=args.pretrained_path, num_classes=-1)  # -1 adapts the classifier
     subject = _subject(args, 'model', 'model_kwargs', 'gp', 'initial_checkpoint', 'pretrained_path')
     with naming_model(subject, args.model_kwargs):
-        model = timm.create_model(args.model, **kwargs, **args.model_kwargs)
+        model = timm.create_model(args.model, args.pretrained, **kwargs, **args.model_kwargs)
     if not hasattr(model, 'get_classifier'):
         raise OptionError(f'{subject}: has no classifier to train')
     if args.naflex_loader and not isinstance(model, NaFlexVit):
@@ -92,17 +91,8 @@ def _subject(args, *names):
 def _add_branches(args, backbone, kwargs):
     image_size = tuple(args.input_size[1:]) if args.input_size else args.img_size and (args.img_size, args.img_size)
     model = add_branches(
-        backbone,
-        args.model,
-        args.pretrained,
-        args.dks_stages,
-        args.dks_branches,
-        args.dks_branch_kwargs,
-        args.dks_budget,
-        image_size,
-        args.dks_batch_fraction,
-        {k: v for k, v in kwargs.items() if k != 'pretrained'},
-    )
+        backbone, args.model, args.pretrained, args.dks_stages, args.dks_branches, args.dks_branch_kwargs,
+        args.dks_budget, image_size, args.dks_batch_fraction, kwargs)
     _logger.info(model.describe())
     if args.dks_batch_fraction < 1 or args.dks_every > 1:
         cost = training_cost(model, kwargs['in_chans'])
@@ -157,13 +147,8 @@ def create_criterion(args):
     if args.jsd_loss:
         return create_classification_loss('jsd', jsd_splits=args.aug_splits, **common)
     if args.bce_loss and any(common.values()):  # timm's script takes cross-entropy where there is neither
-        return create_classification_loss(
-            'bce',
-            pos_weight=args.bce_pos_weight,
-            bce_target_thresh=args.bce_target_thresh,
-            bce_sum=args.bce_sum,
-            **common,
-        )
+        bce = dict(pos_weight=args.bce_pos_weight, bce_target_thresh=args.bce_target_thresh, bce_sum=args.bce_sum)
+        return create_classification_loss('bce', **bce, **common)
     return create_classification_loss('ce', **common)
 
 
@@ -184,6 +169,7 @@ def create_task(args, model, accelerator):
 
 
 def _create_distillation_task(args, student, criterion, common):
+    weights = dict(distill_loss_weight=args.distill_loss_weight, task_loss_weight=args.task_loss_weight)
     task, settings = dict(
         logit=(tasks.LogitDistillationTask, dict(loss_type=args.kd_loss_type, temperature=args.kd_temperature)),
         feature=(tasks.FeatureDistillationTask, dict(
@@ -192,15 +178,7 @@ def _create_distillation_task(args, student, criterion, common):
             distill_type=args.kd_token_distill_type, temperature=args.kd_temperature)),
     )[args.kd_distill_type]
     with naming_model(f'--kd-model-name {args.kd_model_name} with --kd-distill-type {args.kd_distill_type}'):
-        return task(
-            student_model=student,
-            teacher_model=args.kd_model_name,
-            criterion=criterion,
-            distill_loss_weight=args.distill_loss_weight,
-            task_loss_weight=args.task_loss_weight,
-            **common,
-            **settings,
-        )
+        return task(student, args.kd_model_name, criterion, **weights, **settings, **common)
 
 
 def _create_dks_loss(args, criterion, num_classifiers):

@@ -11,7 +11,6 @@ Nothing here imports torch or timm when it is loaded: ``--help`` and a mistyped 
 """
 import argparse
 import os
-import reprlib
 import sys
 
 import yaml
@@ -22,8 +21,7 @@ from .flags import IMAGE_MODES, ParseKwargs, Parser, StoreAction, add_timm_flags
 POLICIES = ('rand', 'augmix', 'original', 'originalr', 'v0', 'v0r', '3a')
 # Flag -> the flag without which it has no effect.
 NEEDS = dict(
-    pretrained_path='pretrained', wandb_resume_id='resume', hub_revision='push_to_hub', hub_timeout='push_to_hub',
-    push_every_best='push_to_hub', keep_branches='dks', jsd_loss='aug_splits')
+    pretrained_path='pretrained', push_every_best='push_to_hub', keep_branches='dks', jsd_loss='aug_splits')
 # Flag -> flags that cannot be given beside it.
 EXCLUSIVE = dict(
     split_bn=('sync_bn',),
@@ -130,18 +128,13 @@ def read_recipe(path: str) -> dict:
     actions = {a.dest: a for a in create_parser()._actions if a.dest not in ('config', 'help')}
     for key, value in recipe.items():
         if key not in actions:
-            raise OptionError(f'--config {path}: no flag for {_line(key, value)}{closest(str(key), actions)}')
+            raise OptionError(f'--config {path}: no flag for "{key}: {value}"{closest(str(key), actions)}')
         runs_code = getattr(actions[key], 'runs_code', False) and value
         if runs_code or isinstance(value, str) and value.startswith('pipe:'):
             raise OptionError(
-                f'--config {path}: {_line(key, value)} runs code from elsewhere; if you trust it, give it on the '
+                f'--config {path}: "{key}: {value}" runs code from elsewhere; if you trust it, give it on the '
                 f'command line, as {flag(key)}')
     return check_types(f'--config {path}', recipe)
-
-
-def _line(key, value):
-    """Return a line of a recipe for a message. A few lines of YAML can hold a value that is too long to write down."""
-    return f'"{key}: {value if isinstance(value, str) else reprlib.repr(value)}"'
 
 
 def check_types(source: str, values: dict) -> dict:
@@ -172,7 +165,7 @@ def _typed(source, key, given, action):
             wanted = 'one of ' + ', '.join(action.choices)
         if is_list:
             wanted = f'a list of {"one or more" if action.nargs == "+" else count}, each {wanted}'
-        raise OptionError(f'{source}: {_line(key, given)} is not {wanted}')
+        raise OptionError(f'{source}: "{key}: {given}" is not {wanted}')
     typed = values if is_list else values[0]
     if isinstance(action, StoreAction):
         action.check(typed)
