@@ -37,13 +37,13 @@ def create_run(args, given, args_text, argv):
     """Create the run that the flags describe, in the order of timm's script and with its random numbers.
 
     Returns:
-        The Trainer, or None where nothing is left to train; the model; and its preprocessing.
+        The Trainer (dks_timm.training.loop.Trainer), or None where nothing is left to train.
     """
     from timm.data import resolve_data_config
     from timm.layers import set_fast_norm
 
     from dks_timm.method.cost import exit_flops
-    from dks_timm.publishing import card, export
+    from dks_timm.publishing import card, export, publish
     from dks_timm.training import build, checkpoint, data, distributed, loop
 
     with distributed.refuse_together():
@@ -73,18 +73,18 @@ def create_run(args, given, args_text, argv):
         if trainer.finished:
             at_end = f'{resume or "--start-epoch"} is at the end of {trainer.num_epochs} epochs'
             accelerator.print(f'Nothing left to train: {at_end}.')
-            return None, model, data_config
+            return None
         if args.export_dir and resume:
             with errors.naming(f'--export-dir {args.export_dir}'):
                 export.check_export_dir(args.export_dir, args.overwrite)
         label_names = data.label_names(dataset_train)
         if accelerator.is_main_process:
-            export.check_publishing(args, args_text, model, label_names)
+            publish.check_publishing(args, args_text, model, label_names)
         trainer.open_output(args_text, data_config['input_size'], resume)
         facts.update(
             lr=lr, num_classes=model.num_classes, device=str(accelerator.device), world_size=accelerator.num_processes)
         facts.update(card.provenance({**vars(args), **facts}, argv, model, label_names))
-    return trainer, model, data_config
+    return trainer
 
 
 @errors.exit_out_of_memory()
@@ -95,14 +95,14 @@ def main(argv=None):
         if args.push_to_hub and int(os.environ.get('RANK', 0)) == 0:
             with errors.naming(f'--push-to-hub {args.push_to_hub}'):
                 push.check_request(args.push_to_hub, args.hub_revision)
-        trainer, model, data_config = create_run(args, given, args_text, argv)  # torch is imported here, not for --help
+        trainer = create_run(args, given, args_text, argv)  # torch is imported here, not for --help
     if trainer is None:
         return
 
-    from dks_timm.publishing import export
+    from dks_timm.publishing import publish
     from dks_timm.training import stopping
 
-    pushing = export.push_every_best(args, trainer.output_dir)
+    pushing = publish.push_every_best(args, trainer.output_dir)
     with stopping.exit_on_fault(trainer.accelerator), trainer.running():
         for epoch in trainer.epochs():
             for update in trainer.updates(epoch):
@@ -114,8 +114,8 @@ def main(argv=None):
     if pushing:
         pushing.close()
     if args.export_dir or args.push_to_hub:
-        export.publish(args, trainer, model, data_config)
-    print(export.next_steps(args, trainer.output_dir))
+        publish.publish(args, trainer)
+    print(publish.next_steps(args, trainer.output_dir))
 
 
 if __name__ == '__main__':

@@ -6,13 +6,13 @@ __version__ = '0.1.0'
 # Public name -> the module that defines it. Loaded on first use, so that `import dks_timm` costs nothing.
 _PUBLIC = {
     'DKSModel': 'method.model',
-    'create_dks_model': 'method.model',
+    'create_dks_model': 'method.create',
     'prune': 'method.model',
     'DKSLoss': 'method.loss',
     'synergy_loss': 'method.loss',
     'DKSTask': 'method.task',
     'export': 'publishing.export',
-    'push_to_hub': 'publishing.push',
+    'push_to_hub': 'publishing.publish',
 }
 
 __all__ = ['__version__', *_PUBLIC]

@@ -70,7 +70,7 @@ def exported(tmp_path_factory):
     """The folder of a small network for ten classes, with its branches."""
     folder = tmp_path_factory.mktemp('exported')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, '_verify', lambda *args: None)
+        patch.setattr(export, 'verify', lambda *args: None)
         net = dks_timm.create_dks_model('test_resnet', num_classes=10)
         dks_timm.export(folder, net, keep_branches=True)
     return folder
@@ -93,7 +93,7 @@ def workplace(exported, timms_weights, tmp_path, monkeypatch):
     few = Bunch(images=digits.images[:200], target=digits.target[:200])
     monkeypatch.setattr(sklearn.datasets, 'load_digits', lambda: few)
     # tests/test_hub.py has the check of an export, a process that takes seconds to start.
-    monkeypatch.setattr(export, '_verify', lambda *args: None)
+    monkeypatch.setattr(export, 'verify', lambda *args: None)
     monkeypatch.chdir(tmp_path)
     with HubServer() as server:
         use(server, monkeypatch, tmp_path / 'home')

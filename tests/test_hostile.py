@@ -220,7 +220,7 @@ def read_changed(folder, count):
     changed_file = folder / 'a/changed.png'
     for number, content in zip(range(count), itertools.cycle(formats())):
         changed_file.write_bytes(changed(content, number))
-        images = Images(readers.ReaderFolder(str(folder)), 'RGB', 1)
+        images = Images(readers.ReaderImageFolder(str(folder)), 'RGB', 1)
         image, label = images[images.reader.filenames(basename=True).index('changed.png')]
         assert image.mode == 'RGB' and label == 0
 

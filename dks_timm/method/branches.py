@@ -5,11 +5,11 @@ from typing import Any, Callable, Dict, Optional, Set, Tuple
 import torch
 import torch.nn as nn
 from timm.layers import BatchNormAct2d, ClassifierHead, LayerNormAct2d, SeparableConvNormAct
-from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from .stages import Stage
-from .tails import Feed, SurgeryError, TailPlan, cut, tensors
+from .tails import Feed, TailPlan, cut
+from .trace import SurgeryError, map_tensors, tensors
 
 __all__ = ['Branch', 'ConvBranch', 'Layout', 'Tail']
 
@@ -24,10 +24,7 @@ class Branch(nn.Module):
 
     Attributes:
         kind: Name of the kind, of the class; 'tail' and 'conv' are those of this package.
-        stage: See Args.
-        source: See Args.
-        reason: See Args.
-        written: Whether the backbone goes on to work on the features in place, so that the branch needs a copy.
+        written: True if the backbone goes on to work on the features in place, so that the branch needs a copy.
     """
     kind: str
     written = False
@@ -39,11 +36,11 @@ class Branch(nn.Module):
         self.reason = reason
 
     def forward(self, image: torch.Tensor, features: Any) -> torch.Tensor:
-        """Logits of a batch.
+        """Return the logits of a batch.
 
         Args:
             image: Images (B, C, H, W), those that the backbone was given.
-            features: What the source module put out, as it is: (B, C, H, W) in most networks, (B, H, W, C) or tokens
+            features: Output of the source module, as it is: (B, C, H, W) in most networks, (B, H, W, C) or tokens
                 (B, N, C) in others.
 
         Returns:
@@ -52,7 +49,7 @@ class Branch(nn.Module):
         raise NotImplementedError('a branch turns features into logits')
 
     def get_classifier(self) -> nn.Module:
-        """The module that puts out the logits. Gradient clipping and ``head_init_scale`` treat it as a classifier."""
+        """Return the module that puts out the logits, for gradient clipping and ``head_init_scale``."""
         raise NotImplementedError('a branch names its classifier')
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
@@ -63,7 +60,7 @@ class Branch(nn.Module):
         """Recompute activations in the backward pass, where there are enough of them."""
 
     def no_weight_decay(self) -> Set[str]:
-        """Names of parameters to exempt from weight decay."""
+        """Return the names of parameters to exempt from weight decay."""
         return set()
 
 
@@ -96,9 +93,10 @@ class Tail(Branch):
         self.recomputes = False
 
     def forward(self, image: torch.Tensor, features: Any) -> torch.Tensor:
-        if self.recomputes and torch.is_grad_enabled():
-            return self._run_twice(image, features)
-        return self._run(image, features)
+        if not (self.recomputes and torch.is_grad_enabled()):
+            return self._run(image, features)
+        self.shapes_at(*image.shape[-2:])  # a recomputation finds them known, and so must the forward
+        return self._run_twice(image, features)
 
     @torch.compiler.disable
     def _run_twice(self, image: torch.Tensor, features: Any) -> torch.Tensor:
@@ -108,13 +106,14 @@ class Tail(Branch):
     def _run(self, image: torch.Tensor, features: Any) -> torch.Tensor:
         feed = self.feed
         feed.image, feed.shapes = image, self.shapes_at(image.shape[-2], image.shape[-1])
-        feed.features = tree_map_only(torch.Tensor, torch.clone, features) if self.plan.copies else features
+        feed.features = map_tensors(torch.clone, features) if self.plan.copies else features
         try:
             return self.template(image)
         finally:
             feed.image = feed.features = None  # keep no activations alive between steps
 
     def shapes_at(self, height: int, width: int) -> Dict[str, Any]:
+        """Return the shapes of the stand-ins for images of a size; they are found out the first time."""
         size = (height, width)
         if size not in self.stub_shapes:
             self._learn_shapes(size)
@@ -145,7 +144,7 @@ class Tail(Branch):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a stage's feature map is in the output of its module.
+    """Place and format of a stage's feature map in the output of its module.
 
     Attributes:
         index: Position among the output's tensors.
@@ -182,7 +181,7 @@ class Layout:
         raise SurgeryError(f'{stage} puts out no feature map')
 
     def to_nchw(self, output: Any, image: torch.Tensor) -> torch.Tensor:
-        """The feature map (B, channels, H', W') in ``output``."""
+        """Return the feature map (B, channels, H', W') in ``output``."""
         x = output if isinstance(output, torch.Tensor) else tensors(output)[self.index]
         if self.format == 'NCHW':
             return x

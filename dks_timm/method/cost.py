@@ -1,4 +1,4 @@
-"""What DKS attaches to a model and what that costs, worked out without allocating weights."""
+"""The branches that a model gets and what they cost, counted without allocating weights."""
 import logging
 import re
 from typing import Any, Dict, List, Optional, Sequence
@@ -7,13 +7,14 @@ import timm
 import torch
 import torch.nn as nn
 from timm.models import resolve_model_input_args
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import why
 from .branches import Branch
-from .model import DKSModel, check_batch_fraction, split_branch_kwargs
-from .plan import BranchBuilder, copy_without_weights
+from .meta import copy_without_weights, flop_counter
+from .model import DKSModel, check_batch_fraction
+from .plan import BranchBuilder
 from .stages import resolve_stages
+from .taps import run
 
 __all__ = ['exit_flops', 'format_inspection', 'inspect_model', 'training_cost']
 
@@ -21,7 +22,7 @@ _logger = logging.getLogger(__name__)
 
 
 def backbone_without_weights(model_name: str, img_size: Optional[int] = None, **timm_kwargs: Any) -> nn.Module:
-    """The plain model on the meta device, as :func:`inspect_model` looks at it."""
+    """Create the plain model of :func:`inspect_model` on the meta device."""
     size = dict(img_size=img_size) if img_size else {}
     with torch.device('meta'):
         return timm.create_model(**resolve_model_input_args(model_name, size, **timm_kwargs))
@@ -53,13 +54,18 @@ def inspect_model(
 
     Raises:
         ValueError: See :meth:`dks_timm.DKSModel.from_timm`.
+
+    Example:
+        >>> from dks_timm.method.cost import inspect_model
+        >>> round(inspect_model('resnet50')['cost']['flops'], 2)  # as the paper's layout costs
+        2.03
     """
     check_batch_fraction(batch_fraction)
     backbone = backbone_without_weights(model_name, img_size, **timm_kwargs)
     supervised = resolve_stages(backbone, stages)
     builder = BranchBuilder(backbone, timm_kwargs, img_size)
     with torch.device(builder.device):
-        built = builder.attach(supervised, branches, split_branch_kwargs(branch_kwargs or {}, supervised), budget)
+        built = builder.attach(supervised, branches, branch_kwargs, budget)
 
     last = builder.stages[-1].index
     classifiers = [_classifier(backbone, builder.flops(), last, type(backbone).__name__, '')]
@@ -82,29 +88,6 @@ def inspect_model(
     )
 
 
-def training_cost(net: DKSModel, in_chans: int = 3) -> Optional[float]:
-    """Forward FLOPs of training over those of the backbone, counted on a copy without weights.
-
-    Args:
-        net: Made by :meth:`DKSModel.from_timm`. Its ``batch_fraction`` counts.
-        in_chans: Channels of its images.
-
-    Returns:
-        None for models that do not run without weights.
-    """
-    net = copy_without_weights(net).eval().requires_grad_(False)
-    image = torch.zeros(1, in_chans, *net.layout['image_size'], device='meta')
-    flops = []
-    for forward in (net.backbone, net.exits):
-        with FlopCounterMode(display=False) as counter:
-            try:
-                forward(image)
-            except RuntimeError:
-                return None
-        flops.append(counter.get_total_flops())
-    return 1 + (flops[1] / flops[0] - 1) * net.batch_fraction
-
-
 def _classifier(module: nn.Module, flops: int, stage: int, kind: str, made_of: str) -> Dict[str, Any]:
     return dict(
         stage=stage, kind=kind, made_of=made_of, blocks=_count_blocks(module),
@@ -113,7 +96,7 @@ def _classifier(module: nn.Module, flops: int, stage: int, kind: str, made_of: s
 
 
 def _count_blocks(module: nn.Module) -> int:
-    """Innermost numbered modules that have weights and parts, such as layer4.1, stages.3.blocks.0 or s3.b1."""
+    """Count the innermost numbered modules with weights and parts, such as layer4.1, stages.3.blocks.0 or s3.b1."""
     skipped = module.plan.skips if isinstance(module, Branch) and module.kind == 'tail' else {}
     found: List[str] = []
     for name, child in module.named_modules():
@@ -135,7 +118,7 @@ def _stage_shapes(builder: BranchBuilder) -> List[Optional[List[int]]]:
 
 
 def format_inspection(found: Dict[str, Any]) -> str:
-    """The tables that `dks-timm inspect` prints."""
+    """Format a result of :func:`inspect_model` as the tables that `dks-timm inspect` prints."""
     def table(header, rows):
         rows = [header, *([str(cell) for cell in row] for row in rows)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
@@ -162,12 +145,8 @@ def format_inspection(found: Dict[str, Any]) -> str:
     )
 
 
-class _Stop(Exception):
-    pass
-
-
 def exit_flops(net: DKSModel, input_size: Sequence[int]) -> Optional[Dict[str, Any]]:
-    """Forward FLOPs of one image, counted on a copy without weights; a multiply-add counts as two.
+    """Count the forward FLOPs of one image, on a copy without weights; a multiply-add counts as two.
 
     Args:
         net: The network.
@@ -177,31 +156,40 @@ def exit_flops(net: DKSModel, input_size: Sequence[int]) -> Optional[Dict[str, A
         ``backbone``, and ``branches``: for each branch ``to_stage``, of the backbone up to it, and ``branch``, of the
         branch alone. None for models that do not run without weights.
     """
-    net = copy_without_weights(net).eval().requires_grad_(False)
+    net = copy_without_weights(net)
     image = torch.zeros(1, *input_size, device='meta')
-    try:
-        with FlopCounterMode(display=False) as counter:
-            net.backbone(image)
-        return dict(backbone=counter.get_total_flops(), branches=[_branch_flops(net, b, image) for b in net.branches])
-    except RuntimeError as e:  # it reads the values of tensors
-        _logger.info(f'What an exit costs is not known, as the model does not run without weights: {why(e)}')
+    features, to_stage, of_branch = {}, {}, []
+
+    def note(source, output):
+        features[source], to_stage[source] = output, counter.get_total_flops()
+
+    with flop_counter(net) as counter:
+        try:
+            run(net.backbone, image, note)
+        except RuntimeError as e:  # it reads the values of tensors
+            _logger.info(f'What an exit costs is not known, as the model does not run without weights: {why(e)}')
+            return None
+        whole = total = counter.get_total_flops()
+        for branch in net.branches:
+            branch(image, features[branch.source])
+            of_branch.append(counter.get_total_flops() - total)
+            total = counter.get_total_flops()
+    branches = [dict(to_stage=to_stage[b.source], branch=n) for b, n in zip(net.branches, of_branch, strict=True)]
+    return dict(backbone=whole, branches=branches)
+
+
+def training_cost(net: DKSModel, in_chans: int = 3) -> Optional[float]:
+    """Return the forward FLOPs of training over those of the backbone, counted on a copy without weights.
+
+    Args:
+        net: Made by :meth:`DKSModel.from_timm`. Its ``batch_fraction`` counts.
+        in_chans: Channels of its images.
+
+    Returns:
+        None for models that do not run without weights.
+    """
+    flops = exit_flops(net, (in_chans, *net.layout['image_size']))
+    if flops is None:
         return None
-
-
-def _branch_flops(net, branch, image):
-    flops = []
-
-    def run_branch(module, args, output):
-        flops.append(counter.get_total_flops())
-        branch(image, output)
-        raise _Stop
-
-    handle = net.backbone.get_submodule(branch.source).register_forward_hook(run_branch)
-    try:
-        with FlopCounterMode(display=False) as counter:
-            net.backbone(image)
-    except _Stop:
-        pass
-    finally:
-        handle.remove()
-    return dict(to_stage=flops[0], branch=counter.get_total_flops() - flops[0])
+    whole = flops['backbone'] + sum(branch['branch'] for branch in flops['branches'])
+    return 1 + (whole / flops['backbone'] - 1) * net.batch_fraction

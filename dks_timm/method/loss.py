@@ -1,9 +1,9 @@
-"""The DKS objective: the classification loss of every classifier plus the synergy between every two of them.
+"""The DKS objective: the classification loss of every classifier, and the synergy between every two of them.
 
     L = sum_m ce_weight[m] * CE(target, z_m)  +  sum_{p != q} synergy_weight[p, q] * T^2 * KL(stopgrad(Q_p) || Q_q)
 
 for the logits z_m (B, C) of M classifiers, with Q_m = softmax(z_m / T) and every term a mean over the batch.
-Sun, Yao, Zhou, Zhao: Deeply-supervised Knowledge Synergy, CVPR 2019, https://arxiv.org/abs/1906.00675
+Sun, Yao, Zhou, Zhao: Deeply-supervised Knowledge Synergy, CVPR 2019, section 3, https://arxiv.org/abs/1906.00675
 """
 import math
 from contextlib import nullcontext
@@ -47,28 +47,66 @@ def synergy_loss(
         direction: str = 'both',
         temperature: float = 1.0,
 ) -> torch.Tensor:
-    """Weighted sum of the divergences between every two classifiers, each a fixed teacher of the others.
+    """Return the weighted sum of the divergences between every two classifiers, each a fixed teacher of the others.
 
     Args:
         logits: One (B, C) tensor per classifier: the backbone's, then the branches' from shallow to deep.
         weight: A number for all pairs, or an M x M matrix (teacher row, student column, diagonal ignored).
         direction: Who teaches: 'both', 'top-down' (deeper teaches shallower, the backbone is the deepest),
             'bottom-up', 'none'. Multiplies the weight.
-        temperature: Softens every softmax, the divergences are scaled by its square.
+        temperature: Softens every softmax; the divergences are scaled by its square.
 
     Returns:
-        A scalar in nats, a mean over the batch, in float32 at least. Its gradient reaches the students only. A class
-        whose logit is -inf is one with probability 0.
+        A scalar in nats, a mean over the batch, in float32 at least. Only the students get a gradient. A class whose
+        logit is -inf is one with probability 0.
 
     Raises:
         ValueError: Logits of one classifier or of different shapes, a weight that is negative, not finite, or for
             another number of classifiers, an unknown direction, or a temperature that is not positive.
+
+    Example:
+        >>> import torch
+        >>> from dks_timm import synergy_loss
+        >>> backbone, branch = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+        >>> synergy_loss([backbone, branch], direction='top-down')  # the backbone teaches
+        tensor(0.6031)
+        >>> synergy_loss([backbone, branch], direction='bottom-up')  # the branch teaches
+        tensor(1.3250)
+        >>> synergy_loss([backbone, branch], weight=0.5)
+        tensor(0.9640)
     """
     _check_logits(logits)
     _check_options(direction, temperature)
     matrix = _resolve_matrix('weight', _parse_weight('weight', weight, ndim=2), direction, len(logits))
     with _no_autocast(logits[0].device):
-        return _synergy(_log_probs(_for_computation(logits), temperature), matrix, temperature)[0]
+        return _synergy(_log_probs(_to_float(logits), temperature), matrix, temperature)[0]
+
+
+def _synergy(
+        log_probs: Sequence[torch.Tensor],
+        weight: Matrix,
+        temperature: float,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Return the weighted sum of all divergences, and every single one (teacher row, student column) without gradient.
+
+    Of KL(p || q) = sum p log p - sum p log q only the second part depends on the student, so all teachers of a student
+    give it the gradient of one product with their weighted sum. What autograd keeps is linear in M.
+
+    Args:
+        log_probs: (B, C) of every classifier, at the temperature.
+        weight: Of every pair, zero on the diagonal.
+    """
+    fixed = [q.detach() for q in log_probs]
+    teachers = [q.exp() for q in fixed]
+    scale = temperature ** 2 / max(len(fixed[0]), 1)
+    divergences = scale * torch.stack([
+        torch.stack([(p * (own - q)).sum() for q in fixed]) for p, own in zip(teachers, fixed, strict=True)])
+    divergences = divergences.clamp(min=0)
+    loss = _weighted_sum(divergences.flatten(), sum(weight, ()))
+    for q, column in zip(log_probs, zip(*weight, strict=True), strict=True):
+        cross_entropy = -scale * (_weighted_sum(teachers, column) * q).sum()
+        loss = loss + (cross_entropy - cross_entropy.detach())  # the loss has the value, this adds the gradient
+    return loss, divergences
 
 
 class DKSLoss(nn.Module):
@@ -86,11 +124,19 @@ class DKSLoss(nn.Module):
         temperature: Of the synergy, see `synergy_loss`.
 
     Attributes:
-        synergy_on: Whether classifiers teach each other; without it, plain deep supervision is left.
+        synergy_on: True if classifiers teach each other; if not, plain deep supervision is left.
 
     Raises:
         ValueError: A criterion for multi-label targets, a weight that is negative or not finite, an unknown direction,
             or a temperature that is not positive.
+
+    Example:
+        >>> import torch, dks_timm
+        >>> logits = [torch.randn(8, 10, requires_grad=True) for _ in range(3)]  # a backbone and two branches
+        >>> out = dks_timm.DKSLoss(synergy_weight=0.5)(logits, torch.arange(8))
+        >>> torch.allclose(out['loss'], out['ce'].sum() + 0.5 * out['synergy'].sum())
+        True
+        >>> out['loss'].backward()
     """
 
     def __init__(
@@ -116,7 +162,7 @@ class DKSLoss(nn.Module):
         self.synergy_on = True
 
     def resolve_weights(self, num_classifiers: int) -> Tuple[Vector, Matrix]:
-        """Weights of M classifiers and of their pairs (M x M, direction applied, zero diagonal).
+        """Return the weights of M classifiers and of their pairs (M x M, direction applied, zero diagonal).
 
         Raises:
             ValueError: Fewer than two classifiers, or weights given for another number of them.
@@ -126,13 +172,13 @@ class DKSLoss(nn.Module):
         vector = self.ce_weight if isinstance(self.ce_weight, tuple) else (self.ce_weight,) * num_classifiers
         if len(vector) != num_classifiers:
             raise ValueError(
-                f'ce_weight has shape ({len(vector)},) but there are {num_classifiers} classifiers: '
+                f'ce_weight is for {len(vector)} classifiers, but there are {num_classifiers}: '
                 f'give a number, or {num_classifiers} of them'
             )
         return vector, _resolve_matrix('synergy_weight', self.synergy_weight, self.direction, num_classifiers)
 
     def forward(self, logits: Sequence[torch.Tensor], target: torch.Tensor) -> Dict[str, torch.Tensor]:
-        """Loss of a batch, and what it is made of.
+        """Return the loss of a batch and its parts.
 
         Args:
             logits: One (B, C) tensor per classifier: the backbone's, then the branches' from shallow to deep. Those of
@@ -157,7 +203,7 @@ class DKSLoss(nn.Module):
         if not self.synergy_on:
             synergy_weight = ((0.,) * len(logits),) * len(logits)
         with _no_autocast(logits[0].device):
-            logits = _for_computation(logits)
+            logits = _to_float(logits)
             log_probs = _log_probs(logits)
             ce = torch.stack([
                 self._label_loss(z, q, target[:len(z)]) for z, q in zip(logits, log_probs, strict=True)])
@@ -169,7 +215,7 @@ class DKSLoss(nn.Module):
         return {'loss': loss, 'ce': ce.detach(), 'synergy': synergy}
 
     def forward_backbone(self, logits: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
-        """What is left of the objective where the branches have not run.
+        """Return the part of the loss that is left where the branches have not run.
 
         Args:
             logits: The backbone's (B, C).
@@ -180,12 +226,12 @@ class DKSLoss(nn.Module):
         """
         weight = self.ce_weight[0] if isinstance(self.ce_weight, tuple) else self.ce_weight
         with _no_autocast(logits.device):
-            logits = _for_computation([logits])
+            logits = _to_float([logits])
             ce = self._label_loss(*logits, *_log_probs(logits), target)
         return {'loss': weight * ce, 'ce': ce.detach()[None]}
 
     def _label_loss(self, logits: torch.Tensor, log_probs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """The criterion of one classifier."""
+        """Return the criterion of one classifier."""
         if self.criterion is None:
             return _cross_entropy(log_probs, target)
         loss = self.criterion(logits, target)
@@ -194,7 +240,7 @@ class DKSLoss(nn.Module):
         return loss
 
     def _check_part(self, count: int, batch_size: int) -> None:
-        """Refuse criteria that mean another thing for a part of the batch."""
+        """Refuse a criterion whose value for a part of the batch is no mean over that part."""
         name = type(self.criterion).__name__
         if isinstance(self.criterion, JsdCrossEntropy):
             raise ValueError(
@@ -212,31 +258,8 @@ class DKSLoss(nn.Module):
         )
 
 
-def _synergy(
-        log_probs: Sequence[torch.Tensor], weight: Matrix, temperature: float) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Weighted sum of all divergences, and without gradient every single one: teacher row, student column.
-
-    Args:
-        log_probs: Of every classifier (B, C), at the temperature.
-        weight: Of every pair, zero on the diagonal.
-    """
-    fixed = [q.detach() for q in log_probs]
-    teachers = [q.exp() for q in fixed]
-    scale = temperature ** 2 / max(len(fixed[0]), 1)
-    divergences = scale * torch.stack([
-        torch.stack([(p * (own - q)).sum() for q in fixed]) for p, own in zip(teachers, fixed, strict=True)])
-    divergences = divergences.clamp(min=0)
-    loss = _weighted_sum(divergences.flatten(), sum(weight, ()))
-    for q, column in zip(log_probs, zip(*weight, strict=True), strict=True):
-        # A student moves towards the sum of its teachers. The loss has the value already, and gets the gradient here.
-        taught = _weighted_sum(teachers, column)
-        cross_entropy = -scale * (taught * q).sum()
-        loss = loss + (cross_entropy - cross_entropy.detach())
-    return loss, divergences
-
-
 def _weighted_sum(values: Sequence[torch.Tensor], weights: Vector) -> torch.Tensor:
-    """Zero weights leave their values out, be these finite or not."""
+    """Sum values times weights; a zero weight leaves its value out, be it finite or not."""
     terms = [value if w == 1 else w * value for value, w in zip(values, weights, strict=True) if w]
     return sum(terms[1:], terms[0]) if terms else torch.zeros_like(values[0])
 
@@ -245,8 +268,8 @@ def _log_probs(logits: Sequence[torch.Tensor], temperature: float = 1.0) -> List
     return [(z if temperature == 1 else z / temperature).log_softmax(1) for z in logits]
 
 
-def _for_computation(logits: Sequence[torch.Tensor]) -> List[torch.Tensor]:
-    """Logits in one dtype, float32 at least, without -inf."""
+def _to_float(logits: Sequence[torch.Tensor]) -> List[torch.Tensor]:
+    """Return the logits in one dtype, float32 at least, without -inf."""
     dtype = reduce(torch.promote_types, (z.dtype for z in logits), torch.float32)
     return [z.to(dtype).clamp(min=_MASKED) for z in logits]
 
@@ -256,7 +279,7 @@ def _no_autocast(device: torch.device) -> ContextManager:
 
 
 def _cross_entropy(log_probs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Softmax cross-entropy, a mean over the images that have a label."""
+    """Return the softmax cross-entropy, a mean over the images that have a label."""
     shape = log_probs.shape
     if target.shape == shape and target.is_floating_point():
         return -(target * log_probs).sum(1).mean()
@@ -272,7 +295,7 @@ def _cross_entropy(log_probs: torch.Tensor, target: torch.Tensor) -> torch.Tenso
 
 
 def _check_logits(logits: Sequence[torch.Tensor], partial: bool = False) -> int:
-    """Number of samples that all classifiers have logits of; where partial, the backbone may have more."""
+    """Return how many samples all classifiers have logits of; where partial, the backbone may have more."""
     if isinstance(logits, torch.Tensor):
         raise ValueError(
             f'logits must be a list with the (B, C) logits of every classifier, got one tensor of shape '
@@ -297,40 +320,33 @@ def _check_options(direction: str, temperature: float) -> None:
 
 
 def _parse_weight(name: str, weight: Weight, ndim: int) -> Union[float, Vector, Matrix]:
-    """A number as float, a vector (ndim 1) or square matrix (ndim 2) as nested tuples of floats."""
-    accepted = 'a number or one per classifier' if ndim == 1 else (
-        'a number or an M x M matrix (teacher row, student column)')
+    """Return a number as float, a vector (ndim 1) or square matrix (ndim 2) as nested tuples of floats."""
     if hasattr(weight, 'tolist'):
         weight = weight.tolist()
-    shape = _shape(weight)
-    if shape != shape[:1] * ndim:
-        raise ValueError(f'{name} must be {accepted}, got shape {shape}')
-    rows = [[weight]] if not shape else [weight] if ndim == 1 else weight
+    nested = isinstance(weight, (list, tuple))
+    rows = [[weight]] if not nested else [weight] if ndim == 1 else weight
     try:
         rows = tuple(tuple(float(w) for w in row) for row in rows)
-    except (TypeError, ValueError):
-        raise ValueError(f'{name} must be {accepted}, got {weight!r}') from None
-    checked = (w for p, row in enumerate(rows) for q, w in enumerate(row) if len(shape) < 2 or p != q)
+        fits = not nested or ndim == 1 or all(len(row) == len(rows) for row in rows)
+    except (TypeError, ValueError):  # Python's words for what is no number and no row of numbers
+        fits = False
+    if not fits:
+        accepted = 'one per classifier' if ndim == 1 else 'an M x M matrix (teacher row, student column)'
+        raise ValueError(f'{name} must be a number or {accepted}, got {weight!r}')
+    diagonal = nested and ndim == 2
+    checked = (w for p, row in enumerate(rows) for q, w in enumerate(row) if not (diagonal and p == q))
     if not all(math.isfinite(w) and w >= 0 for w in checked):
         raise ValueError(f'{name} must be finite and not negative, got {weight!r}')
-    return rows[0][0] if not shape else rows[0] if ndim == 1 else rows
-
-
-def _shape(value: Union[float, Sequence]) -> Tuple[Union[int, str], ...]:
-    """Shape of nested sequences, '?' where it is ragged or empty."""
-    if not isinstance(value, (list, tuple)):
-        return ()
-    shapes = {_shape(item) for item in value}
-    return (len(value), *(shapes.pop() if len(shapes) == 1 else '?'))
+    return rows[0][0] if not nested else rows[0] if ndim == 1 else rows
 
 
 def _resolve_matrix(name: str, weight: Union[float, Matrix], direction: str, num_classifiers: int) -> Matrix:
-    """Weight of every pair, zero where the direction has no such pair and on the diagonal."""
+    """Return the weight of every pair, zero where the direction has no such pair and on the diagonal."""
     if not isinstance(weight, tuple):
         weight = ((weight,) * num_classifiers,) * num_classifiers
     if len(weight) != num_classifiers:
         raise ValueError(
-            f'{name} has shape {_shape(weight)} but there are {num_classifiers} classifiers: '
+            f'{name} is for {len(weight)} classifiers, but there are {num_classifiers}: '
             f'give a number or a {num_classifiers} x {num_classifiers} matrix'
         )
     depth = (num_classifiers, *range(1, num_classifiers))  # the backbone comes first and is the deepest

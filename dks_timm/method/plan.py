@@ -1,80 +1,54 @@
 """Deciding which branches to attach to a backbone, and making them."""
+import contextlib
 import copy
 import functools
 import logging
 import math
 from dataclasses import dataclass, field, replace
-from itertools import chain
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from functools import partial
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import timm
 import torch
 import torch.nn as nn
 from timm.layers import to_2tuple
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
 from .. import models  # noqa: F401  (registers its networks with timm)
 from ..errors import InputError, out_of_memory, why, works
 from .branches import Branch, ConvBranch, Layout, Tail
+from .meta import copy_without_weights, flop_counter, on_meta_or_cpu
+from .presets import PRESETS, PRESETS_BY_ANALOGY
 from .stages import Stage, list_stages
-from .tails import TRACE_BATCH, SurgeryError, TailPlan, Trace, plan_tail, shapes, without_fast_norm
+from .tails import TailPlan, plan_tail
+from .trace import TRACE_BATCH, SurgeryError, Trace, map_tensors, shapes
 
-__all__ = ['BRANCH_KINDS', 'PRESETS', 'BranchBuilder', 'BranchSpec', 'Template', 'copy_without_weights']
+__all__ = ['BRANCH_KINDS', 'BranchBuilder', 'BranchSpec', 'Template', 'WEIGHT_SOURCES', 'run_bare']
 
 _logger = logging.getLogger(__name__)
 
 BRANCH_KINDS = ('auto', 'tail', 'conv')
 
-# The paper's branches as overrides of the template, by supervised stage. On ImageNet, after layer2: layer3 at about
-# half depth and two blocks of layer4; after layer3: layer4 at twice the width. On CIFAR, after the first stage: all of
-# the second and half of the third (ResNet-110: half of both), rounded up; after the second: the third at twice the
-# width.
-PRESETS: Dict[str, Dict[int, Dict[str, Any]]] = {
-    'resnet18': {2: dict(layers=(2, 2, 1, 2)), 3: dict(channels=(64, 128, 256, 1024))},
-    'resnet34': {2: dict(layers=(3, 4, 3, 2)), 3: dict(channels=(64, 128, 256, 1024))},
-    'resnet50': {2: dict(layers=(3, 4, 3, 2)), 3: dict(channels=(64, 128, 256, 1024))},
-    'resnet101': {2: dict(layers=(3, 4, 12, 2)), 3: dict(channels=(64, 128, 256, 1024))},
-    'resnet152': {2: dict(layers=(3, 8, 18, 2)), 3: dict(channels=(64, 128, 256, 1024))},
-    'resnet32_cifar': {1: dict(layers=(5, 5, 3)), 2: dict(channels=(16, 32, 128))},
-    'resnet110_cifar': {1: dict(layers=(18, 9, 9)), 2: dict(channels=(16, 32, 128))},
-    'wrn_28_10_cifar': {1: dict(layers=(4, 4, 2)), 2: dict(channels=(160, 320, 1280))},
-    'densenet_40_12_cifar': {1: dict(layers=(12, 12, 6)), 2: dict(growth_rate=(12, 12, 36))},
-}
+# Arguments of timm.create_model that name files or addresses of weights; they do not change the layout of a model.
+WEIGHT_SOURCES = ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir')
 
-# Networks that the paper does not have, by the rules of ResNet-32, WRN-28-10 and the ResNets on ImageNet.
-PRESETS_BY_ANALOGY: Dict[str, Dict[int, Dict[str, Any]]] = {
-    'resnet20_cifar': {1: dict(layers=(3, 3, 2)), 2: dict(channels=(16, 32, 128))},
-    'resnet44_cifar': {1: dict(layers=(7, 7, 4)), 2: dict(channels=(16, 32, 128))},
-    'resnet56_cifar': {1: dict(layers=(9, 9, 5)), 2: dict(channels=(16, 32, 128))},
-    'wrn_16_2_cifar': {1: dict(layers=(2, 2, 1)), 2: dict(channels=(32, 64, 256))},
-    'wrn_40_4_cifar': {1: dict(layers=(6, 6, 3)), 2: dict(channels=(64, 128, 512))},
-    'resnet18_cifar': PRESETS['resnet18'],
-    'resnet50_cifar': PRESETS['resnet50'],
-}
-
-# Arguments of timm.create_model that say where weights come from, not what the model looks like.
-_NOT_THE_LAYOUT = ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir')
+# Errors of timm and torch for an argument that does not fit: of a forward, and of a constructor, which checks little.
+_OF_FORWARDS = (AssertionError, RuntimeError, ValueError)
+_OF_CONSTRUCTORS = (*_OF_FORWARDS, ArithmeticError, LookupError, TypeError)
 
 
 @dataclass(frozen=True)
 class Template:
-    """How to make models of a backbone's architecture."""
+    """Makes models of a backbone's architecture."""
     architecture: str
     kwargs: Dict[str, Any]
 
     @classmethod
     def of(cls, backbone: nn.Module, model_kwargs: Optional[Dict[str, Any]] = None) -> 'Template':
-        """Template of a timm model.
-
-        Args:
-            backbone: timm model; its architecture's name is in its ``pretrained_cfg``.
-            model_kwargs: Arguments it was made with, besides those timm noted on the model.
-        """
+        """Return the template of a timm model, made with ``model_kwargs`` besides those timm noted on it."""
         cfg = dict(backbone.pretrained_cfg)
-        noted = getattr(backbone, '_model_args', {})  # since timm 1.0.31
-        kwargs = {k: v for k, v in {**noted, **(model_kwargs or {})}.items() if k not in _NOT_THE_LAYOUT}
+        noted = getattr(backbone, '_model_args', {})  # private: timm _model_args, which 1.0.31 and later set
+        kwargs = {k: v for k, v in {**noted, **(model_kwargs or {})}.items() if k not in WEIGHT_SOURCES}
         # The configuration decides about image size and pooling where the arguments do not.
         return cls(cfg['architecture'], {**kwargs, 'pretrained_cfg': cfg, 'num_classes': backbone.num_classes})
 
@@ -82,31 +56,21 @@ class Template:
         return timm.create_model(self.architecture, **{**self.kwargs, **overrides})
 
 
-@dataclass(frozen=True)
-class Retrace:
-    """Looks up the stand-in shapes of a tail's template at another image size."""
-    template: Template
-    overrides: Dict[str, Any]
-    stage: Stage
-    rank: int
-    in_chans: int
-    device: str
-
-    def __call__(self, image_size: Tuple[int, int]) -> Dict[str, Any]:
-        # A trace follows gradients, also where the forward that asks for it does not.
-        with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.device(self.device):
-            x = torch.zeros(TRACE_BATCH, self.in_chans, *image_size)
-            trace = Trace(self.template.make(**self.overrides), x)
-        return trace.stubs(trace.sources(self.stage)[self.rank])
+def _stand_in_shapes(template, overrides, stage, rank, in_chans, device, image_size) -> Dict[str, Any]:
+    """Return the stubs of a tail for images of another size than it was planned with, from a trace of its template."""
+    # A trace follows gradients, also where the forward that asks for it does not.
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.device(device):
+        trace = Trace(template.make(**overrides), torch.zeros(TRACE_BATCH, in_chans, *image_size))
+    return trace.stubs(trace.sources(stage)[rank])
 
 
 @dataclass(frozen=True)
 class BranchSpec:
-    """What a branch is to be.
+    """Description of a branch to be made.
 
     Attributes:
         kind: 'tail' or 'conv'.
-        reason: Why, for people.
+        reason: Why it is chosen, for people.
         overrides: Tail: arguments of the template that differ from the backbone's.
         keep_every: Tail: thin runs of alike blocks down to one in so many; 0 keeps one block of a kind.
         widens: Conv: double the width where the resolution halves, up to the backbone's.
@@ -118,17 +82,31 @@ class BranchSpec:
     widens: bool = True
 
 
-def run_bare(architecture: str, run: Callable = nn.Module.__call__) -> None:
-    """Make a timm model and run it without further settings, to tell whether it is these that do not work."""
-    for device in ('meta', 'cpu'):  # some forwards read the values of tensors, and the meta device has none
-        try:
-            with torch.device(device):
-                model = timm.create_model(architecture).eval()
-                run(model, torch.zeros(TRACE_BATCH, *model.pretrained_cfg['input_size']))
-            return
-        except RuntimeError:
-            if device == 'cpu':
-                raise
+def run_bare(architecture: str, image_shape: Optional[Tuple[int, ...]] = None, **kwargs: Any) -> None:
+    """Make a timm model and run it, with given settings or with none, to tell whether it is these that do not work."""
+    def make_and_run(device):
+        with torch.device(device):
+            model = timm.create_model(architecture, **kwargs).eval()
+            model(torch.zeros(TRACE_BATCH, *(image_shape or model.pretrained_cfg['input_size'])))
+
+    on_meta_or_cpu(make_and_run)
+
+
+def split_branch_kwargs(branch_kwargs: Dict[str, Any], stages: Sequence[int]) -> Dict[int, Dict[str, Any]]:
+    """Return the overrides of every stage: ``'2.layers'`` is for stage 2 alone, ``'layers'`` for those without."""
+    found: Dict[int, Dict[str, Any]] = {stage: {} for stage in stages}
+    for key, value in branch_kwargs.items():
+        prefix, dot, name = key.partition('.')
+        if not dot:
+            for overrides in found.values():
+                overrides.setdefault(key, value)
+        elif prefix.isdigit() and int(prefix) in found:
+            found[int(prefix)][name] = value
+        else:
+            raise InputError(
+                f"branch_kwargs has '{key}', but the supervised stages are {', '.join(map(str, stages))}; "
+                f"write '{stages[0]}.{name}' for stage {stages[0]} alone, or '{name}' for all.")
+    return found
 
 
 @dataclass
@@ -144,6 +122,8 @@ class BranchBuilder:
         image_size: Size (H, W) of the images, None for the model's own.
 
     Attributes:
+        stages: All stages of the backbone.
+        trace: Trace of the backbone's forward.
         device: Device of the traces.
 
     Raises:
@@ -156,27 +136,27 @@ class BranchBuilder:
     def __post_init__(self):
         backbone = self.backbone
         if not hasattr(backbone, 'get_classifier'):
-            name = backbone.pretrained_cfg['architecture']
-            raise InputError(f'{name} cannot classify: it is an encoder that timm has no classifier for.')
+            raise InputError(
+                f'{backbone.pretrained_cfg["architecture"]} cannot classify: it is an encoder that timm has no '
+                'classifier for.')
         self.stages = list_stages(backbone)
         self.template = Template.of(backbone, self.model_kwargs)
-        name = self.template.architecture
+        name, kwargs = self.template.architecture, self.template.kwargs
         if not backbone.num_classes:
             raise InputError(f'{name} has no classifier (num_classes is 0); give it one with num_classes.')
-        kwargs = self.template.kwargs
         channels, *size = backbone.pretrained_cfg['input_size']
         self.in_chans = kwargs.get('in_chans') or getattr(backbone, 'in_chans', None) or channels
         own_size = kwargs.get('img_size') or getattr(getattr(backbone, 'patch_embed', None), 'img_size', None)
         self.image_size = to_2tuple(self.image_size or own_size or tuple(size))
-        self.batch_norm = any(isinstance(m, _BatchNorm) for m in backbone.modules())
         self._plans: Dict[Any, TailPlan] = {}
         self._traces: Dict[str, Trace] = {}
         self._blanks: Dict[str, nn.Module] = {}
         try:
-            self.trace = self._trace_backbone()
+            self.trace = on_meta_or_cpu(self._trace_backbone)
         except Exception as e:
-            if out_of_memory(e) or not works(lambda: run_bare(name, _trace)):
-                raise
+            given = partial(run_bare, name, (self.in_chans, *self.image_size), **kwargs)
+            if out_of_memory(e) or works(given) or not works(partial(run_bare, name)):
+                raise  # no fault of the images, nor of the arguments that the model was made with
             height, width = self.image_size
             raise InputError(f'{name} does not run on images of {height} x {width}: {why(e)}') from e
         output = self.trace.calls[0].output
@@ -188,83 +168,73 @@ class BranchBuilder:
     def image(self) -> torch.Tensor:
         return torch.zeros(TRACE_BATCH, self.in_chans, *self.image_size, device=self.device)
 
-    def _trace_backbone(self) -> Trace:
-        try:
-            self.device = 'meta'
-            return _trace(self.backbone, self.image())
-        except RuntimeError:
-            # Some forwards read the values of tensors, and the meta device has none.
-            self.device = 'cpu'
-            with torch.device(self.device):
-                model = self.template.make()
-            return Trace(model, self.image())
+    def _trace_backbone(self, device: str) -> Trace:
+        self.device = device
+        if device == 'meta':
+            return Trace(copy_without_weights(self.backbone), self.image())
+        with torch.device(device):
+            model = self.template.make()
+        return Trace(model, self.image())
 
     def attach(
             self,
             indices: Sequence[int],
             kind: str = 'auto',
-            overrides: Optional[Dict[int, Dict[str, Any]]] = None,
+            branch_kwargs: Optional[Dict[str, Any]] = None,
             budget: Optional[float] = None,
     ) -> List[Branch]:
-        """Choose and make the branches of several stages, on the default device.
+        """Choose and make the branches of several stages (ascending), on the default device.
 
-        Args:
-            indices: Stages, ascending.
-            kind: 'tail', 'conv', or 'auto' for a tail where the architecture allows it.
-            overrides: Arguments of the tails' templates that differ from the backbone's, by stage.
-            budget: Most that one training forward (backbone and branches) may cost, as a multiple of the backbone's
-                forward FLOPs. Branches are made cheaper, the costliest first, until they fit; all tails are made
-                thinner before one gives way to convolutions.
-
-        Raises:
-            ValueError: Unknown kind, a tail that the architecture or the overrides do not allow, or a budget below the
-                cheapest branches.
+        The arguments and errors are those of :meth:`dks_timm.DKSModel.from_timm`. Within a budget, branches are made
+        cheaper, the costliest first, until they fit; all tails are made thinner before one gives way to convolutions.
         """
         if kind not in BRANCH_KINDS:
             raise InputError(f"branches is '{kind}'; choose from {', '.join(BRANCH_KINDS)}.")
-        ladders = [self._ladder(self.stages[i], kind, (overrides or {}).get(i)) for i in indices]
-        if budget is not None:
-            specs = self._fit(indices, ladders, budget)
-        else:
+        overrides = split_branch_kwargs(branch_kwargs or {}, indices)
+        ladders = [self._ladder(self.stages[i], kind, overrides[i]) for i in indices]
+        if budget is None:
             specs = [ladder[0] for ladder in ladders]
+        else:
+            specs = self._fit(indices, ladders, budget)
         return [self.build(i, spec) for i, spec in zip(indices, specs, strict=True)]
 
-    def _ladder(self, stage: Stage, kind: str, overrides: Optional[Dict[str, Any]]) -> List[BranchSpec]:
-        """What the branch of a stage may be, the preferred form first, then ever cheaper ones."""
-        name = self.template.architecture
-        preset = {**PRESETS, **PRESETS_BY_ANALOGY}.get(name, {}).get(stage.index, {})
-        if preset.keys() & self.template.kwargs.keys():
-            preset = {}  # it is for the architecture's own layout, not for one that was asked for
-        tails = []
-        if overrides:
-            tails = [BranchSpec('tail', f'template with {_listed(overrides)}', overrides)]
-        else:
-            if preset:
-                layout = "the paper's layout" if name in PRESETS else "layout as in the paper's networks"
-                tails = [BranchSpec('tail', f'{layout}, {_listed(preset)}', preset)]
-                tails += [BranchSpec('tail', 'whole tail')]
-            tails += [BranchSpec('tail', f'1 in {n} of repeated blocks', keep_every=n) for n in (2, 4, 8, 16)]
-            tails += [BranchSpec('tail', '1 block of a kind', keep_every=0)]
+    def _ladder(self, stage: Stage, kind: str, overrides: Dict[str, Any]) -> List[BranchSpec]:
+        """List the branches that a stage may get, the preferred form first, then ever cheaper ones."""
         convs = [BranchSpec('conv', 'as asked'), BranchSpec('conv', 'narrow', widens=False)]
         if kind == 'conv':
             return convs
+        tails = self._tails(stage, overrides)
         try:
             self._plan(stage, tails[0])
         except SurgeryError as e:
+            name = self.template.architecture
             if kind == 'tail':
                 given = f' with {_listed(overrides)}' if overrides else ''
-                raise InputError(
-                    f"branches='tail' does not fit {name}{given}: {e}; branches='conv' does.") from e
+                raise InputError(f"branches='tail' does not fit {name}{given}: {e}; branches='conv' does.") from e
             _logger.warning(f'{name}, stage {stage}: conv branch, because {e}.')
             return [replace(spec, reason=f'no tail: {e}') for spec in convs]
         return tails if kind == 'tail' else tails + [replace(spec, reason='within the budget') for spec in convs]
 
+    def _tails(self, stage: Stage, overrides: Dict[str, Any]) -> List[BranchSpec]:
+        if overrides:
+            return [BranchSpec('tail', f'template with {_listed(overrides)}', overrides)]
+        name = self.template.architecture
+        preset = {**PRESETS, **PRESETS_BY_ANALOGY}.get(name, {}).get(stage.index, {})
+        tails = []
+        if preset and not preset.keys() & self.template.kwargs.keys():  # else another layout was asked for
+            layout = "the paper's layout" if name in PRESETS else "layout as in the paper's networks"
+            tails = [BranchSpec('tail', f'{layout}, {_listed(preset)}', preset), BranchSpec('tail', 'whole tail')]
+        tails += [BranchSpec('tail', f'1 in {n} of repeated blocks', keep_every=n) for n in (2, 4, 8, 16)]
+        return [*tails, BranchSpec('tail', '1 block of a kind', keep_every=0)]
+
     def _fit(self, indices: Sequence[int], ladders: List[List[BranchSpec]], budget: float) -> List[BranchSpec]:
+        """Choose a rung of every ladder so that all branches together fit the budget."""
         whole = self.flops()
 
         @functools.cache
         def cost(n: int, rung: int) -> float:
-            return self._spec_flops(indices[n], ladders[n][rung]) / whole
+            with torch.device(self.device):
+                return self.flops(self.build(indices[n], ladders[n][rung])) / whole
 
         def total() -> float:
             return 1 + sum(cost(n, rung) for n, rung in enumerate(rungs))
@@ -274,8 +244,8 @@ class BranchBuilder:
             cheaper = {}
             for n, rung in enumerate(rungs):
                 below = (r for r in range(rung + 1, len(ladders[n])) if cost(n, r) < cost(n, rung))
-                cheaper[n] = next(below, None)
-            cheaper = {n: rung for n, rung in cheaper.items() if rung is not None}
+                if (r := next(below, None)) is not None:
+                    cheaper[n] = r
             if not cheaper:
                 raise InputError(
                     f'budget is {budget}, but the cheapest branches on stages {", ".join(map(str, indices))} of '
@@ -290,75 +260,59 @@ class BranchBuilder:
         _logger.info(f'Training forward: {total():.2f}x the FLOPs of the backbone (budget {budget}).')
         return [ladder[rung] for ladder, rung in zip(ladders, rungs, strict=True)]
 
-    def _spec_flops(self, index: int, spec: BranchSpec) -> int:
-        with torch.device(self.device):
-            return self.flops(self.build(index, spec))
-
     def flops(self, branch: Optional[Branch] = None) -> int:
-        """Forward FLOPs per image of the backbone, or of a branch made for counting on this builder's ``device``."""
-        if branch is None:
-            module, inputs = self.trace.model, [self.image()]
-        else:
+        """Count the forward FLOPs per image of the backbone, or of a branch made on this builder's ``device``."""
+        module, inputs = self.trace.model, [self.image()]
+        if branch is not None:
             features = self.trace.once[branch.source].output
-            module, inputs = branch, [self.image(), tree_map_only(torch.Tensor, torch.Tensor.detach, features)]
-        # The counter follows gradients where there are any, and stumbles over expanded parameters.
-        without_fast_norm(module).eval().requires_grad_(False)
-        with FlopCounterMode(display=False) as counter:
+            module, inputs = branch, [*inputs, map_tensors(torch.Tensor.detach, features)]
+        with flop_counter(module) as counter:
             module(*inputs)
         return counter.get_total_flops() // TRACE_BATCH
 
     def build(self, index: int, spec: BranchSpec) -> Branch:
         """Make the branch of one stage, on the default device."""
-        branch = self._build(index, spec)
+        branch = (self._build_tail if spec.kind == 'tail' else self._build_conv)(self.stages[index], spec)
         branch.written = self.trace.once[branch.source].written
         return branch
 
-    def _build(self, index: int, spec: BranchSpec) -> Branch:
-        stage = self.stages[index]
-        where = dict(stage=index, reason=spec.reason)
-        if spec.kind == 'tail':
-            plan = self._plan(stage, spec)
-            if spec.keep_every != 1 and not plan.skips:
-                where['reason'] = 'whole tail, it has no repeated blocks'
-            source = self.trace.sources(stage)[plan.rank]
-            retrace = Retrace(self.template, spec.overrides, stage, plan.rank, self.in_chans, self.device)
-            no_weights = self.device == torch.get_default_device().type == 'meta'
-            template = self._blank(spec.overrides) if no_weights else self.template.make(**spec.overrides)
-            return Tail(template, plan, retrace, self.image_size, source=source.name, **where)
-        source = self.trace.sources(stage)[0]
-        last = self.stages[-1]
+    def _build_tail(self, stage: Stage, spec: BranchSpec) -> Tail:
+        plan = self._plan(stage, spec)
+        no_weights = self.device == torch.get_default_device().type == 'meta'
+        return Tail(
+            self._blank(spec.overrides) if no_weights else self.template.make(**spec.overrides),
+            plan,
+            partial(_stand_in_shapes, self.template, spec.overrides, stage, plan.rank, self.in_chans, self.device),
+            self.image_size,
+            stage=stage.index,
+            source=self.trace.sources(stage)[plan.rank].name,
+            reason='whole tail, it has no repeated blocks' if spec.keep_every != 1 and not plan.skips else spec.reason,
+        )
+
+    def _build_conv(self, stage: Stage, spec: BranchSpec) -> ConvBranch:
+        source, last = self.trace.sources(stage)[0], self.stages[-1]
         return ConvBranch(
             Layout.of(source.output, stage, self.image_size),
             halvings=max(0, (last.reduction // stage.reduction).bit_length() - 1),
             max_channels=last.channels if spec.widens else 0,
             num_classes=self.backbone.num_classes,
-            batch_norm=self.batch_norm,
+            batch_norm=any(isinstance(m, _BatchNorm) for m in self.backbone.modules()),
+            stage=stage.index,
             source=source.name,
-            **where,
+            reason=spec.reason,
         )
 
     def _plan(self, stage: Stage, spec: BranchSpec) -> TailPlan:
-        """Plan of a tail, checked against the backbone.
+        """Plan a tail, and check it against the backbone.
 
         Raises:
             SurgeryError: The architecture has no such tail, or the template's stage is not the backbone's.
             ValueError: The architecture does not take the overrides.
         """
-        given = _listed(spec.overrides)
-        key = (stage, spec.keep_every, given)
+        key = (stage, spec.keep_every, _listed(spec.overrides))
         if key not in self._plans:
-            if given not in self._traces:
-                try:
-                    self._traces[given] = Trace(self._blank(spec.overrides), self.image())
-                    self._traces[given].sources(stage)
-                except SurgeryError:
-                    raise
-                except Exception as e:
-                    if not spec.overrides or out_of_memory(e) or not works(lambda: self._blank({})):
-                        raise
-                    name = self.template.architecture
-                    raise InputError(f'branch_kwargs has {given}; {name} cannot be made with {given}: {why(e)}') from e
-            plan = plan_tail(self._traces[given], lambda: self._blank(spec.overrides), stage, spec.keep_every)
+            trace = self._trace_template(stage, spec.overrides)
+            plan = plan_tail(trace, lambda: self._blank(spec.overrides), stage, spec.keep_every)
             source = self.trace.sources(stage)[plan.rank]
             if shapes(source.output) != plan.features:
                 raise SurgeryError(
@@ -367,8 +321,19 @@ class BranchBuilder:
             self._plans[key] = plan
         return self._plans[key]
 
+    def _trace_template(self, stage: Stage, overrides: Dict[str, Any]) -> Trace:
+        given = _listed(overrides)
+        if given not in self._traces:
+            with _naming(overrides, self.template.architecture, _OF_CONSTRUCTORS):
+                model = self._blank(overrides)
+            with _naming(overrides, self.template.architecture, _OF_FORWARDS):
+                trace = Trace(model, self.image())
+                trace.sources(stage)
+            self._traces[given] = trace
+        return self._traces[given]
+
     def _blank(self, overrides: Dict[str, Any]) -> nn.Module:
-        """A template to plan with, on this builder's ``device``: copied, since making it anew takes far longer."""
+        """Make a template to plan with, on this builder's ``device``: a copy, since making it anew takes far longer."""
         given = _listed(overrides)
         if given not in self._blanks:
             with torch.device(self.device):
@@ -376,18 +341,19 @@ class BranchBuilder:
         return copy.deepcopy(self._blanks[given])
 
 
-def _trace(model: nn.Module, image: torch.Tensor) -> Trace:
-    return Trace(copy_without_weights(model) if image.is_meta else model, image)
+@contextlib.contextmanager
+def _naming(overrides: Dict[str, Any], architecture: str, errors: Tuple[type, ...]):
+    """Name the overrides in the errors of a template that has any."""
+    try:
+        yield
+    except SurgeryError:
+        raise
+    except errors as e:
+        if not overrides or out_of_memory(e):
+            raise
+        given = _listed(overrides)
+        raise InputError(f'branch_kwargs has {given}; {architecture} cannot be made with {given}: {why(e)}') from e
 
 
 def _listed(kwargs: Dict[str, Any]) -> str:
     return ', '.join(f'{k}={v}' for k, v in kwargs.items()) or 'no arguments'
-
-
-def copy_without_weights(model: nn.Module) -> nn.Module:
-    """A copy of a model on the meta device."""
-    memo: Dict[int, Any] = {}
-    for tensor in chain(model.parameters(), model.buffers()):
-        blank = torch.empty_like(tensor, device='meta')
-        memo[id(tensor)] = nn.Parameter(blank, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
-    return without_fast_norm(copy.deepcopy(model, memo))

@@ -33,7 +33,7 @@ class Stage:
 
 
 def list_stages(model: nn.Module) -> List[Stage]:
-    """The stages of a timm model, shallowest first.
+    """List the stages of a timm model, shallowest first.
 
     Raises:
         ValueError: The model carries no ``feature_info``.
@@ -55,7 +55,7 @@ def _default_stages(stages: Sequence[Stage]) -> Tuple[int, ...]:
 
 
 def resolve_stages(model: nn.Module, stages: Optional[Sequence[int]] = None) -> Tuple[int, ...]:
-    """The stages to supervise, as ascending non-negative indices.
+    """Return the stages to supervise, as ascending non-negative indices.
 
     Args:
         model: timm model.

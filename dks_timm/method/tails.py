@@ -9,215 +9,22 @@ with autograd when the tail is planned.
 A plan comes from one traced forward on the meta device, and is then carried out on a model with weights.
 """
 import threading
-from collections import Counter
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import groupby
-from typing import Any, Callable, Dict, FrozenSet, List, Optional, Tuple
+from typing import Any, Callable, Dict, FrozenSet, List, Tuple
 
 import torch
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..errors import InputError
 from .stages import Stage
+from .trace import TRACE_BATCH, SurgeryError, Trace, map_tensors, planning_mode, shapes, versions
 
-__all__ = ['TRACE_BATCH', 'Call', 'Feed', 'SurgeryError', 'TailPlan', 'Trace', 'cut', 'plan_tail', 'without_fast_norm']
-
-TRACE_BATCH = 2
-
-
-class SurgeryError(InputError):
-    """This architecture cannot be run from the given stage on; the message says why."""
-
-
-def tensors(tree: Any) -> List[torch.Tensor]:
-    """The tensors in a nest of tuples, lists and dicts."""
-    return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
-
-
-def shapes(tree: Any) -> Any:
-    """The nest with every tensor replaced by its ``torch.Size``."""
-    return tree_map_only(torch.Tensor, lambda t: t.shape, tree)
-
-
-@dataclass(eq=False)
-class Call:
-    """One module call of a traced forward; ``start`` and ``end`` count calls and returns."""
-    name: str
-    module: nn.Module
-    args: Tuple[Any, ...]
-    start: int
-    end: int = -1
-    output: Any = None
-    versions: Tuple[int, ...] = ()
-
-    @property
-    def written(self) -> bool:
-        """Whether the model went on to work on the output in place."""
-        return self.versions != tuple(t._version for t in tensors(self.output))
-
-    @property
-    def depends_on_input(self) -> bool:
-        return any(t.requires_grad for t in tensors(self.output))
-
-    @property
-    def is_sequential(self) -> bool:
-        return type(self.module) is nn.Sequential and len(self.module) > 0
-
-    @property
-    def can_be_cut(self) -> bool:
-        """Whether the module works on the input and gets called whatever the settings.
-
-        A plain Sequential may not be: gradient checkpointing in timm calls its children itself.
-        """
-        return self.depends_on_input and not self.is_sequential
-
-
-class Trace:
-    """The module calls of one forward, in the order in which they begin.
-
-    Args:
-        model: Model on the device of ``x``; it is put into training mode. Its parameters stop requiring gradients:
-            autograd then tells the calls that depend on the input from those that do not.
-        x: Input (B, C, H, W).
-        forward: What to run instead of ``model``.
-
-    Attributes:
-        trainable: Names of the parameters that required gradients.
-    """
-
-    def __init__(self, model: nn.Module, x: torch.Tensor, forward: Optional[Callable] = None):
-        self.trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-        self.model = _training_mode(model).requires_grad_(False)
-        self.x = x
-        self.calls: List[Call] = []
-        self._running: List[Call] = []
-        self._clock = 0
-        handles = []
-        for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(partial(self._enter, name)))
-            handles.append(module.register_forward_hook(self._leave))
-        try:
-            with torch.enable_grad():
-                (forward or model)(x.detach().requires_grad_() * 1)  # no leaf, so that it may be worked on in place
-        finally:
-            for handle in handles:
-                handle.remove()
-        times = Counter(c.name for c in self.calls)
-        self.once = {c.name: c for c in self.calls if times[c.name] == 1}
-
-    def _tick(self) -> int:
-        self._clock += 1
-        return self._clock
-
-    def _enter(self, name, module, args):
-        self.calls.append(Call(name, module, args, start=self._tick()))
-        self._running.append(self.calls[-1])
-
-    def _leave(self, module, args, output):
-        call = self._running.pop()
-        call.end, call.output = self._tick(), output
-        call.versions = tuple(t._version for t in tensors(output))
-
-    def sources(self, stage: Stage) -> List[Call]:
-        """Calls whose output can serve as the features of ``stage``, best first.
-
-        The first one puts out what timm calls the stage's features. Where that lies inside a residual block, a model
-        cannot be cut there; the others end right before the blocks around it begin.
-
-        Raises:
-            SurgeryError: There is none.
-        """
-        first = self._named(stage) or self._last_of(stage)
-        if first is None:
-            raise SurgeryError(f'no module puts out the features of stage {stage}')
-        found = [first]
-        around = [c for c in self.calls if c.start <= first.start and c.end >= first.end and c.name]
-        for outer in reversed(around):
-            before = [c for c in self.once.values() if c.end < outer.start and c.can_be_cut]
-            if before and (last := max(before, key=lambda c: c.end)) not in found:
-                found.append(last)
-        return found
-
-    def _named(self, stage: Stage) -> Optional[Call]:
-        # The path may lack the name of a model that this one wraps.
-        named = [c for c in self.once.values() if f'.{c.name}'.endswith(f'.{stage.module}')]
-        call = named[0] if len(named) == 1 else self.once.get(stage.module)
-        while call is not None and call.is_sequential:
-            call = self.once.get(f'{call.name}.{list(call.module._modules)[-1]}')
-        return call if call is not None and call.can_be_cut else None
-
-    def _last_of(self, stage: Stage) -> Optional[Call]:
-        # The name is not the path of a called module: run as far as the stage goes, and take what returns last.
-        early = Trace(self.model, self.x, lambda x: self.model.forward_intermediates(
-            x, indices=[stage.index], stop_early=True, intermediates_only=True))
-        for call in sorted(early.once.values(), key=lambda c: -c.end):
-            same = self.once.get(call.name)
-            if same and same.can_be_cut and shapes(same.output) == shapes(call.output):
-                return same
-        return None
-
-    def stubs(self, source: Call) -> Dict[str, Any]:
-        """Output shapes, by name, of the outermost modules that work on the image before ``source`` does."""
-        found: Dict[str, Any] = {}
-        covered = -1
-        for call in self.calls:
-            if call.start >= source.start:
-                break
-            around = call.end > source.end
-            if call.name in self.once and call.can_be_cut and not around and call.start > covered:
-                found[call.name] = shapes(call.output)
-                covered = call.end
-        return found
-
-    def skips(self, source: Call, keep_every: int) -> Dict[str, int]:
-        """Blocks to leave out so that one in ``keep_every`` remains of each run of alike siblings after ``source``.
-
-        Alike are consecutive siblings of one class with equal parameter shapes whose outputs have their inputs' shapes.
-        Whole blocks are left out, never parts of a block that is itself repeated. Of 0, none of a run remains that
-        follows a sibling of its class, as in a stage whose first block alone changes shapes, and one of any other run.
-        """
-        siblings: Dict[str, List[Call]] = {}
-        for call in self.calls:
-            if call.start > source.end and call.depends_on_input:
-                siblings.setdefault(call.name.rpartition('.')[0], []).append(call)
-
-        def kind(call):
-            parameters = tuple(p.shape for p in call.module.parameters())
-            if not parameters or call.name not in self.once or _passed(call) is None:
-                return call.start  # like nothing else
-            return type(call.module), parameters, _passed(call), str(shapes(call.output))
-
-        found: Dict[str, int] = {}
-        repeated: List[str] = []
-        for parent in sorted(siblings, key=lambda name: name.count('.')):
-            if any(f'{parent}.'.startswith(f'{name}.') for name in repeated):
-                continue
-            before = None
-            for key, run in groupby(siblings[parent], kind):
-                run = list(run)
-                follows, before = before is type(run[0].module), type(run[0].module)
-                left_out = [c for i, c in enumerate(run) if (i % keep_every if keep_every else follows or i)]
-                if left_out and isinstance(key, tuple):
-                    repeated += [c.name for c in run]
-                    found.update({c.name: _passed(c) for c in left_out})
-        return found
-
-
-def _passed(call: Call) -> Optional[int]:
-    """How many leading arguments have the shapes of a call's outputs; 0 for a bare tensor, None where they differ."""
-    if isinstance(call.output, torch.Tensor):
-        return 0 if call.args and shapes(call.args[0]) == call.output.shape else None
-    if isinstance(call.output, tuple) and shapes(call.args[:len(call.output)]) == shapes(call.output):
-        return len(call.output)
-    return None
+__all__ = ['Feed', 'TailPlan', 'cut', 'plan_tail']
 
 
 @dataclass(frozen=True)
 class TailPlan:
-    """What to change in a template to make it a tail; plain data, by module name.
+    """The changes that make a template a tail; plain data, by module name.
 
     Attributes:
         rank: Position of ``source`` in ``Trace.sources``; the backbone's features come from the same one.
@@ -227,7 +34,7 @@ class TailPlan:
         skips: Repeated blocks that pass their input on, with the number of inputs to pass (0: the first one, bare).
         alive: Modules that the tail still calls, also where a module that it does not call owns them as well.
         unused: Parameters that no logit depends on.
-        copies: Whether the tail works on its features in place, and so needs a copy of them.
+        copies: True if the tail works on its features in place, and so needs a copy of them.
         written: Stubs whose output the tail works on in place, so that it needs memory.
     """
     rank: int
@@ -242,9 +49,9 @@ class TailPlan:
 
 
 class Feed(threading.local):
-    """What flows into a tail: the stage's features, and the shapes that stand in for everything before them.
+    """The input of a tail: the stage's features, and the shapes that stand in for everything before them.
 
-    Each thread has its own, as it may run the same tail.
+    Each thread has its own, as several may run the same tail.
 
     Args:
         written: Modules whose stand-ins are worked on in place. Those of others take no memory, whatever their size.
@@ -260,6 +67,7 @@ class Feed(threading.local):
         return type(self), (self.written,)
 
     def stand_in(self, name: str) -> Any:
+        """Return uninitialised tensors of the shapes that a module puts out."""
         return self._empty(self.shapes[name], name in self.written)
 
     def _empty(self, tree, written):
@@ -270,25 +78,6 @@ class Feed(threading.local):
         if isinstance(tree, (tuple, list)):
             return type(tree)([self._empty(t, written) for t in tree])
         return tree
-
-
-class _WatchedFeed(Feed):
-    """Feed of a planning run. It keeps its stand-ins: a gradient on one of them means that a logit depends on it."""
-
-    def __init__(self):
-        super().__init__()
-        self.watched: List[torch.Tensor] = []
-        self.given: Dict[str, Any] = {}
-
-    def stand_in(self, name: str) -> Any:
-        self.given[name] = tree_map_only(torch.Tensor, self.watch, super().stand_in(name))
-        return self.given[name]
-
-    def watch(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        self.watched.append(tensor.detach().requires_grad_())
-        return self.watched[-1] * 1
 
 
 # New forwards of modules: objects that look their feed up when called, as torch.compile would take a bound method's for
@@ -319,23 +108,6 @@ class _PassOn:
         return args[:self.count] if self.count else args[0]
 
 
-def without_fast_norm(model: nn.Module) -> nn.Module:
-    """A model for the meta device, in place: timm's fast norms ask for a device's autocast, and that one has none."""
-    for module in model.modules():
-        if getattr(module, '_fast_norm', False):
-            module._fast_norm = False
-    return model
-
-
-def _training_mode(model: nn.Module) -> nn.Module:
-    """A model to plan with: in training mode, but for BatchNorm, whose statistics take most of the time there."""
-    without_fast_norm(model).train()
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()
-    return model
-
-
 def plan_tail(trace: Trace, make: Callable[[], nn.Module], stage: Stage, keep_every: int = 1) -> TailPlan:
     """Plan the tail of a template, and check that its logits depend on the stage's features and on nothing before them.
 
@@ -356,38 +128,66 @@ def plan_tail(trace: Trace, make: Callable[[], nn.Module], stage: Stage, keep_ev
         alive = frozenset(c.name for c in trace.calls if not any(s.start <= c.start < s.end for s in silent))
         plan = TailPlan(rank, source.name, shapes(source.output), stubs, skips, alive)
         try:
-            return _check(_training_mode(make()), plan, trace, source.output)
+            return _prove(plan, planning_mode(make()), trace, source.output)
         except SurgeryError as e:
             refusals.append(str(e))
     raise SurgeryError(f'cannot run what follows stage {stage}: {refusals[0]}')
 
 
-def _check(template: nn.Module, plan: TailPlan, trace: Trace, features: Any) -> TailPlan:
+def _prove(plan: TailPlan, template: nn.Module, trace: Trace, features: Any) -> TailPlan:
+    """Run a planned tail once, and complete its plan with what autograd says about it.
+
+    Raises:
+        SurgeryError: A logit depends on a tensor from before the stage, or none depends on the stage's features.
+    """
     feed = _WatchedFeed()
     parameters = dict(template.named_parameters())
     cut(template, plan, feed)
     feed.image, feed.shapes = trace.x, plan.stubs
-    watched: List[torch.Tensor] = []
+    leaves: List[torch.Tensor] = []
     with torch.enable_grad():
-        feed.features = tree_map_only(torch.Tensor, feed.watch, features)
-        given, feed.watched = feed.watched, watched
-        versions = [t._version for t in tensors(feed.features)]
+        feed.features = _watch(features, leaves)
+        before = versions(feed.features)
         output = template(trace.x)
         if not isinstance(output, torch.Tensor) or output.ndim != 2:
             raise SurgeryError(f'{type(template).__name__} does not return logits (B, num_classes) in training mode')
         if output.requires_grad:
             output.sum().backward()
-    if any(t.grad is not None for t in watched):
+    if any(t.grad is not None for t in feed.leaves):
         raise SurgeryError('it also uses tensors from before the stage')
-    if all(t.grad is None for t in given):
+    if all(t.grad is None for t in leaves):
         raise SurgeryError('no logit depends on the features of the stage')
     kept = {name for name, _ in template.named_parameters()}
     return replace(
         plan,
         unused=tuple(name for name in trace.trainable if name in kept and parameters[name].grad is None),
-        copies=versions != [t._version for t in tensors(feed.features)],
-        written=frozenset(name for name, given in feed.given.items() if any(t._version for t in tensors(given))),
+        copies=before != versions(feed.features),
+        written=frozenset(name for name, given in feed.given.items() if any(versions(given))),
     )
+
+
+class _WatchedFeed(Feed):
+    """Feed of a planning run. It keeps its stand-ins: a gradient on a leaf means that a logit depends on it."""
+
+    def __init__(self):
+        super().__init__()
+        self.leaves: List[torch.Tensor] = []
+        self.given: Dict[str, Any] = {}
+
+    def stand_in(self, name: str) -> Any:
+        self.given[name] = _watch(super().stand_in(name), self.leaves)
+        return self.given[name]
+
+
+def _watch(tree: Any, leaves: List[torch.Tensor]) -> Any:
+    """Return the tensors of a nest as results of leaves that want a gradient; append these to ``leaves``."""
+    def watch(tensor):
+        if not tensor.is_floating_point():
+            return tensor
+        leaves.append(tensor.detach().requires_grad_())
+        return leaves[-1] * 1  # no leaf, so that it may be worked on in place
+
+    return map_tensors(watch, tree)
 
 
 def cut(template: nn.Module, plan: TailPlan, feed: Feed) -> nn.Module:
@@ -408,11 +208,11 @@ def cut(template: nn.Module, plan: TailPlan, feed: Feed) -> nn.Module:
             if isinstance(module, _BatchNorm):
                 # Converters to SyncBatchNorm and the like would bring it back to life.
                 template.set_submodule(path, nn.Identity())
-            for store in (module._parameters, module._buffers):
+            for store in (module._parameters, module._buffers):  # private: torch Module._parameters, Module._buffers
                 store.update(dict.fromkeys(store))
         template.get_submodule(name).forward = forward
     for name in plan.unused:
         parent, _, attribute = name.rpartition('.')
-        parameter = modules[parent]._parameters.pop(attribute)
+        parameter = modules[parent]._parameters.pop(attribute)  # private: torch Module._parameters
         modules[parent].register_buffer(attribute, parameter.detach(), persistent=False)
     return template

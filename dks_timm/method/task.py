@@ -7,6 +7,7 @@ from timm.task import ClassificationTask, TrainingTask
 from timm.utils import unwrap_model
 
 from ..errors import InputError
+from .branch_files import check_fit
 from .loss import DKSLoss
 from .model import DKSModel
 
@@ -20,14 +21,22 @@ class DKSTask(ClassificationTask):
     Args:
         net: The model to train.
         loss_fn: Loss of the list of logits, DKSLoss() when None.
-        device: Device of the task's own buffers; the model stays where it is.
-        dtype: Dtype of the task's own buffers.
+        device, dtype: Of the task's own buffers; the model stays as it is.
         verbose: Log what the task sets up.
         every: Run the branches in one of so many updates; the others train the backbone by its labels alone.
         start_epoch: First epoch with synergy; before it, every classifier learns from the labels alone.
 
     Raises:
         ValueError: The weights of the loss are for another number of classifiers, or `every` is below 1.
+
+    Example:
+        >>> import torch, dks_timm
+        >>> net = dks_timm.create_dks_model('test_resnet', num_classes=10)
+        >>> task = dks_timm.DKSTask(net, dks_timm.DKSLoss(), verbose=False)
+        >>> out = task(torch.randn(2, 3, 64, 64), torch.tensor([3, 7]))
+        >>> out['loss'].backward()
+        >>> len(out['logits']), task.get_eval_model() is net.backbone
+        (3, True)
     """
 
     def __init__(
@@ -49,7 +58,7 @@ class DKSTask(ClassificationTask):
         self.start_epoch = start_epoch
 
     def begin_update(self, epoch: int, num_updates: int) -> None:
-        """Decide what the next update trains. Without a call, every update trains all classifiers with synergy.
+        """Decide about branches and synergy in the next update. Without a call, every update has both.
 
         Args:
             epoch: Epoch of the update.
@@ -84,21 +93,27 @@ class DKSTask(ClassificationTask):
         return self.eval_model
 
     def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
-        """The plain backbone, whatever wraps the DKSModel; the compiled one after `compile`."""
+        """Return the plain backbone, whatever wraps the DKSModel; the compiled one after `compile`."""
         model = super().get_eval_model(module=module, ema=ema)
         net = unwrap_model(model)
         return net.backbone if isinstance(net, DKSModel) else model
 
     def get_clip_parameters(self, exclude_head: bool = False) -> List[nn.Parameter]:
-        """Parameters to clip; exclude_head leaves out the classifiers of backbone and branches."""
+        """Return the parameters to clip; exclude_head leaves out the classifiers of backbone and branches."""
         net = unwrap_model(self.trainable_module)
         heads = {id(p) for head in net.get_classifiers() for p in head.parameters()} if exclude_head else set()
         return [p for p in net.parameters() if id(p) not in heads]
 
+    def _net(self, module: Optional[nn.Module], ema: bool) -> DKSModel:
+        return unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
+
     def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
-        """State of the branches, with the stages they sit on: 'stages', a list, and 'branches', a state dict."""
-        net = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
-        return {'stages': list(net.stages), 'branches': net.branches.state_dict()}
+        """Return the state of the branches, with their stages: 'stages', a list, and 'branches', a state dict.
+
+        With distillation of features, 'projection' is the state of the projection to the teacher's.
+        """
+        net = self._net(module, ema)
+        return {'stages': list(net.stages), **{name: part.state_dict() for name, part in _saved_parts(net).items()}}
 
     def load_task_state(
             self,
@@ -107,8 +122,10 @@ class DKSTask(ClassificationTask):
             module: Optional[nn.Module] = None,
             ema: bool = False,
     ) -> None:
-        net = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
-        net.branches.load_state_dict(state['branches'], strict=strict)
+        for name, part in _saved_parts(self._net(module, ema)).items():
+            if name not in state:
+                raise InputError(f'the checkpoint holds no {name}')
+            part.load_state_dict(state[name], strict=strict)
 
     def load_checkpoint_state(
             self,
@@ -139,8 +156,9 @@ class DKSTask(ClassificationTask):
             if stages != net.stages:
                 raise InputError(f'the checkpoint has branches on stages {stages}, the model on {net.stages}')
             if strict:
-                _check_fit(net.backbone, state_dict, 'backbone')
-                _check_fit(net.branches, task_state['branches'], 'branches')
+                for name, state in (('backbone', state_dict), ('branches', task_state['branches'])):
+                    own = net.get_submodule(name).state_dict()
+                    check_fit(own, state, f"the checkpoint does not fit the model's {name}")
         super().load_checkpoint_state(state_dict, task_state, ema=ema, strict=strict)
 
 
@@ -154,35 +172,21 @@ class DKSDistillationTask(DKSTask):
         distillation: timm's LogitDistillationTask, FeatureDistillationTask or TokenDistillationTask whose student is
             `net.backbone`. It brings the teacher, the divergence and both weights.
         loss_fn: Loss of the list of logits, DKSLoss() when None.
-        device: Device for task tensors/buffers
-        dtype: Dtype for task tensors/buffers
-        verbose: Enable info logging
-        every: See DKSTask.
-        start_epoch: See DKSTask.
+        **kwargs: See DKSTask.
     """
 
-    def __init__(
-            self,
-            net: DKSModel,
-            distillation: TrainingTask,
-            loss_fn: Optional[DKSLoss] = None,
-            device: Optional[torch.device] = None,
-            dtype: Optional[torch.dtype] = None,
-            verbose: bool = True,
-            every: int = 1,
-            start_epoch: int = 0,
-    ):
-        super().__init__(net, loss_fn, device, dtype, verbose, every, start_epoch)
+    def __init__(self, net: DKSModel, distillation: TrainingTask, loss_fn: Optional[DKSLoss] = None, **kwargs: Any):
+        super().__init__(net, loss_fn, **kwargs)
         if distillation.trainable_module is not net.backbone:
             net.set_student(distillation.trainable_module)
             net.projection = distillation.trainable_module.projection
-        # The backbone has run when the distillation is asked for, and labels are DKSLoss's affair.
+        # The backbone has run when the distillation is asked for, and DKSLoss has seen to the labels.
         distillation.trainable_module = _Given()
         distillation.criterion = _Given(0.)
         self.distillation = distillation
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, Any]:
-        """As :meth:`DKSTask.forward`, with the teacher's term in 'loss', and by itself in 'kd_loss', unweighted."""
+        """Run :meth:`DKSTask.forward` with the teacher's term in 'loss', and by itself in 'kd_loss', unweighted."""
         student, *branch_logits = self.trainable_module(input)
         logits = [student[0] if isinstance(student, tuple) else student, *branch_logits]
         out = self._loss(logits, target)
@@ -204,31 +208,9 @@ class DKSDistillationTask(DKSTask):
         self.distillation.teacher.compile(backend, mode, compile_features=True, **compile_kwargs)
         return super().compile(backend, mode, **compile_kwargs)
 
-    def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
-        """State of the branches, and of the projection to the teacher's features where there is one."""
-        net = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
-        state = super().get_task_state(net)
-        if getattr(net, 'projection', None) is not None:
-            state['projection'] = net.projection.state_dict()
-        return state
-
-    def load_task_state(
-            self,
-            state: Optional[Dict[str, Any]],
-            strict: bool = True,
-            module: Optional[nn.Module] = None,
-            ema: bool = False,
-    ) -> None:
-        super().load_task_state(state, strict=strict, module=module, ema=ema)
-        net = unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
-        if getattr(net, 'projection', None) is not None:
-            if 'projection' not in state:
-                raise InputError("the checkpoint holds no projection to the teacher's features")
-            net.projection.load_state_dict(state['projection'], strict=strict)
-
 
 class _Given(nn.Module):
-    """Hands out a value that was computed elsewhere, whatever it is called with."""
+    """A module that returns a value computed elsewhere, for any input."""
 
     def __init__(self, value: Any = None):
         super().__init__()
@@ -238,12 +220,7 @@ class _Given(nn.Module):
         return self.value
 
 
-def _check_fit(module: nn.Module, state_dict: Dict[str, Any], name: str) -> None:
-    """Refuse a state dict with other entries or shapes than the module's, naming the first of them."""
-    theirs, ours = ({k: tuple(v.shape) for k, v in state.items()} for state in (state_dict, module.state_dict()))
-    for key in {**ours, **theirs}:
-        if theirs.get(key) != ours.get(key):
-            raise InputError(
-                f"the checkpoint does not fit the model's {name}: {key} is {theirs.get(key, 'missing')} in the "
-                f"checkpoint and {ours.get(key, 'missing')} in the model"
-            )
+def _saved_parts(net: DKSModel) -> Dict[str, nn.Module]:
+    """Return the modules that a checkpoint holds beside the backbone."""
+    parts = {name: getattr(net, name, None) for name in ('branches', 'projection')}
+    return {name: part for name, part in parts.items() if part is not None}

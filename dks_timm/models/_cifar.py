@@ -1,11 +1,11 @@
-"""What the paper's CIFAR networks share: everything but their blocks."""
+"""The common part of the paper's CIFAR networks: everything but their blocks."""
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
 from timm.layers import ClassifierHead
 from timm.models import build_model_with_cfg, checkpoint_seq
-from timm.models._features import feature_take_indices
+from timm.models._features import feature_take_indices  # private: timm models._features
 
 __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'CifarNet', 'check_layout', 'cifar_cfg', 'create_cifar_model']
 
@@ -15,7 +15,7 @@ CIFAR_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
 
 
 def cifar_cfg(**kwargs: Any) -> Dict[str, Any]:
-    """Configuration of a network for 32x32 images; there are no pretrained weights."""
+    """Return timm's configuration of a network for 32x32 images; there are no pretrained weights."""
     return {
         'url': '',
         'num_classes': 100, 'input_size': (3, 32, 32), 'pool_size': (8, 8),
@@ -34,11 +34,7 @@ def create_cifar_model(model_cls: type, variant: str, pretrained: bool = False, 
 
 
 def check_layout(layers: Sequence[int], **per_stage: Sequence[Any]) -> None:
-    """Refuse a number of blocks below one, and arguments that do not have one value for each stage.
-
-    Raises:
-        ValueError: As said.
-    """
+    """Raise ValueError for a number of blocks below one, and for arguments without one value for each stage."""
     if not layers or min(layers) < 1:
         raise ValueError(f'layers is {tuple(layers)}; give each stage at least one block')
     for name, values in per_stage.items():
@@ -108,12 +104,12 @@ class CifarNet(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
-        """Names of parameters to exempt from weight decay: none."""
+        """Return the names of parameters to exempt from weight decay: none."""
         return set()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """Patterns that group parameters by stage (coarse) or by block."""
+        """Return patterns that group parameters by stage (coarse) or by block."""
         return dict(
             stem=r'^stem',
             blocks=r'^stages\.(\d+)' if coarse else [(r'^stages\.(\d+)\.(\d+)', None), (r'^norm', (99999,))],
@@ -126,7 +122,7 @@ class CifarNet(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The classifier."""
+        """Return the classifier."""
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
@@ -144,7 +140,7 @@ class CifarNet(nn.Module):
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
-        """Features of several stages in one forward.
+        """Return the features of several stages, from one forward.
 
         Args:
             x: Images [B, C, H, W].
@@ -157,7 +153,7 @@ class CifarNet(nn.Module):
         Returns:
             Final features and the list of intermediate ones, or only the list.
         """
-        assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
+        assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
         take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
         intermediates = []
 
@@ -200,19 +196,15 @@ class CifarNet(nn.Module):
         return take_indices
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Features before pooling [B, C, H, W]."""
+        """Return the features before pooling [B, C, H, W]."""
         x = self.stem(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.stages, x, flatten=True)
-        else:
-            x = self.stages(x)
-        return self.norm(x)
+            return self.norm(checkpoint_seq(self.stages, x, flatten=True))
+        return self.norm(self.stages(x))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Logits [B, num_classes] of final features, or what the classifier is given."""
+        """Return the logits [B, num_classes] of final features, or the pooled features [B, num_features]."""
         return self.head(x, pre_logits=True) if pre_logits else self.head(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.forward_features(x)
-        x = self.forward_head(x)
-        return x
+        return self.forward_head(self.forward_features(x))

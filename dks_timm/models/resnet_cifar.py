@@ -43,7 +43,10 @@ class PadShortcut(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """Two 3x3 convolutions, each after norm and activation, with dropout between them (Zagoruyko and Komodakis)."""
+    """Two 3x3 convolutions, each after norm and activation, with dropout between them (Zagoruyko and Komodakis).
+
+    The first convolution and the shortcut have the stride. ``drop_path`` is a module for stochastic depth.
+    """
 
     def __init__(
             self,
@@ -57,16 +60,6 @@ class PreActBlock(nn.Module):
             device=None,
             dtype=None,
     ):
-        """
-        Args:
-            in_chs: Input channels.
-            out_chs: Output channels.
-            stride: Stride of the first convolution, and of the shortcut.
-            proj_drop: Dropout between the convolutions.
-            act_layer: Activation layer.
-            norm_layer: Normalization layer.
-            drop_path: Stochastic depth.
-        """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         norm_act_layer = get_norm_act_layer(norm_layer, act_layer)
@@ -182,74 +175,44 @@ class ResNet3x3(ResNet):
         self.feature_info += [dict(stage, reduction=stage['reduction'] // 4) for stage in stages]
 
 
+# Blocks per stage and channels of each network.
+_RESNETS = {
+    'resnet20_cifar': 3,
+    'resnet32_cifar': 5,
+    'resnet44_cifar': 7,
+    'resnet56_cifar': 9,
+    'resnet110_cifar': 18,
+}
+_WIDE_RESNETS = {
+    'wrn_16_2_cifar': (2, (32, 64, 128)),
+    'wrn_28_10_cifar': (4, (160, 320, 640)),
+    'wrn_40_4_cifar': (6, (64, 128, 256)),
+}
+
 default_cfgs = generate_default_cfgs({
-    'resnet20_cifar': cifar_cfg(),
-    'resnet32_cifar': cifar_cfg(),
-    'resnet44_cifar': cifar_cfg(),
-    'resnet56_cifar': cifar_cfg(),
-    'resnet110_cifar': cifar_cfg(),
-    'wrn_16_2_cifar': cifar_cfg(first_conv='stem'),
-    'wrn_28_10_cifar': cifar_cfg(first_conv='stem'),
-    'wrn_40_4_cifar': cifar_cfg(first_conv='stem'),
+    **{name: cifar_cfg() for name in _RESNETS},
+    **{name: cifar_cfg(first_conv='stem') for name in _WIDE_RESNETS},
     'resnet18_cifar': cifar_cfg(pool_size=(4, 4), first_conv='conv1', classifier='fc'),
     'resnet50_cifar': cifar_cfg(pool_size=(4, 4), first_conv='conv1', classifier='fc'),
 })
 
 
-def _resnet(variant: str, pretrained: bool, kwargs: Any, **model_args: Any) -> ResNetCifar:
-    return create_cifar_model(ResNetCifar, variant, pretrained, **dict(model_args, **kwargs))
+def _register(name: str, doc: str, **model_args: Any) -> None:
+    """Register an entry point, as the decorator of timm's own does, and make it a function of this module."""
+    def entry_point(pretrained: bool = False, **kwargs) -> ResNetCifar:
+        return create_cifar_model(ResNetCifar, name, pretrained, **dict(model_args, **kwargs))
+
+    entry_point.__name__ = entry_point.__qualname__ = name
+    entry_point.__doc__ = doc
+    globals()[name] = register_model(entry_point)
 
 
-def _wrn(variant: str, pretrained: bool, kwargs: Any, **model_args: Any) -> ResNetCifar:
-    return _resnet(variant, pretrained, kwargs, preact=True, stem_width=16, **model_args)
+for _name, _blocks in _RESNETS.items():
+    _register(_name, f'ResNet for 32x32 images, {_blocks} blocks a stage.', layers=(_blocks,) * 3)
 
-
-@register_model
-def resnet20_cifar(pretrained: bool = False, **kwargs) -> ResNetCifar:
-    """ResNet-20 for 32x32 images, 3 blocks a stage."""
-    return _resnet('resnet20_cifar', pretrained, kwargs, layers=(3, 3, 3))
-
-
-@register_model
-def resnet32_cifar(pretrained: bool = False, **kwargs) -> ResNetCifar:
-    """ResNet-32 for 32x32 images, 5 blocks a stage."""
-    return _resnet('resnet32_cifar', pretrained, kwargs, layers=(5, 5, 5))
-
-
-@register_model
-def resnet44_cifar(pretrained: bool = False, **kwargs) -> ResNetCifar:
-    """ResNet-44 for 32x32 images, 7 blocks a stage."""
-    return _resnet('resnet44_cifar', pretrained, kwargs, layers=(7, 7, 7))
-
-
-@register_model
-def resnet56_cifar(pretrained: bool = False, **kwargs) -> ResNetCifar:
-    """ResNet-56 for 32x32 images, 9 blocks a stage."""
-    return _resnet('resnet56_cifar', pretrained, kwargs, layers=(9, 9, 9))
-
-
-@register_model
-def resnet110_cifar(pretrained: bool = False, **kwargs) -> ResNetCifar:
-    """ResNet-110 for 32x32 images, 18 blocks a stage."""
-    return _resnet('resnet110_cifar', pretrained, kwargs, layers=(18, 18, 18))
-
-
-@register_model
-def wrn_16_2_cifar(pretrained: bool = False, **kwargs) -> ResNetCifar:
-    """WRN-16-2 for 32x32 images, 2 blocks a stage, twice the width."""
-    return _wrn('wrn_16_2_cifar', pretrained, kwargs, layers=(2, 2, 2), channels=(32, 64, 128))
-
-
-@register_model
-def wrn_28_10_cifar(pretrained: bool = False, **kwargs) -> ResNetCifar:
-    """WRN-28-10 for 32x32 images, 4 blocks a stage, ten times the width."""
-    return _wrn('wrn_28_10_cifar', pretrained, kwargs, layers=(4, 4, 4), channels=(160, 320, 640))
-
-
-@register_model
-def wrn_40_4_cifar(pretrained: bool = False, **kwargs) -> ResNetCifar:
-    """WRN-40-4 for 32x32 images, 6 blocks a stage, four times the width."""
-    return _wrn('wrn_40_4_cifar', pretrained, kwargs, layers=(6, 6, 6), channels=(64, 128, 256))
+for _name, (_blocks, _channels) in _WIDE_RESNETS.items():
+    _doc = f'Wide ResNet for 32x32 images, {_blocks} blocks a stage with {_channels} channels.'
+    _register(_name, _doc, layers=(_blocks,) * 3, channels=_channels, preact=True, stem_width=16)
 
 
 @register_model

@@ -1,4 +1,4 @@
-"""The model card: what was trained, how, and what was measured. Nothing else goes into it."""
+"""The model card, made from a run: what was trained, how, and what was measured. Nothing else goes into it."""
 import json
 import os
 import platform
@@ -17,13 +17,14 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
-from ..errors import InputError, naming, printable, why
+from ..errors import InputError, naming, printable
 from ..models import ARCHITECTURES
-from ..runs.folder import best_epoch, dataset_name, read_summary, run_settings
+from ..runs.folder import best_epoch, dataset_name, read_run, read_summary, run_settings
 from ..runs.pictures import curves_svg
-from ..training.config import check_types, create_parser
+from ..training.config import create_parser
+from .push import local_name
 
-__all__ = ['baseline', 'describe_run', 'eval_results', 'local_name', 'provenance', 'write_card']
+__all__ = ['baseline', 'describe_run', 'eval_results', 'provenance', 'write_card']
 
 PathLike = Union[str, os.PathLike]
 
@@ -37,7 +38,7 @@ _PROVENANCE = (('hardware', 'hardware'), ('software', 'software'), ('commit of d
 
 
 def eval_results(metrics: Mapping[str, float], dataset: str, split: str = 'validation') -> List[EvalResult]:
-    """Bring timm's evaluation metrics of an exported model into the form of a card's ``model-index``.
+    """Return timm's evaluation metrics of an exported model as entries of a card's ``model-index``.
 
     Args:
         metrics: Metrics of the backbone's classifier, in percent; ``top1`` and ``top5`` are taken.
@@ -45,7 +46,6 @@ def eval_results(metrics: Mapping[str, float], dataset: str, split: str = 'valid
         split: Its split.
     """
     dataset = dataset_name(dict(dataset=dataset))
-    names = {'top1': 'Top-1 accuracy of the backbone (%)', 'top5': 'Top-5 accuracy of the backbone (%)'}
     return [
         EvalResult(
             task_type='image-classification',
@@ -53,10 +53,10 @@ def eval_results(metrics: Mapping[str, float], dataset: str, split: str = 'valid
             dataset_name=dataset,
             dataset_split=split,
             metric_type='accuracy',
-            metric_name=name,
-            metric_value=float(metrics[key]),
+            metric_name=f'Top-{k} accuracy of the backbone (%)',
+            metric_value=float(metrics[f'top{k}']),
         )
-        for key, name in names.items() if key in metrics
+        for k in (1, 5) if f'top{k}' in metrics
     ]
 
 
@@ -66,10 +66,10 @@ def provenance(
         model: nn.Module,
         label_names: Optional[Sequence[str]] = None,
 ) -> Dict[str, Any]:
-    """What a run's checkpoints carry beside their flags, so that any of them can be exported with a complete card.
+    """Return what a run's checkpoints carry beside their flags, so that each can be exported with a complete card.
 
     Args:
-        args: The arguments of the run.
+        args: The arguments of the run, with its ``world_size``.
         argv: The command line without the program.
         model: The model that is trained.
         label_names: Class names in the order of the classifier's outputs.
@@ -86,15 +86,14 @@ def provenance(
 
 
 def _git_commit() -> Optional[str]:
-    """The commit of the checkout that this code runs from, marked where files were changed; None for no checkout."""
+    """Return the commit of the checkout that this code runs from, marked if files were changed; None without one."""
     def git(*command):
         out = subprocess.run(['git', *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
         return out.stdout.strip()
 
     try:
         git('ls-files', '--error-unmatch', Path(__file__).name)  # else the checkout is one that we are installed in
-        changed = git('status', '--porcelain', '--untracked-files=no')
-        return git('rev-parse', 'HEAD') + (' with changes' if changed else '')
+        return git('describe', '--always', '--abbrev=40', '--exclude=*', '--dirty= with changes')
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -112,7 +111,7 @@ def _hardware(args: Mapping[str, Any]) -> str:
 
 
 def _started_from(args: Mapping[str, Any], model: nn.Module) -> Optional[str]:
-    """The published weights that training began with: the id of a repository on the Hub, or None."""
+    """Return the repository on the Hub whose weights training began with, or None."""
     if not args['pretrained'] or args.get('pretrained_path') or args.get('initial_checkpoint'):
         return None
     source, _, name = args['model'].rpartition(':')
@@ -133,7 +132,7 @@ def describe_run(
         license: Optional[str] = None,
         baseline_dir: Optional[PathLike] = None,
 ) -> Dict[str, Any]:
-    """What a run has to say about the weights of one of its epochs: ``card``, ``label_names`` and ``results``.
+    """Gather what a run noted about the weights of one of its epochs.
 
     Args:
         args: The arguments of the run, with its :func:`provenance` where it has one.
@@ -142,6 +141,9 @@ def describe_run(
         metric: What the run noted as their ``--eval-metric``, None if it did not evaluate these weights.
         license: Of the weights.
         baseline_dir: Folder of another run to show beside this one, see :func:`baseline`.
+
+    Returns:
+        The arguments ``card``, ``label_names`` and ``results`` of :func:`dks_timm.export`.
     """
     epochs = read_summary(Path(run_dir, 'summary.csv'))
     row = next((row for row in epochs if row['epoch'] == epoch), {})
@@ -151,7 +153,8 @@ def describe_run(
     dataset = dataset_name(args)
     training = {**run_settings(args), 'seed': args['seed'], 'epoch of these weights (from 0)': epoch}
     if args.get('train_seconds'):
-        training['training time'] = f'{timedelta(seconds=round(args["train_seconds"]))} (h:mm:ss, with evaluation)'
+        seconds = timedelta(seconds=round(args['train_seconds']))
+        training['training time'] = f'{seconds} to this epoch (h:mm:ss, with evaluation)'
     training.update((name, args[key]) for name, key in _PROVENANCE if args.get(key))
     card = dict(
         training=training,
@@ -184,48 +187,33 @@ def baseline(settings: Mapping[str, Any], folder: PathLike) -> Dict[str, Any]:
         folder: Folder of the other run.
 
     Returns:
-        Its ``top1``, ``top5`` and ``dks``, and ``differ``: settings of the two that are not the same,
-        besides those of DKS.
+        Its ``top1``, ``top5`` and ``dks``, and ``differ``: settings of the two that are not the same, besides those of
+        DKS.
 
     Raises:
         ValueError: If it is no such run.
     """
-    misfit = f'baseline {str(folder)!r} is no folder of a run, with args.yaml and summary.csv'
-    try:
-        theirs = dict(yaml.safe_load(Path(folder, 'args.yaml').read_text()))
-    except Exception as e:  # YAML raises what it likes
-        raise InputError(f'{misfit}: {why(e)}') from e
-    defaults = vars(create_parser().parse_args([]))
-    mine = {**defaults, **settings}
-    try:
-        theirs = {**defaults, **check_types(str(folder), theirs)}
-    except InputError as e:
-        raise InputError(f'{misfit}: {e}') from e
-    epochs = read_summary(Path(folder, 'summary.csv'))
+    other = read_run(folder)
+    if not other.known:
+        raise InputError(f'baseline {str(folder)!r} is no folder of a run: {" ".join(other.notes)}')
+    if not other.best:
+        raise InputError(f'baseline {str(folder)!r} has no evaluated epoch in its summary.csv')
+    mine = {**vars(create_parser().parse_args([])), **settings}
     for name, of in (
             ('model', lambda args: args['model']),
             ('data', dataset_name),
             ('evaluation split', lambda args: args['val_split']),
     ):
-        if of(mine) != of(theirs):
-            raise InputError(f'baseline {str(folder)!r} has {name} {of(theirs)!r}, this run {of(mine)!r}')
-    best = best_epoch(epochs, theirs['eval_metric'])
-    if best is None:
-        raise InputError(f'baseline {str(folder)!r} has no evaluated epoch in its summary.csv')
-    mine, other = run_settings(mine), run_settings(theirs)
-    differ = sorted(k for k in mine.keys() | other.keys() if mine.get(k) != other.get(k) and not k.startswith('dks'))
+        if of(mine) != of(other.args):
+            raise InputError(f'baseline {str(folder)!r} has {name} {of(other.args)!r}, this run {of(mine)!r}')
+    mine, theirs = run_settings(mine), run_settings(other.args)
+    differ = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k) and not k.startswith('dks'))
     return dict(
-        top1=best.get('eval_top1'),
-        top5=best.get('eval_top5'),
-        dks=theirs['dks'],
-        differ=[f'{k}: {mine.get(k)}, in the baseline {other.get(k)}' for k in differ],
+        top1=other.best.get('eval_top1'),
+        top5=other.best.get('eval_top5'),
+        dks=other.args['dks'],
+        differ=[f'{k}: {mine.get(k)}, in the baseline {theirs.get(k)}' for k in differ],
     )
-
-
-def local_name(architecture: str, results: Optional[Sequence[EvalResult]], datasets: Optional[Sequence[str]]) -> str:
-    """What a model is called before it has a repository: its architecture and its data, where that is known."""
-    names = [result.dataset_name for result in results or ()] or list(datasets or ())
-    return f'{architecture} on {names[0]}' if names else architecture
 
 
 def write_card(
@@ -273,5 +261,5 @@ def write_card(
 
 
 def _cell(value: Any) -> str:
-    """A value as it can stand in a cell of a Markdown table, whatever it is."""
+    """Return a value as text that stays within a cell of a Markdown table."""
     return printable(re.sub(r'\s+', ' ', str(value))).replace('|', r'\|').replace('<', '&lt;')

@@ -12,8 +12,8 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 
 from ..errors import UNREADABLE, OptionError, closest, flag, naming
 from ..method.cost import training_cost
+from ..method.create import add_branches
 from ..method.loss import DKSLoss
-from ..method.model import add_branches
 from ..method.task import DKSDistillationTask, DKSTask
 from .config import mixup_active
 from .data import model_dtype
@@ -90,9 +90,11 @@ def _subject(args, *names):
 
 def _add_branches(args, backbone, kwargs):
     image_size = tuple(args.input_size[1:]) if args.input_size else args.img_size and (args.img_size, args.img_size)
+    layout = dict(
+        stages=args.dks_stages, branches=args.dks_branches, branch_kwargs=args.dks_branch_kwargs,
+        budget=args.dks_budget, image_size=image_size)
     model = add_branches(
-        backbone, args.model, args.pretrained, args.dks_stages, args.dks_branches, args.dks_branch_kwargs,
-        args.dks_budget, image_size, args.dks_batch_fraction, kwargs)
+        backbone, args.model, args.pretrained, kwargs, layout=layout, batch_fraction=args.dks_batch_fraction)
     _logger.info(model.describe())
     if args.dks_batch_fraction < 1 or args.dks_every > 1:
         cost = training_cost(model, kwargs['in_chans'])

@@ -14,7 +14,7 @@ import psutil
 import torch
 from timm.data.distributed_sampler import OrderedDistributedSampler
 from timm.data.loader import adapt_to_chs, fast_collate
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from ..errors import OptionError
@@ -25,27 +25,27 @@ _logger = logging.getLogger(__name__)
 class DeviceLoader:
     """Batches of a dataset that lies on the device, with the interface of timm's loaders.
 
-    Order and augmentation of an epoch depend on the seed and on its number (``sampler.set_epoch``), and on nothing
-    else: not on the device, on how many processes share the work, or on what else draws random numbers.
+    Order and augmentation of an epoch depend on the seed and on its number (``sampler.set_epoch``) alone: not on the
+    device, the number of processes, or other draws of random numbers.
 
     Args:
-        dataset: The dataset the images came from.
+        dataset: The dataset that the images came from.
         images: uint8 (N, C, H, W).
         targets: (N,) or (N, num_classes).
         batch_size: Images a batch of this process.
-        is_training: Shuffle, augment and leave out the last batch where it is not full.
-        mean: Of the pixels, at most 1, as for timm's loaders.
-        std: Their deviation.
+        is_training: Shuffle, augment, and leave out a last batch that is not full.
+        mean: Mean of the pixels, at most 1, as for timm's loaders.
+        std: Standard deviation of the pixels.
         pad: Pixels of reflection on each side, out of which a crop of the image's own size is taken.
         hflip: Probability of a horizontal flip.
         vflip: Probability of a vertical flip.
-        dtype: Of the batches.
-        seed: Of order and augmentation.
+        dtype: dtype of the batches.
+        seed: Seed of order and augmentation.
         rank: Index of this process.
         world_size: Number of processes that share the dataset.
     """
     batch_sampler = None
-    mixup_enabled = False  # what mixes is the training loop
+    mixup_enabled = False  # the training loop mixes
     start = 0  # batches of the next epoch that are left out
 
     def __init__(
@@ -95,8 +95,8 @@ class DeviceLoader:
             images = self.images[index] if moves is None else self._move(index, *(m[index] for m in moves))
             yield images.to(self.dtype).sub_(self.mean).div_(self.std), self.targets[index]
 
-    def _draw(self, epoch: int) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """For each image of the dataset: the crop's top and left within the padded image, and whether to flip."""
+    def _draw(self, epoch: int):
+        """Draw for each image the crop's top and left within the padded image, and whether to flip it: (N,) each."""
         generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
         count = len(self.images)
         top, left = torch.randint(2 * self.pad + 1, (2, count), generator=generator)
@@ -104,7 +104,7 @@ class DeviceLoader:
         return top, left, across < self.hflip, down < self.vflip
 
     def _move(self, index, top, left, hflip, vflip):
-        """Pad, crop and flip images by gathering every pixel from where it comes."""
+        """Pad, crop and flip images by gathering every pixel from its place in the image."""
         _, channels, height, width = self.images.shape
         rows = _source(height, top - self.pad, vflip)
         columns = _source(width, left - self.pad, hflip)
@@ -114,14 +114,14 @@ class DeviceLoader:
 
 
 def _source(size: int, shift: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
-    """Where the pixels of a line come from that is shifted (B,), reflected at its ends and flipped (B,): (B, size)."""
+    """Return (B, size): the source index of each pixel of a line that is shifted, reflected at its ends and flipped."""
     line = torch.arange(size, device=shift.device)
     line = torch.where(flip[:, None], line.flip(0), line) + shift[:, None]
     return size - 1 - (size - 1 - line.abs()).abs()
 
 
 def _mix(*numbers: int) -> int:
-    """A seed made of several numbers. torch's own takes 32 bits, and runs with neighbouring seeds must not overlap."""
+    """Return a seed of 32 bits, as torch takes it, made of several numbers; neighbouring ones give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -132,12 +132,12 @@ def decode(dataset, transform, input_size: Tuple[int, int, int], device, workers
         dataset: Map-style dataset of PIL images and targets.
         transform: Turns an image into a uint8 tensor of the input size.
         input_size: Channels, height and width.
-        device: Where the images go.
+        device: Device of the images.
         workers: Processes that decode.
-        name: For the log.
+        name: Name of the dataset for the log.
 
     Returns:
-        Images, uint8 (N, C, H, W), and targets, on the device.
+        Images, uint8 (N, C, H, W), and targets (N,), on the device.
     """
     start = time.monotonic()
     dataset.transform = transform
@@ -157,13 +157,11 @@ def decode(dataset, transform, input_size: Tuple[int, int, int], device, workers
 
 
 def check_fit(datasets, input_size: Tuple[int, int, int], device) -> None:
-    """Refuse datasets that cannot be indexed, or would take more than half of the memory that is free.
+    """Refuse datasets that would take more than half of the memory that is free.
 
     Raises:
-        OptionError: naming what would do.
+        OptionError: naming flags that need less.
     """
-    if any(isinstance(dataset, IterableDataset) for dataset in datasets):
-        raise OptionError('--data-on-device: a streamed dataset has no order to shuffle; leave the flag out')
     count = sum(map(len, datasets))
     size, free = count * int(np.prod(input_size)), free_memory(device)
     if size > free / 2:
@@ -175,7 +173,7 @@ def check_fit(datasets, input_size: Tuple[int, int, int], device) -> None:
 
 
 def free_memory(device) -> int:
-    """Bytes that are free to this process on a device, an equal share where several processes use the host's memory."""
+    """Return the bytes that are free on a device; of the host's, the share of one of its processes."""
     if device.type == 'cuda':
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available // int(os.environ.get('LOCAL_WORLD_SIZE', 1))

@@ -1,5 +1,4 @@
 """The loop of a run around the training step: updates, evaluations, checkpoints."""
-import argparse
 import contextlib
 import logging
 import os
@@ -10,14 +9,12 @@ from typing import Any, Callable, Dict, Iterator, Optional, Sequence
 import torch
 import torchvision.utils
 from timm import utils
-from timm.models import load_checkpoint
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import evaluation_sample_limit, load_task_ema_checkpoint
 from torch.utils.data import IterableDataset
 
 from ..errors import naming
-from ..method.model import prune
-from . import build, checkpoint, console, distributed, fsdp2, stopping
+from . import checkpoint, console, distributed, fsdp2, stopping
 from .data import model_dtype
 from .loader_state import Fetches, prepare_evaluation
 from .metrics import HeadMetrics, Totals
@@ -440,22 +437,3 @@ class Trainer:
             console.cost_text(self.facts['train_seconds'], speed, accelerator.device, accelerator.num_processes),
             f'Everything of the run is in {self.output_dir}',
         ])
-
-    def load_best(self, model):
-        """Load the best weights into the model's backbone, those of the average if that is what was evaluated.
-
-        Returns:
-            The model; a new one where the processes, of which only the main one gets here, hold parts of the given one.
-        """
-        if self.shards:
-            elsewhere = dict(pretrained=False, pretrained_path=None, initial_checkpoint='')
-            args = argparse.Namespace(**{**vars(self.args), **elsewhere})
-            model = build.create_model(args)
-        else:
-            self.accelerator.unwrap_model(self.task.get_trainable_module(), keep_fp32_wrapper=False)
-        load_checkpoint(
-            prune(model),
-            os.path.join(self.output_dir, 'model_best.pth.tar'),
-            use_ema=self.task.has_ema() and not self.args.model_ema_force_cpu,
-        )
-        return model

@@ -186,10 +186,6 @@ def link(name, target):
     return lambda root: (root / 'data' / name).symlink_to(str(target).replace('{root}', str(root)))
 
 
-def pipe(name):
-    return lambda root: os.mkfifo(root / 'data' / name)
-
-
 def fill(root):
     for file in (root / 'data/train').rglob('*.png'):
         file.write_bytes(b'')
@@ -214,7 +210,6 @@ FOLDERS = [
          'Bad image {root}/data/train/a/link.png'),
     Case('link to a device', NINE, link('train/a/zero.png', '/dev/zero'), RAN,
          'Bad image {root}/data/train/a/zero.png'),
-    Case('pipe nobody writes to', NINE, pipe('train/a/pipe.png'), RAN, 'Bad image {root}/data/train/a/pipe.png'),
     Case('link in a circle', (), link('train/a/again', '{root}/data/train'), REFUSED,
          ('--data-dir {root}/data', '{root}/data/train/a/again is a link to a folder that it lies in')),
     Case('odd file names', (), odd_names, RAN),

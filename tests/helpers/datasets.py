@@ -2,6 +2,7 @@
 import io
 import json
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -149,15 +150,18 @@ def make(name, root):
 
 
 def parse(*argv):
-    args, _, _ = config.parse_args(['--num-classes', '3', '--workers', '0', '-b', '4', *map(str, argv)])
-    args.distributed, args.rank, args.world_size = False, 0, 1
-    return args
+    return config.parse_args(['--num-classes', '3', '--workers', '0', '-b', '4', *map(str, argv)])[0]
 
 
-def loaders(*argv):
-    args = parse(*argv)
-    return data.create_loaders(
-        args, *data.create_datasets(args), DATA_CONFIG, torch.nn.Identity(), torch.device('cpu'))[:2]
+def create_loaders(args, data_config=DATA_CONFIG, device='cpu', rank=0, world_size=1):
+    """What data.create_loaders returns for one of several processes."""
+    accelerator = SimpleNamespace(device=torch.device(device), process_index=rank, num_processes=world_size)
+    model = SimpleNamespace(num_classes=args.num_classes)
+    return data.create_loaders(args, *data.create_datasets(args), data_config, model, accelerator)
+
+
+def loaders(*argv, **kwargs):
+    return create_loaders(parse(*argv), **kwargs)[:2]
 
 
 def numbers(loader):

@@ -11,7 +11,8 @@ from dks_timm import DKSModel, create_dks_model, prune
 from dks_timm.method.cost import inspect_model
 from dks_timm.method.plan import BranchBuilder, BranchSpec
 from dks_timm.method.stages import Stage
-from dks_timm.method.tails import Feed, Trace, cut, plan_tail
+from dks_timm.method.tails import Feed, cut, plan_tail
+from dks_timm.method.trace import Trace
 
 
 def parameters(module):
@@ -28,6 +29,7 @@ def parameters(module):
 def test_branches_of_the_paper_have_the_papers_parameter_counts(name, earlier, later):
     with torch.device('meta'):
         net = create_dks_model(name)
+    assert all(p.is_meta for p in net.parameters())
     assert net.stages == (2, 3)
     assert [b.kind for b in net.branches] == ['tail', 'tail']
     assert [parameters(b) for b in net.branches] == [earlier, later]

@@ -1,4 +1,4 @@
-"""What `dks-timm inspect` reports."""
+"""The report of `dks-timm inspect`: stages, branches and their cost."""
 import json
 
 import pytest

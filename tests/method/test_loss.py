@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from timm.loss import (
     BinaryCrossEntropy,
-    LabelSmoothingCrossEntropy,
-    SoftTargetCrossEntropy,
     create_classification_loss,
 )
 
@@ -53,7 +51,7 @@ def direction_mask(direction, num_classifiers):
         for q in range(num_classifiers)] for p in range(num_classifiers)]
 
 
-def reference(logits, target, ce_weight=1.0, synergy_weight=1.0, direction='both', temperature=1.0, smoothing=0.0):
+def reference(logits, target, ce_weight=1.0, synergy_weight=1.0, direction='both', temperature=1.0):
     num_classifiers = len(logits)
     ce_weight = [ce_weight] * num_classifiers if isinstance(ce_weight, float) else ce_weight
     if isinstance(synergy_weight, float):
@@ -62,9 +60,7 @@ def reference(logits, target, ce_weight=1.0, synergy_weight=1.0, direction='both
     pairs = pair_matrix(logits, temperature)
     if target.ndim == 1:
         target = F.one_hot(target, logits[0].shape[1])
-    target = target.double()
-    target = (1 - smoothing) * target + smoothing * target.mean(1, keepdim=True)
-    ce = [-(target * F.log_softmax(z.double(), 1)).sum(1).mean() for z in logits]
+    ce = [-(target.double() * F.log_softmax(z.double(), 1)).sum(1).mean() for z in logits]
     loss = sum(w * c for w, c in zip(ce_weight, ce, strict=True))
     for p, q in itertools.product(range(num_classifiers), repeat=2):
         loss = loss + mask[p][q] * synergy_weight[p][q] * pairs[p][q]
@@ -93,41 +89,20 @@ def test_value_and_gradient_equal_the_pairwise_form(target, direction, temperatu
 
 
 @pytest.mark.parametrize('direction', DIRECTIONS)
-@pytest.mark.parametrize('num_classifiers', [2, 4, 6])
-def test_any_number_of_classifiers_equals_the_pairwise_form(num_classifiers, direction):
-    assert_equals_reference(
-        DKSLoss(direction=direction), make_logits(num_classifiers), make_target(), direction=direction)
+def test_weights_per_classifier_and_per_pair_equal_the_pairwise_form(direction):
+    options = dict(ce_weight=[1.0, 0.5, 0.0, 2.0], synergy_weight=MATRIX)
+    tensors = {name: torch.tensor(value) for name, value in options.items()}
+    for given in (options, tensors):
+        assert_equals_reference(
+            DKSLoss(direction=direction, **given), make_logits(4), make_target(), direction=direction, **options)
 
 
-@pytest.mark.parametrize('temperature', [1.0, 4.0])
+@pytest.mark.parametrize('weight', [0.25, MATRIX])
 @pytest.mark.parametrize('direction', DIRECTIONS)
-@pytest.mark.parametrize('as_tensor', [False, True])
-def test_weights_per_classifier_and_per_pair_equal_the_pairwise_form(as_tensor, direction, temperature):
-    options = dict(
-        ce_weight=[1.0, 0.5, 0.0, 2.0], synergy_weight=MATRIX, direction=direction, temperature=temperature)
-    given = {**options}
-    if as_tensor:
-        given.update({name: torch.tensor(options[name]) for name in ('ce_weight', 'synergy_weight')})
-    assert_equals_reference(DKSLoss(**given), make_logits(4), make_target(), **options)
-
-
-@pytest.mark.parametrize('target', ['index', 'dense'])
-@pytest.mark.parametrize('smoothing', [0.1, 0.4])
-def test_label_smoothing_changes_the_target_and_not_the_teachers(smoothing, target):
-    loss_fn = DKSLoss(torch.nn.CrossEntropyLoss(label_smoothing=smoothing))
-    assert_equals_reference(loss_fn, make_logits(), make_target(target), smoothing=smoothing)
-    if target == 'index':
-        loss_fn = DKSLoss(LabelSmoothingCrossEntropy(smoothing))
-        assert_equals_reference(loss_fn, make_logits(), make_target(target), smoothing=smoothing)
-
-
-@pytest.mark.parametrize('weight', [1.0, 0.25, MATRIX])
-@pytest.mark.parametrize('direction', DIRECTIONS)
-@pytest.mark.parametrize('temperature', [1.0, 3.0])
-def test_synergy_loss_is_the_weighted_sum_of_the_pairs(weight, direction, temperature):
+def test_synergy_loss_is_the_weighted_sum_of_the_pairs(weight, direction):
     logits = make_logits(4)
-    loss = synergy_loss(logits, weight, direction, temperature)
-    expected, _, _ = reference(logits, make_target(), 0.0, weight, direction, temperature)
+    loss = synergy_loss(logits, weight, direction, temperature=3.0)
+    expected, _, _ = reference(logits, make_target(), 0.0, weight, direction, 3.0)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
     for grad, other in zip(
             torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits), strict=True):
@@ -135,35 +110,14 @@ def test_synergy_loss_is_the_weighted_sum_of_the_pairs(weight, direction, temper
 
 
 @pytest.mark.parametrize('temperature', [1.0, 2.0])
-@pytest.mark.parametrize('target', ['index', 'unnormalized'])
-def test_gradient_is_the_closed_form_of_the_paper(target, temperature):
+def test_gradient_is_the_closed_form_of_the_paper(temperature, target='unnormalized'):
     logits, target = make_logits(), make_target(target)
     DKSLoss(temperature=temperature)(logits, target)['loss'].backward()
-    y = F.one_hot(target, CLASSES).double() if target.ndim == 1 else target
     soft = [F.softmax(z.detach() / temperature, 1) for z in logits]
     for z, q in zip(logits, soft, strict=True):
-        expected = y.sum(1, keepdim=True) * F.softmax(z.detach(), 1) - y + temperature * (len(soft) * q - sum(soft))
+        label = target.sum(1, keepdim=True) * F.softmax(z.detach(), 1) - target
+        expected = label + temperature * (len(soft) * q - sum(soft))
         torch.testing.assert_close(z.grad, expected / BATCH, rtol=1e-12, atol=1e-12)
-
-
-def test_teachers_get_no_gradient():
-    logits = make_logits(2)
-    weight = [[0.0, 1.0], [0.0, 0.0]]  # the first teaches the second
-    teacher, student = torch.autograd.grad(synergy_loss(logits, weight), logits)
-    assert teacher.abs().max() == 0
-    assert student.abs().max() > 0
-
-
-@pytest.mark.parametrize('direction, students', [
-    ('both', (True, True, True)),
-    ('top-down', (False, True, True)),  # nobody is deeper than the backbone
-    ('bottom-up', (True, False, True)),  # nobody is shallower than the first branch
-    ('none', (False, False, False)),
-])
-def test_direction_decides_who_learns(direction, students):
-    logits = make_logits(3)
-    grads = torch.autograd.grad(synergy_loss(logits, direction=direction), logits)
-    assert tuple(bool(grad.abs().max() > 0) for grad in grads) == students
 
 
 def test_the_diagonal_of_a_matrix_is_ignored():
@@ -185,26 +139,6 @@ def test_second_derivatives_equal_the_pairwise_form():
         torch.testing.assert_close(product, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_backward_can_run_twice_and_scales_with_the_incoming_gradient():
-    logits = make_logits()
-    loss = DKSLoss()(logits, make_target())['loss']
-    first = torch.autograd.grad(loss, logits, retain_graph=True)
-    second = torch.autograd.grad(loss, logits, retain_graph=True)
-    third = torch.autograd.grad(loss / 8, logits)
-    for a, b, c in zip(first, second, third, strict=True):
-        torch.testing.assert_close(a, b)
-        torch.testing.assert_close(a, 8 * c)
-
-
-def test_loss_can_be_divided_in_place_for_accumulation():
-    logits = make_logits()
-    out = DKSLoss()(logits, make_target())
-    expected = torch.autograd.grad(out['loss'], logits, retain_graph=True)
-    out['loss'] /= 2
-    for grad, other in zip(torch.autograd.grad(out['loss'], logits), expected, strict=True):
-        torch.testing.assert_close(2 * grad, other)
-
-
 def test_a_frozen_classifier_still_teaches():
     logits, target = make_logits(), make_target()
     expected = torch.autograd.grad(DKSLoss()(logits, target)['loss'], logits)
@@ -215,14 +149,13 @@ def test_a_frozen_classifier_still_teaches():
     torch.testing.assert_close(logits[2].grad, expected[2])
 
 
-@pytest.mark.parametrize('temperature', [1.0, 2.0])
-def test_kept_memory_is_linear_in_the_number_of_classifiers(temperature):
+def test_kept_memory_is_linear_in_the_number_of_classifiers():
     def kept_elements(num_classifiers):
         kept = {}
         logits, target = make_logits(num_classifiers, torch.float32), make_target()
         with torch.autograd.graph.saved_tensors_hooks(
                 lambda x: kept.update({x.untyped_storage().data_ptr(): x}) or x, lambda x: x):
-            loss = DKSLoss(temperature=temperature)(logits, target)['loss']
+            loss = DKSLoss(temperature=2.0)(logits, target)['loss']
         assert loss.requires_grad
         return sum(x.numel() for x in kept.values() if x.is_floating_point())
 
@@ -248,13 +181,11 @@ def test_an_index_that_no_class_has_is_named_with_the_number_of_classes(target):
         DKSLoss()(make_logits(), torch.tensor([0, 1, 2, 3, 4, target]))
 
 
-@pytest.mark.parametrize('temperature', [1.0, 0.5, 4.0])
 @pytest.mark.parametrize('criterion, target', [
-    (None, 'index'), (None, 'dense'), (SoftTargetCrossEntropy(), 'dense'), (BinaryCrossEntropy(smoothing=0.0), 'index'),
-    (BinaryCrossEntropy(smoothing=0.0), 'dense')])
+    (None, 'index'), (None, 'dense'), (BinaryCrossEntropy(smoothing=0.0), 'index')])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_classes_masked_by_infinite_logits_are_as_if_they_were_not_there(dtype, criterion, target, temperature):
-    loss_fn = DKSLoss(criterion, temperature=temperature)
+def test_classes_masked_by_infinite_logits_are_as_if_they_were_not_there(dtype, criterion, target):
+    loss_fn = DKSLoss(criterion, temperature=0.5)
     logits, target = make_logits(dtype=dtype), make_target(target)
     whole = [F.pad(z.detach(), (1, 2), value=-float('inf')).requires_grad_() for z in logits]
     more = target + 1 if target.ndim == 1 else F.pad(target, (1, 2))
@@ -298,6 +229,7 @@ def test_reports_are_detached_unweighted_and_complete(direction, criterion):
     out = DKSLoss(criterion, 0.5, 3.0, direction, temperature=2.0)(logits, target)
     expected = torch.stack([torch.stack(row) for row in pair_matrix(logits, 2.0)])
     assert set(out) == {'loss', 'ce', 'synergy'}
+    assert {value.dtype for value in out.values()} == {torch.float64}
     assert out['loss'].requires_grad and out['loss'].ndim == 0
     assert not out['ce'].requires_grad and out['ce'].shape == (3,)
     assert not out['synergy'].requires_grad and out['synergy'].shape == (3, 3)
@@ -343,16 +275,6 @@ def test_every_single_label_criterion_of_timm_gets_the_softmax_synergy(criterion
         torch.testing.assert_close(grad, other)
 
 
-def test_a_changed_cross_entropy_is_called_and_not_replaced():
-    class Doubled(SoftTargetCrossEntropy):
-        def forward(self, x, target):
-            return 2 * super().forward(x, target)
-
-    logits, target = make_logits(), make_target('dense')
-    torch.testing.assert_close(
-        DKSLoss(Doubled())(logits, target)['ce'], 2 * DKSLoss(SoftTargetCrossEntropy())(logits, target)['ce'])
-
-
 @pytest.mark.parametrize('loss_type', ['bce', 'asl', 'poly', 'twoway', 'zlpr', 'db'])
 def test_multi_label_criteria_are_refused_with_the_reason(loss_type):
     counts = dict(class_counts=[3.0] * CLASSES, num_samples=10) if loss_type == 'db' else {}
@@ -369,7 +291,7 @@ def test_a_criterion_that_does_not_reduce_is_refused():
 # Precision
 
 
-@pytest.mark.parametrize('criterion', [None, BinaryCrossEntropy(), create_classification_loss('poly')])
+@pytest.mark.parametrize('criterion', [None, BinaryCrossEntropy()])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('autocast', [False, True])
 def test_low_precision_logits_are_computed_in_float32(autocast, dtype, criterion):
@@ -385,12 +307,6 @@ def test_low_precision_logits_are_computed_in_float32(autocast, dtype, criterion
             torch.autograd.grad(out['loss'], logits), torch.autograd.grad(expected['loss'], exact), strict=True):
         assert grad.dtype == dtype
         torch.testing.assert_close(grad, other.to(dtype))
-
-
-@pytest.mark.parametrize('criterion', [None, BinaryCrossEntropy()])
-def test_float64_stays_float64(criterion):
-    out = DKSLoss(criterion)(make_logits(), make_target())
-    assert {value.dtype for value in out.values()} == {torch.float64}
 
 
 def test_classifiers_may_differ_in_dtype():
@@ -412,16 +328,14 @@ def test_a_scaled_float16_loss_keeps_small_gradients():
         torch.testing.assert_close(z.grad.double(), other.grad, rtol=2e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize('temperature', [1.0, 3.0])
 @pytest.mark.parametrize('shape', [(256, 1000), (32, 21841)])
-def test_float32_stays_close_to_float64_at_imagenet_sizes(shape, temperature):
+def test_float32_stays_close_to_float64_at_imagenet_sizes(shape):
     logits = make_logits(dtype=torch.float32, shape=shape)
-    assert_equals_reference(
-        DKSLoss(temperature=temperature), logits, make_target(shape=shape), rtol=1e-6, temperature=temperature)
+    assert_equals_reference(DKSLoss(temperature=3.0), logits, make_target(shape=shape), rtol=1e-6, temperature=3.0)
 
 
 @pytest.mark.parametrize('offset', [0.0, 50.0])
-@pytest.mark.parametrize('difference', [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize('difference', [1e-1, 1e-3])
 def test_float32_keeps_its_digits_where_classifiers_agree(difference, offset):
     base = 3 * torch.randn(32, 1000)
     logits = [base, base + difference * torch.randn(32, 1000), base + offset]
@@ -461,9 +375,8 @@ def test_extreme_logits_give_finite_values_and_gradients(case, target):
 
 
 @pytest.mark.parametrize('options, target', [
-    *itertools.product([
-        dict(), dict(temperature=2.0, direction='top-down'), dict(criterion=BinaryCrossEntropy())], ['index', 'dense']),
-    (dict(criterion=LabelSmoothingCrossEntropy(0.1)), 'index')], ids=str)
+    (dict(), 'dense'), (dict(temperature=2.0, direction='top-down'), 'index'),
+    (dict(criterion=BinaryCrossEntropy()), 'dense')], ids=str)
 def test_compiles_without_a_graph_break(options, target, backend='aot_eager'):
     torch.compiler.reset()
     logits, target = make_logits(dtype=torch.float32), make_target(target).float()
@@ -479,32 +392,17 @@ def test_compiles_without_a_graph_break(options, target, backend='aot_eager'):
         torch.testing.assert_close(grad, other)
 
 
-@pytest.mark.parametrize('criterion', [None, F.cross_entropy])
-def test_a_compiled_loss_takes_any_batch_size(criterion):
+def test_a_compiled_loss_takes_any_batch_size_and_a_matrix():
     torch.compiler.reset()
-    loss_fn = DKSLoss(criterion)
-    compiled = torch.compile(loss_fn, backend='aot_eager', fullgraph=True)
+    compiled = torch.compile(synergy_loss, backend='aot_eager', fullgraph=True)
     for batch_size in (8, 6, 5):
-        logits = make_logits(dtype=torch.float32, shape=(batch_size, CLASSES))
-        target = make_target(shape=(batch_size, CLASSES))
-        out, expected = compiled(logits, target), loss_fn(logits, target)
-        torch.testing.assert_close(out['loss'], expected['loss'])
-        for grad, other in zip(
-                torch.autograd.grad(out['loss'], logits), torch.autograd.grad(expected['loss'], logits), strict=True):
-            torch.testing.assert_close(grad, other)
+        logits = make_logits(4, torch.float32, shape=(batch_size, CLASSES))
+        torch.testing.assert_close(compiled(logits, MATRIX, 'bottom-up'), synergy_loss(logits, MATRIX, 'bottom-up'))
 
 
 @pytest.mark.slow
 def test_compiles_with_inductor():
     test_compiles_without_a_graph_break(dict(temperature=2.0), 'index', 'inductor')
-
-
-@pytest.mark.parametrize('weight', [0.5, MATRIX])
-def test_synergy_loss_compiles_without_a_graph_break(weight):
-    torch.compiler.reset()
-    logits = make_logits(4, torch.float32)
-    compiled = torch.compile(synergy_loss, backend='aot_eager', fullgraph=True)
-    torch.testing.assert_close(compiled(logits, weight, 'bottom-up'), synergy_loss(logits, weight, 'bottom-up'))
 
 
 @pytest.mark.parametrize('partial', [False, True])
@@ -568,15 +466,14 @@ def test_training_is_that_of_the_published_form():
 
 
 @pytest.mark.parametrize('options, message', [
-    (dict(ce_weight=[[1.0, 2.0]]), r'ce_weight must be a number or one per classifier, got shape \(1, 2\)'),
+    (dict(ce_weight=[[1.0, 2.0]]), r'ce_weight must be a number or one per classifier, got \[\[1.0, 2.0\]\]'),
     (dict(ce_weight='much'), "ce_weight must be a number or one per classifier, got 'much'"),
     (dict(ce_weight=[1.0, None]), r'ce_weight must be a number or one per classifier, got \[1.0, None\]'),
     (dict(ce_weight=-1), 'ce_weight must be finite and not negative, got -1'),
     (dict(ce_weight=[1.0, float('nan')]), 'ce_weight must be finite and not negative'),
-    (dict(synergy_weight=[1.0, 1.0, 1.0]), r'synergy_weight must be a number or an M x M matrix.*got shape \(3,\)'),
-    (dict(synergy_weight=[[1.0, 1.0, 1.0]]), r'synergy_weight must be .* got shape \(1, 3\)'),
-    (dict(synergy_weight=[[1.0, 1.0], [1.0]]), r"synergy_weight must be .* got shape \(2, '\?'\)"),
-    (dict(synergy_weight=torch.ones(2, 3)), r'synergy_weight must be .* got shape \(2, 3\)'),
+    (dict(synergy_weight=[1.0, 1.0]), r'synergy_weight must be a number or an M x M matrix.*, got \[1.0, 1.0\]'),
+    (dict(synergy_weight=[[1.0, 1.0], [1.0]]), r'synergy_weight must be .* got \[\[1.0, 1.0\], \[1.0\]\]'),
+    (dict(synergy_weight=torch.ones(1, 2)), r'synergy_weight must be .* got \[\[1.0, 1.0\]\]'),
     (dict(synergy_weight=float('inf')), 'synergy_weight must be finite and not negative, got inf'),
     (dict(direction='sideways'), "direction must be one of both, top-down, bottom-up, none, got 'sideways'"),
     (dict(temperature=0), 'temperature must be a positive number, got 0'),
@@ -593,8 +490,8 @@ def test_bad_options_are_named_at_construction(options, message):
 
 
 @pytest.mark.parametrize('options, message', [
-    (dict(ce_weight=[1.0] * 4), r'ce_weight has shape \(4,\) but there are 3 classifiers: give a number, or 3 of them'),
-    (dict(synergy_weight=MATRIX), r'synergy_weight has shape \(4, 4\) but there are 3 .* or a 3 x 3 matrix'),
+    (dict(ce_weight=[1.0] * 4), 'ce_weight is for 4 classifiers, but there are 3: give a number, or 3 of them'),
+    (dict(synergy_weight=MATRIX), 'synergy_weight is for 4 classifiers, but there are 3: .* or a 3 x 3 matrix'),
 ])
 def test_weights_for_another_number_of_classifiers_are_refused(options, message):
     with pytest.raises(ValueError, match=message):

@@ -126,21 +126,6 @@ def test_a_copy_taps_its_own_backbone():
     assert all(z.abs().sum() > 0 for z in net(IMAGES))
 
 
-@pytest.mark.parametrize('name', ['resnet10t', 'test_vit'])
-def test_gradient_checkpointing_gives_the_same_gradients(name):
-    net = make(name)
-    x = IMAGES if name == 'resnet10t' else torch.randn(2, 3, 160, 160)
-    grads = []
-    for enable in (False, True):
-        torch.manual_seed(0)
-        net.zero_grad()
-        net.set_grad_checkpointing(enable)
-        sum(z.square().sum() for z in net.train()(x)).backward()
-        grads.append([p.grad.clone() for p in net.parameters()])
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b)
-
-
 @pytest.mark.parametrize('name', ['resnet10t', 'test_vit', 'test_convnext'])
 def test_the_training_forward_compiles_to_one_graph(name):
     net = make(name)
@@ -311,23 +296,15 @@ def test_a_compiled_model_may_recompute():
         torch.testing.assert_close(grad, other, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize('name, size', [('test_resnet', 64), ('test_vit', 160)])
-def test_branches_train_the_backbone_under_timms_reentrant_checkpointing(name, size):
-    net = create_dks_model(name, num_classes=5).train()
-    x, found = torch.randn(2, 3, size, size), []
+def test_grad_checkpointing_is_not_reentrant_as_branches_would_not_train_the_backbone_then():
+    net = create_dks_model('test_resnet', num_classes=5).train()
     set_reentrant_ckpt(True)
     try:
-        for enable in (False, True):
-            net.set_grad_checkpointing(enable)
-            net.zero_grad()
-            sum(z.square().sum() for z in net(x)[1:]).backward()
-            found.append([p.grad for p in net.backbone.parameters()])
-        assert use_reentrant_ckpt()
+        net.set_grad_checkpointing()
+        sum(z.square().sum() for z in net(IMAGES)[1:]).backward()
+        assert not use_reentrant_ckpt() and all(p.grad is not None for p in net.backbone.layer1.parameters())
     finally:
         set_reentrant_ckpt(False)
-    for grad, other in zip(*found, strict=True):
-        assert (grad is None) == (other is None)
-        assert grad is None or (grad - other).norm() <= 1e-3 * grad.norm() + 1e-6
 
 
 class Biased(nn.Module):
@@ -397,34 +374,11 @@ def test_reset_classifier_keeps_device_and_precision_and_takes_a_pooling():
     assert all(branch.template.global_pool.pool_type == 'max' for branch in net.branches)
 
 
-def test_meta_device_allocates_nothing():
-    with torch.device('meta'):
-        net = create_dks_model('resnet152')
-    assert all(p.is_meta for p in net.parameters())
-
-
 def test_describe_lists_every_classifier():
     table = make().describe()
     assert table.splitlines()[0].split() == ['classifier', 'stage', 'kind', 'parameters', 'made', 'of']
     assert '2 (layer2, 128 channels, /8)' in table and '3 (layer3, 256 channels, /16)' in table
     assert [' tail ' in line for line in table.splitlines()] == [False, False, True, True]
-
-
-def test_models_without_a_classifier_are_refused():
-    with pytest.raises(ValueError, match='resnet10t has no classifier .* give it one with num_classes'):
-        create_dks_model('resnet10t', num_classes=0)
-
-
-def test_public_names():
-    assert {'DKSModel', 'create_dks_model', 'prune'} <= set(dir(dks_timm))
-
-
-def test_channels_last_gives_the_same_logits():
-    net = make().eval()
-    expected = net.exits(IMAGES)
-    net.to(memory_format=torch.channels_last)
-    for a, b in zip(net.exits(IMAGES.contiguous(memory_format=torch.channels_last)), expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_frozen_parts_of_the_backbone_stay_frozen_while_branches_on_them_learn():

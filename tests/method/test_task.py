@@ -15,7 +15,7 @@ from timm.task import (
     load_task_ema_checkpoint,
     resume_task_checkpoint,
 )
-from timm.utils import CheckpointSaver, NativeScaler, dispatch_clip_grad, unwrap_model
+from timm.utils import CheckpointSaver, dispatch_clip_grad, unwrap_model
 
 from dks_timm import DKSLoss, DKSTask, create_dks_model
 from dks_timm.method.task import DKSDistillationTask
@@ -73,17 +73,8 @@ def test_a_step_returns_the_loss_the_backbones_logits_and_all_logits():
     assert all(p.grad is not None for p in task.get_trainable_module().parameters())
 
 
-def test_the_loss_is_float32_under_autocast():
-    task = make_task()
-    task.train()
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        result = task(*batch())
-    assert result['output'].dtype == torch.bfloat16
-    assert result['loss'].dtype == torch.float32
-
-
 def test_weights_for_another_number_of_classifiers_are_refused_before_training():
-    with pytest.raises(ValueError, match=r'ce_weight has shape \(2,\) but there are 3 classifiers'):
+    with pytest.raises(ValueError, match='ce_weight is for 2 classifiers, but there are 3'):
         make_task(loss_fn=DKSLoss(ce_weight=[1.0, 1.0]))
 
 
@@ -98,14 +89,6 @@ def test_the_eval_model_is_the_plain_backbone():
     task.setup_ema()
     assert task.get_eval_model(ema=True) is unwrap_model(task.get_trainable_module(ema=True)).backbone
     assert task.get_eval_model(module=net) is net.backbone
-
-
-def test_timm_evaluates_the_backbone():
-    task = make_task()
-    evaluator = task.create_evaluator()
-    x, y = batch()
-    evaluator.update(task.get_eval_model().eval()(x), y)
-    assert set(evaluator.summary()) == {'loss', 'top1', 'top5'}
 
 
 def test_ema_follows_backbone_and_branches():
@@ -162,13 +145,6 @@ def test_clipping_reaches_everything_and_agc_leaves_out_every_classifier():
     dispatch_clip_grad(task.get_clip_parameters(exclude_head=True), value=1e-3, mode='agc')
     assert all(torch.equal(p.grad, before[id(p)]) for p in net.parameters() if id(p) in heads)
     assert any(not torch.equal(p.grad, before[id(p)]) for p in net.parameters() if id(p) not in heads)
-
-
-def test_timms_loss_scaler_takes_the_loss():
-    task = make_task()
-    optimizer = create_optimizer_v2(task.get_trainable_module(), opt='sgd', lr=0.1)
-    NativeScaler(device='cpu')(
-        task(*batch())['loss'], optimizer, clip_grad=1.0, parameters=task.get_clip_parameters())
 
 
 @pytest.mark.filterwarnings('ignore:Using backward.. with create_graph=True')
@@ -238,54 +214,20 @@ def test_a_checkpoint_needs_no_pickled_code(checkpoint):
     assert_same_state(saved['task_state']['branches'], task.get_trainable_module().branches.state_dict())
 
 
-def test_a_checkpoint_without_ema_starts_the_ema_from_the_model(tmp_path):
+@pytest.mark.parametrize('saved, message', [
+    (None, 'holds no branches.*--initial-checkpoint'),
+    (dict(stages=(1, 2)), r'branches on stages \(1, 2\), the model on \(2, 3\)'),
+    (dict(branches='conv'), "does not fit the model's branches: .* is missing there"),
+    (dict(num_classes=7), r"fit the model's backbone: fc.weight is \(7, \d+\) there and \(5, \d+\) in the model"),
+], ids=['backbone alone', 'other stages', 'other branches', 'other classes'])
+def test_a_checkpoint_of_another_model_is_refused_and_nothing_of_it_loaded(saved, message):
     task = make_task()
-    path = save(task, tmp_path, train(task))
-    task.setup_ema()
-    with torch.no_grad():
-        for p in task.get_trainable_module(ema=True).parameters():
-            p.zero_()
-    load_task_ema_checkpoint(task, str(path))
-    assert_same_state(
-        task.get_trainable_module(ema=True).module.state_dict(), task.get_trainable_module().state_dict())
-
-
-def test_ema_state_without_ema_is_refused():
-    task = make_task()
-    state = task.get_checkpoint_state()
-    assert task.get_checkpoint_state(ema=True) == {}
-    with pytest.raises(RuntimeError, match='setup_ema'):
-        task.load_checkpoint_state(state['state_dict'], state['task_state'], ema=True)
-
-
-def assert_refused(task, message, state_dict, task_state=None):
     before = {k: v.clone() for k, v in task.get_trainable_module().state_dict().items()}
+    state = dict(state_dict=task.get_eval_model().state_dict()) if saved is None else (
+        make_task(**saved).get_checkpoint_state())
     with pytest.raises(ValueError, match=message):
-        task.load_checkpoint_state(state_dict, task_state)
+        task.load_checkpoint_state(**state)
     assert_same_state(task.get_trainable_module().state_dict(), before)
-
-
-def test_a_checkpoint_of_the_backbone_alone_is_refused():
-    plain = timm.create_model(MODEL, num_classes=NUM_CLASSES)
-    assert_refused(make_task(), 'holds no branches.*--initial-checkpoint', plain.state_dict())
-
-
-def test_a_checkpoint_with_branches_on_other_stages_is_refused():
-    state = make_task(stages=(1, 2)).get_checkpoint_state()
-    message = r'branches on stages \(1, 2\), the model on \(2, 3\)'
-    assert_refused(make_task(), message, state['state_dict'], state['task_state'])
-
-
-def test_a_checkpoint_with_another_kind_of_branch_is_refused():
-    state = make_task(branches='conv').get_checkpoint_state()
-    message = "does not fit the model's branches: .* is missing in the checkpoint"
-    assert_refused(make_task(branches='tail'), message, state['state_dict'], state['task_state'])
-
-
-def test_a_checkpoint_with_another_number_of_classes_is_refused():
-    state = make_task(num_classes=7).get_checkpoint_state()
-    message = r"does not fit the model's backbone: fc.weight is \(7, \d+\) in the checkpoint and \(5, \d+\) in"
-    assert_refused(make_task(), message, state['state_dict'], state['task_state'])
 
 
 # Distributed

@@ -4,7 +4,7 @@ import shlex
 import pytest
 
 from dks_timm import cli
-from dks_timm.publishing import export
+from dks_timm.publishing import publish
 from dks_timm.training import config
 
 
@@ -20,7 +20,7 @@ from dks_timm.training import config
 def test_the_next_commands_are_those_that_flags_have_not_done(flags, commands, monkeypatch):
     monkeypatch.setenv('HF_TOKEN', 'x')  # else --push-to-hub is refused
     args, _, _ = config.parse_args(['--dks', *flags])
-    title, *lines = export.next_steps(args, 'a/run').splitlines()
+    title, *lines = publish.next_steps(args, 'a/run').splitlines()
     assert title == 'Next:'
     assert [line.strip() for line in lines] == [f'dks-timm {command}' for command in commands]
     for line in lines:

@@ -9,19 +9,17 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
 from helpers.hub_server import HubServer, use
+from helpers.train import image_folder, rows, two_processes
 from helpers.train import main as train
-from helpers.train import rows, two_processes
 from huggingface_hub import ModelCard
-from PIL import Image
 
 import dks_timm
 from dks_timm.cli import main as dks_timm_main
-from dks_timm.publishing import push
+from dks_timm.publishing import publish, push
 from dks_timm.publishing.push import PushError, check_repository, push_folder
 
 CONFIG = dict(architecture='test_resnet', num_classes=3, label_names=['a', 'b', 'c'])
@@ -192,78 +190,37 @@ def test_a_token_that_may_only_read_is_refused(hub, folder, monkeypatch):
         push_folder(folder, 'alice/net')
 
 
-def test_a_folder_that_is_no_export_is_refused(hub, folder, capsys):
-    (folder / 'config.json').unlink()
-    assert dks_timm_main(['push', str(folder), 'alice/net']) == 2
-    assert 'it has no config.json' in capsys.readouterr().err
-    assert not hub.requests
-
-
-def test_a_commit_whose_answer_got_lost_is_not_made_twice(hub, folder, capfd):
-    hub.lose_response('commit')
-    url = push_folder(folder, 'alice/net')
-    assert len(hub.commits('alice/net')) == 2
-    assert url.endswith(hub.commits('alice/net')[0].id)
-    assert 'trying again in 1 s' in capfd.readouterr().err
-
-
-@pytest.mark.parametrize('fault', [
-    lambda hub: hub.fail('create', 500),
-    lambda hub: hub.fail('info', 429, retry_after=1),
-    lambda hub: hub.fail('commit', 503),
-    lambda hub: hub.drop('lfs-upload', when='upload'),
-    lambda hub: hub.drop('commit'),
-], ids=['create-500', 'info-429', 'commit-503', 'upload-dropped', 'commit-dropped'])
-def test_a_fault_that_passes_does_not_stop_a_push(hub, folder, fault):
-    fault(hub)
-    push_folder(folder, 'alice/net')
-    assert len(hub.commits('alice/net')) == 2
-
-
 @pytest.mark.parametrize('fault, message', [
-    (lambda hub: hub.fail('lfs-upload', 429, times=None, retry_after=3600), 'no end of uploading after 5 s'),
-    (lambda hub: hub.slow('lfs-upload', 3600), 'no end of uploading after 5 s'),
-    (lambda hub: hub.fail('commit', 429, times=None, retry_after=3600),
-     'answers 429 .*no time to wait 3601 s for the next attempt'),
-    (lambda hub: hub.fail('create', 409, times=None, url='x',
-                          message='Cannot create repo: another conflicting operation is in progress'),
-     'no end of creating the repository after 2 s'),
-    (lambda hub: hub.fail('commit', 500, times=None), 'answers 500'),
-], ids=['upload-429', 'upload-stalls', 'commit-429', 'create-409', 'commit-500'])
-def test_a_fault_that_lasts_ends_a_push_in_time(hub, folder, monkeypatch, fault, message):
-    settings = 'import serve; import dks_timm.publishing.push_process as p; p.CREATE_SECONDS = 2'
-    serve = push._SERVE.replace('import serve', settings)
-    monkeypatch.setattr(push, '_SERVE', serve)
+    (lambda hub: hub.slow('lfs-upload', 3600), 'the Hub took longer than 4 s'),
+    (lambda hub: hub.fail('create', 409, 'Cannot create repo: another conflicting operation is in progress'),
+     'the Hub took longer than 4 s'),
+    (lambda hub: hub.fail('commit', 500), r'the Hub answers 500 \(Error 500\)'),
+    (lambda hub: hub.fail('validate-yaml', 400), 'the Hub answers 400|Invalid metadata in README.md'),
+], ids=['upload-stalls', 'create-409', 'commit-500', 'card'])
+def test_a_fault_ends_a_push_in_time_and_it_can_be_repeated(hub, folder, fault, message):
     fault(hub)
     start = time.monotonic()
     with pytest.raises(PushError, match=message):
-        push_folder(folder, 'alice/net', timeout=5)
+        push_folder(folder, 'alice/net', timeout=4)
     assert time.monotonic() - start < 60  # not for ever
     hub.recover()
     push_folder(folder, 'alice/net')
+    assert len(hub.commits('alice/net')) == 2
 
 
-def test_a_hub_out_of_reach_is_known_within_ten_seconds(hub):
+def test_a_hub_out_of_reach_is_known_within_ten_seconds(hub, monkeypatch):
     assert push.CHECK_SECONDS < 10
-    patience = 30  # far below what the Hub takes here; a busy machine may need more than ten
-    hub.slow('info', 60)
-    start = time.monotonic()
-    with pytest.raises(PushError, match='no end of asking for the repository after 8 s'):
-        check_repository('alice/net', CONFIG)
-    assert time.monotonic() - start < patience
-    hub.recover()
-    for fail, message in (
-            (lambda: hub.fail('*', 500, times=None), r'the Hub answers 500 \(Internal error\)'),
-            (lambda: hub.fail('*', 429, times=None, retry_after=60), 'the Hub answers 429'),
-            (lambda: hub.drop('*', times=None), 'the Hub cannot be reached'),
-            (hub.stop, 'the Hub cannot be reached'),
+    for fault, seconds, message in (
+            (lambda: hub.slow('info', 60), 3, 'the Hub took longer than 3 s'),
+            # Far above what it takes here; a busy machine may need more than ten seconds.
+            (lambda: hub.fail('*', 500), 30, r'the Hub answers 500 \(Error 500\)'),
+            (hub.stop, 30, 'the Hub cannot be reached: ConnectError'),
     ):
         hub.recover()
-        fail()
-        start = time.monotonic()
+        fault()
+        monkeypatch.setattr(push, 'CHECK_SECONDS', seconds)
         with pytest.raises(PushError, match=message):
             check_repository('alice/net', CONFIG)
-        assert time.monotonic() - start < patience
 
 
 def test_checking_creates_the_repository_and_nothing_else(hub):
@@ -274,14 +231,14 @@ def test_checking_creates_the_repository_and_nothing_else(hub):
 
 
 def test_what_the_hub_says_is_repeated_without_the_token(hub, folder, capfd):
-    hub.fail('commit', 400, message=f'bad token {hub.token}')
+    hub.fail('commit', 400, f'bad token {hub.token}')
     assert dks_timm_main(['push', str(folder), 'alice/net']) == 3
     out, err = capfd.readouterr()
     assert 'bad token ***' in err and hub.token not in out + err
 
 
 def test_a_published_model_comes_back_with_its_branches(hub, monkeypatch):
-    monkeypatch.setattr('dks_timm.publishing.export._verify', lambda *args: None)  # has its own tests
+    monkeypatch.setattr('dks_timm.publishing.export.verify', lambda *args: None)  # has its own tests
     net = dks_timm.create_dks_model('test_resnet', num_classes=3)
     url = dks_timm.push_to_hub('alice/net', net, keep_branches=True)
     assert url.startswith(f'{hub.url}/alice/net/commit/')
@@ -303,21 +260,25 @@ class Hostile:
         return self.path.touch, ()
 
 
-def test_weights_in_a_repository_are_never_unpickled(hub, tmp_path):
+def create_hostile(hub, repo_id, tmp_path, *names):
+    """Create a repository whose weights, under these names, would touch a file when they are unpickled."""
     config = dict(architecture='test_resnet', num_classes=3, pretrained_cfg=dict(input_size=[3, 64, 64]))
     torch.save({'fc.weight': Hostile(tmp_path / 'executed')}, tmp_path / 'weights')
     content = (tmp_path / 'weights').read_bytes()
-    for names in (['pytorch_model.bin'], ['model.safetensors', 'pytorch_model.bin']):
-        hub.create(f'alice/net{len(names)}', {
-            'config.json': json.dumps(config).encode(), **dict.fromkeys(names, content)})
-        with pytest.raises(Exception, match='(?i)weights|header'):
-            dks_timm.create_dks_model(f'hf-hub:alice/net{len(names)}', pretrained=True)
+    hub.create(repo_id, {'config.json': json.dumps(config).encode(), **dict.fromkeys(names, content)})
+
+
+@pytest.mark.parametrize('names', [['pytorch_model.bin'], ['model.safetensors', 'pytorch_model.bin']])
+def test_weights_in_a_repository_are_never_unpickled(hub, tmp_path, names):
+    create_hostile(hub, 'alice/net', tmp_path, *names)
+    with pytest.raises(Exception, match='(?i)weights|header'):
+        dks_timm.create_dks_model('hf-hub:alice/net', pretrained=True)
     assert not (tmp_path / 'executed').exists()
 
 
 def test_a_background_push_that_fails_is_a_warning(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(push, '_COMMAND', 'import sys; print(sys.argv[-1]); sys.exit("no such thing")')
-    background = push.BackgroundPush(tmp_path / 'model_best.pth.tar', ['--push-to-hub', 'alice/net'])
+    monkeypatch.setattr(publish, '_COMMAND', 'import sys; print(sys.argv[-1]); sys.exit("no such thing")')
+    background = publish.BackgroundPush(tmp_path / 'model_best.pth.tar', ['--push-to-hub', 'alice/net'])
     with caplog.at_level(logging.WARNING):
         background()
         while not caplog.text:
@@ -327,14 +288,18 @@ def test_a_background_push_that_fails_is_a_warning(tmp_path, monkeypatch, caplog
 
 
 def test_a_background_push_that_hangs_is_ended_with_the_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(push, '_COMMAND', 'import time; time.sleep(600)')
-    background = push.BackgroundPush(tmp_path / 'model_best.pth.tar', [])
+    upload = 'import os, subprocess as s; s.run(["sh", "-c", f"echo $$ > {os.environ[\'PID_FILE\']}; exec sleep 600"])'
+    monkeypatch.setenv('PID_FILE', str(tmp_path / 'pid'))
+    monkeypatch.setattr(publish, '_COMMAND', upload)
+    background = publish.BackgroundPush(tmp_path / 'model_best.pth.tar', [])
     background()
-    while background._child is None:
+    while not (tmp_path / 'pid').exists() or not (pid := (tmp_path / 'pid').read_text()):
         time.sleep(0.05)
     start = time.monotonic()
     background.close(grace=1)
     assert time.monotonic() - start < 60 and background._child.poll() is not None
+    while os.path.exists(f'/proc/{pid.strip()}'):
+        time.sleep(0.05)
 
 
 # The whole story, on one tiny run.
@@ -364,19 +329,6 @@ def fresh_process(*command):
         [sys.executable, '-c', *map(str, command)], cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     return out.stdout
-
-
-def shapes(root, classes=('dark', 'light', 'striped')):
-    """A small dataset of images that a few steps tell apart."""
-    rng = np.random.default_rng(0)
-    for label, name in enumerate(classes):
-        for split, count in (('train', 16), ('validation', 8)):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                image = rng.integers(0, 60, (32, 32, 3)) + (150 if label == 1 else 0)
-                image[::4] += 150 if label == 2 else 0
-                Image.fromarray(image.astype(np.uint8)).save(root / split / name / f'{i}.png')
-    return root
 
 
 @pytest.fixture(scope='module')
@@ -434,13 +386,13 @@ def test_nothing_that_a_run_leaves_holds_the_token(story):
     for path in files:
         assert hub.token.encode() not in path.read_bytes(), path
     assert not any(hub.token.encode() in content for content in hub.files('alice/digits').values())
-    assert all(hub.token not in c.title + c.description for c in hub.commits('alice/digits'))
+    assert all(hub.token not in c.title for c in hub.commits('alice/digits'))
 
 
 def test_a_model_is_fine_tuned_from_the_hub_and_pushed_as_a_new_revision(story, monkeypatch, tmp_path, capfd):
     hub, root = story
     first = hub.commits('alice/digits')[0].id
-    data = shapes(tmp_path / 'shapes')
+    data = image_folder(tmp_path / 'images', classes=3)
     tune = [*TINY, '--model', f'hf-hub:alice/digits@{first}', '--pretrained', '--num-classes', '3', '--data-dir', data,
             '--epochs', '1', '-b', '16', '--output', tmp_path]
     with pytest.raises(SystemExit) as e:
@@ -457,7 +409,7 @@ def test_a_model_is_fine_tuned_from_the_hub_and_pushed_as_a_new_revision(story, 
     assert "timm.create_model('hf-hub:alice/digits@shapes'" in card.text
     assert f'--model hf-hub:alice/digits@{first} --pretrained' in card.text
     tuned = timm.create_model('hf-hub:alice/digits@shapes', pretrained=True)
-    assert tuned.num_classes == 3 and tuned.pretrained_cfg['label_names'] == ['dark', 'light', 'striped']
+    assert tuned.num_classes == 3 and tuned.pretrained_cfg['label_names'] == ['0', '1', '2']
     old = timm.create_model(f'hf-hub:alice/digits@{first}', pretrained=True).eval()
     assert torch.equal(old(x := torch.randn(1, 3, 32, 32)), timm.create_model(
         f'local-dir:{root}/runs/digits/export', pretrained=True).eval()(x))
@@ -469,41 +421,40 @@ def test_a_model_is_fine_tuned_from_the_hub_and_pushed_as_a_new_revision(story, 
     assert len(rows(tmp_path / 'plain')) == 1 and not hub.requests
 
 
-NOISE = [
-    '--num-classes', '3', '--img-size', '32', '--device', 'cpu', '--workers', '0', '-b', '16', '--no-aug', '--lr',
-    '0.05', '--warmup-epochs', '0', '--model', 'test_resnet', '--epochs', '1',
-]
+@pytest.fixture
+def noise(tmp_path):
+    """Flags that train for one short epoch."""
+    return [
+        '--data-dir', image_folder(tmp_path / 'images', classes=3, count=16), '--num-classes', '3', '--img-size', '32',
+        '--device', 'cpu', '--workers', '0', '-b', '16', '--no-aug', '--lr', '0.05', '--warmup-epochs', '0', '--model',
+        'test_resnet', '--epochs', '1']
 
 
 @pytest.mark.parametrize('repo_id, token, words', [
     ('alice/net', None, ['--push-to-hub', 'hf auth login']),
-    ('alice', True, ['--push-to-hub', "'alice'", 'owner/name']),
-    ('alice/net', 'hf_wrong', ['--push-to-hub', "'alice/net'", 'does not accept the token']),
     ('bob/net', True, ['--push-to-hub', "'bob/net'", 'may not write']),
     ('alice/taken', True, ['--push-to-hub', "'alice/taken'", 'resnet18 with 3 classes', '--overwrite']),
 ])
-def test_training_does_not_begin_for_a_push_that_cannot_work(hub, tmp_path, monkeypatch, capfd, repo_id, token, words):
+def test_training_does_not_begin_for_a_push_that_cannot_work(
+        hub, noise, tmp_path, monkeypatch, capfd, repo_id, token, words):
     config = json.dumps({**CONFIG, 'architecture': 'resnet18'}).encode()
     hub.create('alice/taken', {'config.json': config}, private=True)
     if token is None:
         monkeypatch.delenv('HF_TOKEN')
-    elif token is not True:
-        monkeypatch.setenv('HF_TOKEN', token)
-    data = shapes(tmp_path / 'shapes')
     before = sorted(p for p in tmp_path.rglob('*') if 'home' not in p.parts)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e:
-        train(*NOISE, '--data-dir', data, '--push-to-hub', repo_id)
+        train(*noise, '--push-to-hub', repo_id)
     assert e.value.code == 2
     out = capfd.readouterr()
     assert len(out.err.splitlines()) == 1 and all(word in out.err for word in words), out.err
     assert sorted(p for p in tmp_path.rglob('*') if 'home' not in p.parts) == before
 
 
-def test_a_push_that_fails_at_the_end_leaves_the_export_and_the_line_that_finishes(hub, tmp_path, capfd):
-    hub.fail('*', 500, times=None)
+def test_a_push_that_fails_at_the_end_leaves_the_export_and_the_line_that_finishes(hub, noise, tmp_path, capfd):
+    hub.fail('*', 500)
     with pytest.raises(SystemExit) as e:
-        train(*NOISE, '--data-dir', shapes(tmp_path / 'shapes'), '--output', tmp_path, '--experiment', 'x',
+        train(*noise, '--output', tmp_path, '--experiment', 'x',
               '--push-to-hub', 'alice/net', '--no-hub-private', '--hub-revision', 'tag:v1', '--hub-timeout', '6')
     assert e.value.code == 3
     out, err = capfd.readouterr()
@@ -516,13 +467,14 @@ def test_a_push_that_fails_at_the_end_leaves_the_export_and_the_line_that_finish
     assert not hub.repos['alice/net'].private and 'model.safetensors' in hub.files('alice/net', 'v1')
 
 
-def test_an_export_that_fails_at_the_end_shows_no_traceback_and_pushes_nothing(hub, tmp_path, monkeypatch, capfd):
+def test_an_export_that_fails_at_the_end_shows_no_traceback_and_pushes_nothing(
+        hub, noise, tmp_path, monkeypatch, capfd):
     def fail(*args):
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr('dks_timm.publishing.export._save', fail)
     with pytest.raises(SystemExit) as e:
-        train(*NOISE, '--data-dir', shapes(tmp_path / 'shapes'), '--output', tmp_path, '--experiment', 'x',
+        train(*noise, '--output', tmp_path, '--experiment', 'x',
               '--push-to-hub', 'alice/net')
     assert e.value.code == 3
     err = capfd.readouterr().err
@@ -532,10 +484,10 @@ def test_an_export_that_fails_at_the_end_shows_no_traceback_and_pushes_nothing(h
     assert (tmp_path / 'x/model_best.pth.tar').is_file() and len(hub.commits('alice/net')) == 1
 
 
-def test_a_recipe_does_not_overwrite_a_repository(hub, tmp_path, capfd):
+def test_a_recipe_does_not_overwrite_a_repository(hub, noise, tmp_path, capfd):
     hub.create('alice/taken', {'pytorch_model.bin': b'x'}, private=True)
     (tmp_path / 'recipe.yaml').write_text('overwrite: true')
-    flags = [*NOISE, '--data-dir', shapes(tmp_path / 'shapes'), '--output', tmp_path, '--push-to-hub', 'alice/taken']
+    flags = [*noise, '--output', tmp_path, '--push-to-hub', 'alice/taken']
     with pytest.raises(SystemExit) as e:
         train('--config', tmp_path / 'recipe.yaml', *flags)
     assert e.value.code == 2 and 'holds another model (pytorch_model.bin)' in capfd.readouterr().err
@@ -543,27 +495,19 @@ def test_a_recipe_does_not_overwrite_a_repository(hub, tmp_path, capfd):
     assert timm.create_model('hf-hub:alice/taken', pretrained=True).num_classes == 3
 
 
-@pytest.mark.parametrize('repo_id, words', [
-    ('alice/nothing', ['--model hf-hub:alice/nothing']),
-    ('alice/hostile', ['--model hf-hub:alice/hostile']),
-])
-def test_training_does_not_begin_from_a_repository_without_usable_weights(hub, tmp_path, capfd, repo_id, words):
-    config = dict(architecture='test_resnet', num_classes=3, pretrained_cfg=dict(input_size=[3, 64, 64]))
-    torch.save({'fc.weight': Hostile(tmp_path / 'executed')}, tmp_path / 'weights')
-    hub.create('alice/hostile', {
-        'config.json': json.dumps(config).encode(), 'pytorch_model.bin': (tmp_path / 'weights').read_bytes()})
+def test_training_does_not_begin_from_a_repository_whose_weights_are_a_pickle(hub, noise, tmp_path, capfd):
+    create_hostile(hub, 'alice/hostile', tmp_path, 'pytorch_model.bin')
     with pytest.raises(SystemExit) as e:
-        train(*NOISE, '--model', f'hf-hub:{repo_id}', '--pretrained', '--data-dir', shapes(tmp_path / 'shapes'),
-              '--output', tmp_path / 'runs')
+        train(*noise, '--model', 'hf-hub:alice/hostile', '--pretrained', '--output', tmp_path / 'runs')
     assert e.value.code == 2
     err = capfd.readouterr().err
-    assert len(err.splitlines()) == 1 and all(word in err for word in words), err
+    assert len(err.splitlines()) == 1 and '--model hf-hub:alice/hostile' in err, err
     assert not (tmp_path / 'runs').exists() and not (tmp_path / 'executed').exists()
 
 
 @pytest.mark.slow
-def test_only_the_main_process_talks_to_the_hub(hub, tmp_path):
-    two_processes(*NOISE, '--data-dir', shapes(tmp_path / 'shapes'), '--output', tmp_path, '--experiment', 'x', '--dks',
+def test_only_the_main_process_talks_to_the_hub(hub, noise, tmp_path):
+    two_processes(*noise, '--output', tmp_path, '--experiment', 'x', '--dks',
                   '--push-to-hub', 'alice/net')
     assert len(hub.requests_to('create')) == len(hub.requests_to('commit')) == 1
     assert timm.create_model('hf-hub:alice/net', pretrained=True).num_classes == 3

@@ -1,18 +1,17 @@
 """Small images on the device: the PIL pipeline's pixels and distribution, shares of processes, and what is refused."""
-import csv
 import logging
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from helpers.datasets import create_loaders
+from helpers.train import main, rows
 from PIL import Image
 from timm.task import evaluation_sample_limit
 
-import train
 from dks_timm import errors
-from dks_timm.training import config, data, device_data
+from dks_timm.training import config, device_data
 
 SIZE = 8
 CONFIG = dict(
@@ -34,16 +33,13 @@ def noise(tmp_path_factory):
 
 
 def parse(root, *argv):
-    args, _, _ = config.parse_args([
+    return config.parse_args([
         '--data-dir', str(root), '--num-classes', '2', '--workers', '0', '-b', '4', '--color-jitter', '0',
-        *map(str, argv)])
-    args.distributed, args.rank, args.world_size = False, 0, 1
-    return args
+        *map(str, argv)])[0]
 
 
-def loaders(args, config=CONFIG, device='cpu'):
-    train_set, val_set = data.create_datasets(args)
-    return data.create_loaders(args, train_set, val_set, config, torch.nn.Identity(), torch.device(device))[:3]
+def loaders(args, data_config=CONFIG, **kwargs):
+    return create_loaders(args, data_config, **kwargs)[:3]
 
 
 def images(loader, epoch=0):
@@ -134,9 +130,7 @@ def test_neighbouring_seeds_are_not_the_same_epochs_one_later(noise):
 
 def test_processes_share_one_permutation_and_evaluation_counts_every_image_once(noise):
     def share(rank, world):
-        args = parse(noise, '--train-pad', 2, '--data-on-device')
-        args.distributed, args.rank, args.world_size = world > 1, rank, world
-        return loaders(args)
+        return loaders(parse(noise, '--train-pad', 2, '--data-on-device'), rank=rank, world_size=world)
 
     alone, alone_eval, _ = share(0, 1)
     shares = [share(rank, 4) for rank in range(4)]
@@ -181,18 +175,9 @@ def test_train_pad_changes_the_first_transform_and_no_other(noise):
 @pytest.mark.parametrize('argv, words', [
     (['--data-on-device'], '--data-on-device: does not do resized crops; give --train-pad, or --no-aug'),
     (['--data-on-device', '--train-pad', 2, '--color-jitter', 0.4], '--color-jitter 0.4: not with --data-on-device'),
-    (['--data-on-device', '--train-pad', 2, '--aa', 'rand-m9'], '--aa rand-m9: not with --data-on-device'),
-    (['--data-on-device', '--train-pad', 2, '--reprob', 0.2], '--reprob 0.2: not with --data-on-device'),
-    (['--data-on-device', '--train-pad', 2, '--grayscale-prob', 0.1], '--grayscale-prob 0.1: not with'),
-    (['--data-on-device', '--no-aug', '--aug-splits', 3], '--aug-splits 3: not with --data-on-device'),
     (['--data-on-device', '--no-aug', '--aug-repeats', 3], '--aug-repeats 3.0: not with --data-on-device'),
-    (['--data-on-device', '--no-aug', '--no-prefetcher'], '--no-prefetcher: not with --data-on-device'),
-    (['--data-on-device', '--no-aug', '--naflex-loader'], '--naflex-loader: not with --data-on-device'),
-    (['--data-on-device', '--no-aug', '--train-img-sizes', 8, 16], '--train-img-sizes [8, 16]: not with'),
-    (['--data-on-device', '--no-aug', '--mixup-mode', 'half'], '--mixup-mode half: not with --data-on-device'),
     (['--train-pad', 2, '--scale', 0.5, 1], '--scale: cannot be combined with --train-pad'),
     (['--train-pad', 2, '--no-aug'], '--no-aug: cannot be combined with --train-pad'),
-    (['--train-pad', 2, '--train-crop-mode', 'rkrc'], '--train-crop-mode: cannot be combined with --train-pad'),
     (['--train-pad', -1], '--train-pad -1: must be at least 0'),
 ])
 def test_what_is_not_carried_out_is_refused_by_name(noise, argv, words):
@@ -215,15 +200,6 @@ def test_data_that_does_not_fit_is_refused_before_it_is_read(noise, monkeypatch)
     assert device_data.free_memory(torch.device('cpu')) > 0
 
 
-def test_streamed_data_is_refused():
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return iter(())
-
-    with pytest.raises(errors.OptionError, match='--data-on-device: a streamed dataset'):
-        device_data.check_fit([Stream()], (3, 8, 8), torch.device('cpu'))
-
-
 def test_the_log_says_how_large_the_data_is(noise, caplog):
     with caplog.at_level(logging.INFO):
         loaders(parse(noise, '--no-aug', '--data-on-device'))
@@ -231,21 +207,15 @@ def test_the_log_says_how_large_the_data_is(noise, caplog):
 
 
 def test_a_run_that_stops_and_resumes_ends_as_one_that_does_not(noise, tmp_path):
-    def main(folder, *argv):
-        handlers, level = logging.root.handlers[:], logging.root.level
-        try:
-            train.main([
-                '--data-dir', str(noise), '--num-classes', '2', '--model', 'test_resnet', '--img-size', '32', '-b', '8',
-                '--workers', '0', '--device', 'cpu', '--train-pad', '4', '--color-jitter', '0', '--data-on-device',
-                '--lr', '0.05', '--warmup-epochs', '0', '--sched', 'constant', '--dks', '--dks-branches', 'conv',
-                '--output', str(tmp_path), '--experiment', folder, *argv])
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            logging.root.handlers[:] = handlers
-            logging.root.setLevel(level)
-        return list(csv.DictReader((tmp_path / folder / 'summary.csv').open()))
+    def run(folder, *argv):
+        main(
+            '--data-dir', noise, '--num-classes', '2', '--model', 'test_resnet', '--img-size', '32', '-b', '8',
+            '--workers', '0', '--device', 'cpu', '--train-pad', '4', '--color-jitter', '0', '--data-on-device',
+            '--lr', '0.05', '--warmup-epochs', '0', '--sched', 'constant', '--dks', '--dks-branches', 'conv',
+            '--output', tmp_path, '--experiment', folder, *argv)
+        return rows(tmp_path / folder)
 
-    whole = main('whole', '--epochs', '3')
-    main('parts', '--epochs', '1')
-    assert main('parts', '--epochs', '3', '--resume', 'auto') == whole
+    whole = run('whole', '--epochs', '3')
+    run('parts', '--epochs', '1')
+    assert run('parts', '--epochs', '3', '--resume', 'auto') == whole
     assert len({row['train_loss'] for row in whole}) == 3

@@ -47,14 +47,9 @@ def no_rest(monkeypatch):
         monkeypatch.setattr('datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN', 0.05)
 
 
-# For each reader: what makes its data, the flags that read it, and the class names that it knows.
-
-
 def refusal(*argv):
     with pytest.raises(errors.OptionError) as e:
-        args = parse(*argv)
-        data.create_loaders(
-            args, *data.create_datasets(args), DATA_CONFIG, torch.nn.Identity(), torch.device('cpu'))
+        loaders(*argv)
     assert '\n' not in str(e.value)
     return str(e.value)
 
@@ -71,9 +66,8 @@ def test_every_reader_trains_and_evaluates(tmp_path, name):
 @pytest.mark.parametrize('name', READERS)
 def test_every_image_comes_once_with_its_label_and_names_for_the_labels(tmp_path, name):
     argv = make(name, tmp_path / 'data')
-    args = parse(*argv)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    train, val = data.create_datasets(args)
+    train, val = data.create_datasets(parse(*argv))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
     assert data.label_names(train) == READERS[name][2]
@@ -143,7 +137,7 @@ def test_tensorflow_datasets_train_and_evaluate(tmp_path):
 # Bad images
 
 TRUNCATED = encoded(7, 32)[:-40]
-BAD = {'empty': b'', 'truncated': TRUNCATED, 'of text': b'hello', 'cut jpeg': encoded(7, 64, 'jpeg')[:500]}
+BAD = {'truncated': TRUNCATED, 'of text': b'hello'}
 
 
 @pytest.mark.parametrize('workers', [0, 1])
@@ -274,17 +268,9 @@ from helpers import datasets
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.05
 torch.distributed.init_process_group('gloo')
 rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-plain = datasets.parse
-
-def parse(*argv):
-    args = plain(*argv)
-    args.distributed, args.rank, args.world_size = True, rank, world
-    return args
-
-datasets.parse = parse
 seen = []
 for argv in json.load(open(sys.argv[1])):
-    train, val = datasets.loaders(*argv)
+    train, val = datasets.loaders(*argv, rank=rank, world_size=world)
     epochs = []
     for epoch in range(2):
         train.dataset.set_epoch(epoch)
@@ -293,26 +279,29 @@ for argv in json.load(open(sys.argv[1])):
 with open(sys.argv[1] + str(rank), 'w') as f:
     json.dump(seen, f)
 '''
-WEB4 = ['--dataset', 'wds/x', '--data-dir', '{root}/even', '--train-split', 'train-{{0..3}}.tar|32',
-        '--val-split', 'train-{{0..3}}.tar|32']
-WEB_UNEVEN = ['--dataset', 'wds/x', '--data-dir', '{root}/uneven', '--train-split', 'train-{{0..2}}.tar|21',
-              '--val-split', 'train-{{0..2}}.tar|21']
-WEB1 = ['--dataset', 'wds/x', '--data-dir', '{root}/one', '--train-split', 'train-0.tar|32',
-        '--val-split', 'train-0.tar|32']
-HF = ['--data-dir', '{root}-cache', '--val-split', 'train', '--train-num-samples']
+
+
+def web(shards, count):
+    names = f'train-{{{{0..{shards - 1}}}}}.tar|{count}'
+    return [
+        '--dataset', 'wds/x', '--data-dir', f'{{root}}/web{shards}', '--train-split', names, '--val-split', names,
+        '--workers', '2']
+
+
+def hugging_face(shards, count, workers):
+    return [
+        '--dataset', f'hfids/{{root}}/hf{shards}', '--data-dir', '{root}-cache', '--val-split', 'train',
+        '--train-num-samples', str(count), '--val-num-samples', str(count), '--workers', workers]
+
+
 # Flags, images in the data, and whether each is seen exactly once in an epoch: where whole batches divide them.
 SPLITS = {
-    'wds, 4 shards': (WEB4, 32, True),
-    'wds, 4 shards, 2 workers': ([*WEB4, '--workers', '2'], 32, True),
-    'wds, 1 shard': (WEB1, 32, True),
-    'wds, 1 shard, 2 workers': ([*WEB1, '--workers', '2'], 32, True),
-    'wds, 3 shards, 2 workers': ([*WEB_UNEVEN, '--workers', '2'], 21, False),
-    'hfids, 4 shards': (['--dataset', 'hfids/{root}/hf4', *HF, '32', '--val-num-samples', '32'], 32, True),
-    'hfids, 4 shards, 2 workers': (
-        ['--dataset', 'hfids/{root}/hf4', *HF, '32', '--val-num-samples', '32', '--workers', '2'], 32, True),
-    'hfids, 1 shard': (['--dataset', 'hfids/{root}/hf1', *HF, '32', '--val-num-samples', '32'], 32, True),
-    'hfids, 3 shards, 2 workers': (
-        ['--dataset', 'hfids/{root}/hf3', *HF, '21', '--val-num-samples', '21', '--workers', '2'], 21, False),
+    'wds, 4 shards': (web(4, 32), 32, True),
+    'wds, 1 shard': (web(1, 32), 32, True),
+    'wds, 3 shards': (web(3, 21), 21, False),
+    'hfids, 4 shards': (hugging_face(4, 32, '2'), 32, True),
+    'hfids, 1 shard': (hugging_face(1, 32, '0'), 32, True),
+    'hfids, 3 shards': (hugging_face(3, 21, '2'), 21, False),
 }
 
 
@@ -321,12 +310,9 @@ def split(tmp_path_factory):
     """For each of SPLITS, what two processes read of it: {name: [process 0, process 1]}."""
     pytest.importorskip('webdataset', reason='wds/ needs the package webdataset')
     root = tmp_path_factory.mktemp('split')
-    make_shards(root / 'even', sizes=(8,) * 4)
-    make_shards(root / 'uneven', sizes=(9, 5, 7))
-    make_shards(root / 'one', sizes=(32,))
-    make_parquet(root / 'hf4', sizes=(8,) * 4)
-    make_parquet(root / 'hf3', sizes=(9, 5, 7))
-    make_parquet(root / 'hf1', sizes=(32,))
+    for sizes in ((8,) * 4, (9, 5, 7), (32,)):
+        make_shards(root / f'web{len(sizes)}', sizes=sizes)
+        make_parquet(root / f'hf{len(sizes)}', sizes=sizes)
     argvs = [[a.format(root=root) for a in argv] + ['--no-aug'] for argv, _, _ in SPLITS.values()]
     (root / 'argvs').write_text(json.dumps(argvs))
     (root / 'split.py').write_text(SPLIT.format(tests=str(Path(__file__).parents[1])))
@@ -352,12 +338,8 @@ def test_two_processes_share_no_image_of_a_stream_and_run_equally_many_batches(s
         assert len(a) == len(b) == 4 * split[name][0]['batches'] == 4 * split[name][1]['batches']
         if exact:
             assert sorted(a + b) == list(range(count))
-
-
-@pytest.mark.parametrize('name', SPLITS)
-def test_the_next_epoch_of_a_stream_is_in_another_order(split, name):
     for process in split[name]:
-        assert process['train'][0] != process['train'][1]
+        assert process['train'][0] != process['train'][1]  # the next epoch is in another order
 
 
 def test_a_run_on_a_shard_in_two_processes_evaluates_as_one_process_does(tmp_path):
@@ -373,14 +355,6 @@ def test_a_run_on_a_shard_in_two_processes_evaluates_as_one_process_does(tmp_pat
     one, two = rows(tmp_path / 'one')[0], rows(tmp_path / 'two')[0]
     for name in ('eval_loss', 'eval_top1'):
         assert float(one[name]) == pytest.approx(float(two[name]), rel=1e-5)
-
-
-def test_more_workers_than_shards_leave_out_no_image(tmp_path):
-    pytest.importorskip('webdataset', reason='wds/ needs the package webdataset')
-    make_shards(tmp_path, sizes=(32,))
-    argv = [a.format(root=tmp_path).replace('/one', '') for a in WEB1]
-    train, val = loaders(*argv, '--no-aug', '--workers', 2)
-    assert sorted(n for n, _ in numbers(train)) == list(range(32)) == sorted(n for n, _ in numbers(val))
 
 
 # Class maps, fields and labels
@@ -473,7 +447,7 @@ def test_a_label_out_of_range_in_a_stream_is_named(tmp_path, workers):
 
 def test_a_label_of_a_stream_that_the_class_map_misses_is_named(tmp_path):
     class_map = write_map(tmp_path / 'map.pkl', {0: 0, 1: 1})
-    with pytest.raises(errors.DataError, match='^--class-map: has no index for label 2'):
+    with pytest.raises(errors.DataError, match='^--class-map .*map.pkl: has no index for 1 of .* .2.; add them'):
         numbers(loaders(*make('wds', tmp_path), '--class-map', class_map)[0])
 
 
@@ -484,9 +458,6 @@ WDS = [a.replace('{root}', '{tmp}/web') for a in WEB]
 REFUSED = [
     (['--dataset', 'hdfs/x'], ['--dataset hdfs/x', 'no reader "hdfs/"', 'closest: hfds/']),
     (['--dataset', 'imagenet'], ['--data-dir: missing', '--dataset imagenet']),
-    (['--dataset', 'torch/mnist'], ['--data-dir: missing', '--dataset torch/mnist']),
-    (['--dataset', 'torch/no_such', *FOLDER], ['--dataset torch/no_such', 'Unknown torchvision dataset']),
-    (['--dataset', 'torch/mnist', *FOLDER], ['--dataset torch/mnist', 'not found', 'download']),
     (['--dataset', 'torch/image_folder', *FOLDER, '--val-split', 'test'], ['--val-split test', 'train, validation']),
     (['--dataset', 'hfds/{tmp}/nowhere'], ['--dataset hfds/', 'nowhere']),
     (['--dataset', 'hfids/{tmp}/nowhere'], ['--dataset hfids/', 'nowhere']),
@@ -497,10 +468,6 @@ REFUSED = [
     ([*WDS, '--train-split', 'train-{{0..5}}.tar'], ['--train-num-samples: missing', 'train-{0..5}.tar']),
     ([*WDS, '--train-split', 'train-{{0..5}}.tar|9'], ['--train-split', 'no train-2.tar', '4 of 6']),
     (HFIDS[:2], ['--train-num-samples: missing']),
-    (HFIDS[:4], ['--val-num-samples: missing']),
-    ([*HFIDS, '--train-num-samples', '0'], ['--train-num-samples 0: must be at least 1']),
-    ([*WDS, '--val-num-samples', '-1'], ['--val-num-samples -1: must be at least 1']),
-    ([*FOLDER, '--max-bad-images', '-1'], ['--max-bad-images -1: must be at least 0']),
     ([*HFDS, '--input-key', 'img'], ['--input-key img', 'it has image, label, other']),
     ([*HFIDS, '--input-key', 'img'], ['--input-key img', 'it has image, label, other']),
     ([*WDS, '--input-key', 'bmp'], ['--input-key bmp', 'it has cls, json, png']),
@@ -514,28 +481,17 @@ REFUSED = [
     ([*FOLDER, '--target-key', 'x'], ['--target-key x', 'means nothing to --data-dir']),
     (['--data-dir', '{tmp}/tars/train.tar', '--input-key', '.png'], ['--input-key .png', 'train.tar']),
     (['--dataset', 'torch/image_folder', *FOLDER, '--class-map', 'x'], ['--class-map x', 'torch/image_folder']),
-    ([*FOLDER, '--class-map', '{tmp}/ab.txt'], ['--class-map', 'ab.txt', '1 of the classes', '(c)']),
-    (['--data-dir', '{tmp}/tars', '--class-map', '{tmp}/ab.txt'], ['--class-map', '1 of the classes', '(c)']),
     ([*FOLDER, '--class-map', '{tmp}/other.txt'], ['--class-map', '3 of the classes', '(a, b, c)']),
-    (['--data-dir', '{tmp}/tars', '--class-map', '{tmp}/other.txt'], ['--class-map', '3 of', '(a, b, c)']),
     ([*HFDS, '--class-map', '{tmp}/ab.txt'], ['--class-map', 'ab.txt', '1 of the classes', '(c)']),
-    ([*HFIDS, '--class-map', '{tmp}/ab.txt'], ['--class-map', 'ab.txt', '1 of the classes', '(c)']),
     ([*WDS, '--class-map', '{tmp}/ab.txt'], ['--class-map', 'ab.txt', '.pkl']),
     ([*WDS, '--class-map', '{tmp}/one.pkl'], ['--class-map', 'one.pkl', '(0)']),
-    ([*FOLDER, '--class-map', '{tmp}/nowhere.txt'], ['--class-map', 'nowhere.txt', '.txt of one class name a line']),
     ([*FOLDER, '--class-map', '{tmp}/map.csv'], ['--class-map', 'map.csv', '.txt of one class name a line']),
     ([*FOLDER, '--class-map', '{tmp}/broken.pkl'], ['--class-map', 'broken.pkl', '.pkl of a dict']),
-    ([*FOLDER, '--class-map', '{tmp}/evil.pkl'], ['--class-map', 'evil.pkl', 'not permitted']),
     ([*FOLDER, '--class-map', '{tmp}/words.pkl'], ['--class-map', 'words.pkl', 'index of "a"', "'one'"]),
     ([*FOLDER, '--class-map', '{tmp}/empty.txt'], ['--class-map', 'empty.txt', 'is empty']),
-    ([*FOLDER, '--class-map', '{tmp}/binary.txt'], ['--class-map', 'binary.txt']),
-    ([*HFDS, '--num-classes', '2'], ['--num-classes 2', '3 classes']),
-    ([*HFIDS, '--num-classes', '2'], ['--num-classes 2', '3 classes']),
     ([*HFIDS, '--workers', '3'], ['--workers 3', '2 shards', '--workers 2', 'hfds/']),
     ([*WDS, '--aug-splits', '3'], ['--aug-splits', 'wds/x', 'stream']),
-    ([*WDS, '--naflex-loader'], ['--naflex-loader', 'wds/x', 'stream']),
-    ([*WDS, '--train-img-sizes', '8', '16'], ['--train-img-sizes', 'wds/x', 'stream']),
-    ([*WDS, '--use-multi-epochs-loader'], ['--use-multi-epochs-loader', 'wds/x', 'stream']),
+    ([*WDS, '--data-on-device', '--no-aug'], ['--data-on-device', 'wds/x', 'stream']),
 ]
 
 
@@ -550,11 +506,10 @@ def everything(tmp_path_factory):
     make_web(root / 'web')
     for name, content in {
             'ab.txt': 'a\nb\n', 'other.txt': 'x\ny\n', 'map.csv': 'a,0', 'empty.txt': '\n\n', 'one.pkl': {1: 0},
-            'words.pkl': {'a': 'one'}, 'evil.pkl': os.system,
+            'words.pkl': {'a': 'one'},
     }.items():
         write_map(root / name, content)
     (root / 'broken.pkl').write_bytes(b'hello')
-    (root / 'binary.txt').write_bytes(b'\xff\xfe')
     return root
 
 
@@ -580,12 +535,6 @@ def test_a_reader_whose_package_is_missing_is_refused_in_one_line(
     out = capfd.readouterr()
     assert e.value.code == 2 and not out.out and len(out.err.splitlines()) == 1
     assert all(word in out.err for word in (f'--dataset {dataset}', package, 'pip install', install))
-
-
-def test_images_without_a_label_are_refused(tmp_path):
-    make_parquet(tmp_path, label=lambda i: -1)
-    assert '--train-split train: has images without a label' in refusal(
-        '--dataset', f'hfds/{tmp_path}', '--data-dir', tmp_path / 'cache', '--val-split', '')
 
 
 def test_a_refusal_on_hugging_face_data_is_one_line(everything, capfd):
