@@ -128,8 +128,7 @@ def exit_out_of_memory():
         if not out_of_memory(e):
             raise
         traceback.print_exc()
-        sys.exit('train.py: out of memory; give a smaller --batch-size (--validation-batch-size where it evaluates), '
-                 'smaller images (--img-size), --grad-checkpointing, or a smaller --model')
+        sys.exit('train.py: out of memory; give a smaller --batch-size, --img-size or --model, or --grad-checkpointing')
 
 
 class LogFormatter(logging.Formatter):

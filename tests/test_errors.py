@@ -131,7 +131,6 @@ def test_the_ways_in_which_memory_runs_out(error):
     ('--train-img-sizes 32 --train-size-random-mix 5', '--train-size-random-mix 5.0: must be at most 1'),
     ('--aa rand-w9', '--aa rand-w9: AssertionError: Unknown RandAugment'),
     ('--opt bnbadam', '--opt bnbadam: '),
-    ('--model-kwargs features_only=True', "'features_only': True}: has no classifier to train"),
     ('--dks --model test_vit --dks-branch-kwargs depth=0', '--dks-branch-kwargs has depth=0; test_vit cannot be made'),
     ('--model test_vit --dks --img-size 8', 'test_vit does not run on images of 8 x 8'),
     ('--kd-model-name local-dir:teacher --kd-distill-type token', '--kd-distill-type token: Model ResNet does not '),

@@ -44,10 +44,7 @@ def check_model_name(name: str, flag: str = 'MODEL') -> None:
 
 
 def naming_model(subject: str, model_kwargs=None):
-    """Name a model in what timm raises about its name, its files, its input or, where given, further arguments.
-
-    timm checks arguments by assertions, too, and any argument may be of a type that the model does not take.
-    """
+    """Name a model in what timm raises about its name, its files, its input or, where given, further arguments."""
     return naming(subject, AssertionError, SafetensorError, *UNREADABLE, *([TypeError] if model_kwargs else []))
 
 
@@ -69,8 +66,6 @@ def create_model(args):
     subject = _subject(args, 'model', 'model_kwargs', 'gp', 'initial_checkpoint', 'pretrained_path')
     with naming_model(subject, args.model_kwargs):
         model = timm.create_model(args.model, args.pretrained, **kwargs, **args.model_kwargs)
-    if not hasattr(model, 'get_classifier'):
-        raise OptionError(f'{subject}: has no classifier to train')
     if args.naflex_loader and not isinstance(model, NaFlexVit):
         raise OptionError(f'--naflex-loader: --model {args.model} does not take patch sequences; use a naflexvit model')
     if args.dks:
@@ -116,11 +111,7 @@ def _init_heads(args, model):
 
 
 def place_model(args, model, input_size, accelerator):
-    """Move the model to its device, dtype and layout, with the BatchNorm that the flags ask for.
-
-    Raises:
-        OptionError: if the model does not take images of the input size (C, H, W).
-    """
+    """Check that the model takes images of (C, H, W); move it to its device, dtype, layout and kind of BatchNorm."""
     if not args.naflex_loader:
         _check_input_size(args, model, input_size)
     if args.split_bn:
@@ -131,15 +122,14 @@ def place_model(args, model, input_size, accelerator):
     return convert_sync_batchnorm(model) if args.sync_bn and accelerator.num_processes > 1 else model
 
 
+@torch.no_grad()
 def _check_input_size(args, model, input_size):
     """Refuse images that the model does not take, by evaluating one."""
-    channels = input_size[0]
     subject = _subject(args, 'model', 'model_kwargs', 'gp')
     model.eval()
-    with torch.no_grad():
-        for size in [input_size[1:], *((size, size) for size in args.train_img_sizes or ())]:
-            with naming_model(f'{subject}: input size {(channels, *size)}', args.model_kwargs):
-                model(torch.zeros(1, channels, *size))
+    for size in [input_size, *((input_size[0], size, size) for size in args.train_img_sizes or ())]:
+        with naming_model(f'{subject}: input size {size}', args.model_kwargs):
+            model(torch.zeros(1, *size))
     model.train()
 
 

@@ -87,11 +87,7 @@ def _read_command_line(argv):
 
 
 def launcher_settings(given) -> dict:
-    """Return the settings that Accelerate's environment variables ask for, besides those that Accelerate itself reads.
-
-    Raises:
-        OptionError: for what a run does not support.
-    """
+    """Return the settings that Accelerate's environment variables ask for, besides those that it reads itself."""
     def launcher(name, default=''):
         return os.environ.get(f'ACCELERATE_{name.upper()}', default)
 
@@ -229,8 +225,8 @@ def _combinations(args, given):
         f'--model-dtype {args.model_dtype}: cannot be combined with --amp; use one of the two')
     yield args.split_bn and not (args.aug_splits or args.resplit), '--split-bn: needs --aug-splits or --resplit'
     yield mixup_active(args) and args.batch_size % 2, f'--batch-size {args.batch_size}: must be even for mixup'
-    images = args.validation_batch_size or args.batch_size
-    yield args.tta > 1 and images % args.tta, f'--tta {args.tta}: batches of {images} (-vb) must be a multiple of it'
+    yield args.tta > 1 and (args.validation_batch_size or args.batch_size) % args.tta, (
+        f'--tta {args.tta}: the evaluation batch (-vb) must be a multiple of it')
     yield args.dks and args.dks_start_epoch >= args.epochs, (
         f'--dks-start-epoch {args.dks_start_epoch}: not within the {args.epochs} epochs; or use --dks-direction none')
 

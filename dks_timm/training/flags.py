@@ -114,8 +114,7 @@ def _add_data_flags(parser):
 
 
 def _add_model_flags(parser):
-    group = parser.add_argument_group('Model parameters')
-    add = group.add_argument
+    add = parser.add_argument_group('Model parameters').add_argument
     add('--model', type=str, default='resnet50', help='timm model name, also hf-hub:owner/name and local-dir:path')
     add('--pretrained', action='store_true', help='start from published weights')
     add('--pretrained-path', type=str, help='file to use as the published weights, head adapted')
@@ -139,9 +138,8 @@ def _add_model_flags(parser):
     add('--head-init-scale', type=float, help='factor on the classifier\'s initial weights')
     add('--head-init-bias', type=float, help='value of the classifier\'s initial bias')
     add('--torchcompile-mode', type=str, help='mode of torch.compile')
-    either = group.add_mutually_exclusive_group()
-    either.add_argument('--torchscript', action='store_true', help='script the model (refused: use --torchcompile)')
-    either.add_argument('--torchcompile', nargs='?', type=str, const='inductor', help='compile the model')
+    add('--torchscript', action='store_true', help='script the model (refused: use --torchcompile)')
+    add('--torchcompile', nargs='?', type=str, const='inductor', help='compile the model')
     add = parser.add_argument_group('Device parameters').add_argument
     add('--device', type=str, default='cuda', help='device to train on; where not given, the best one present')
     add('--amp', action='store_true', help='mixed precision')
