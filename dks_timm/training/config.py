@@ -20,8 +20,7 @@ from .flags import IMAGE_MODES, ParseKwargs, Parser, StoreAction, add_timm_flags
 
 POLICIES = ('rand', 'augmix', 'original', 'originalr', 'v0', 'v0r', '3a')
 # Flag -> the flag without which it has no effect.
-NEEDS = dict(
-    pretrained_path='pretrained', push_every_best='push_to_hub', keep_branches='dks', jsd_loss='aug_splits')
+NEEDS = dict(pretrained_path='pretrained', push_every_best='push_to_hub', keep_branches='dks', jsd_loss='aug_splits')
 # Flag -> flags that cannot be given beside it.
 EXCLUSIVE = dict(
     split_bn=('sync_bn',),
@@ -232,10 +231,9 @@ def _combinations(args, given):
 
 
 def _data_on_device(args, given):
-    if not args.data_on_device:
-        return
-    yield args.mixup_mode == 'half', '--mixup-mode half: not with --data-on-device; use batch, pair or elem'
-    if args.no_aug:
+    yield args.data_on_device and args.mixup_mode == 'half', (
+        '--mixup-mode half: not with --data-on-device; use batch, pair or elem')
+    if not args.data_on_device or args.no_aug:
         return
     yield args.train_pad is None, '--data-on-device: does not do resized crops; give --train-pad, or --no-aug'
     for name in ('color_jitter', 'grayscale_prob', 'gaussian_blur_prob', 'aa', 'reprob', 'resplit'):
