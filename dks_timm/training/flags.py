@@ -332,7 +332,7 @@ def add_input_flags(add) -> None:
 def add_branch_flags(add) -> None:
     """Add the flags of the branches: which to attach, and when they run."""
     add('--dks-stages', type=int, nargs='+', metavar='STAGE', help='stages to supervise: dks-timm inspect lists them')
-    add('--dks-branches', type=str, default='auto', choices=('auto', 'tail', 'conv'), help='model\'s tail, or light conv')
+    add('--dks-branches', type=str, default='auto', choices=('auto', 'tail', 'conv'), help='own tail, or light conv')
     add('--dks-branch-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='[STAGE.]KEY=VALUE',
         help='arguments of the template, for every branch or for that of one stage')
     add('--dks-budget', type=float, help='bound on a training forward, in forwards of the backbone')
