@@ -4,7 +4,7 @@ import json
 import sys
 from typing import Optional, Sequence
 
-from .errors import ExportError, InputError, PushError, flag, naming, one_line
+from .errors import ExportError, InputError, PushError, naming, one_line
 from .training.flags import Parser, add_branch_flags, add_card_flags, add_hub_flags, add_input_flags
 
 
@@ -12,57 +12,35 @@ def _create_parser() -> Parser:
     parser = Parser(prog='dks-timm', description='Export, publish and look into models trained with DKS.')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
 
-    export = commands.add_parser(
-        'export',
-        help='turn a training checkpoint into a folder that timm.create_model loads',
-        description='Write the backbone of a training checkpoint as config.json, model.safetensors and README.md, '
-                    'and check that timm alone loads it with the same logits.',
-    )
-    export.add_argument('checkpoint', metavar='CKPT', help='a checkpoint of a run, such as model_best.pth.tar')
-    export.add_argument('out_dir', metavar='DIR', help='folder to write to')
-    export.add_argument('--no-ema', action='store_true', help='take the trained weights where there are averaged ones')
-    export.add_argument('--overwrite', action='store_true',
-                        help='replace a model that the folder or the repository already holds')
-    add_card_flags(export.add_argument)
-    export.add_argument('--push-to-hub', metavar='OWNER/NAME', help='push the folder to this repository, too')
-    add_hub_flags(export.add_argument)
-    export.set_defaults(run=_export)
+    def add_command(run, description):
+        command = commands.add_parser(run.__name__.lstrip('_'), help=description, description=description)
+        command.set_defaults(run=run)
+        return command.add_argument
 
-    push = commands.add_parser(
-        'push',
-        help='push an exported folder to the Hugging Face Hub',
-        description='Push an exported folder to the Hugging Face Hub in one commit; nothing happens where nothing has '
-                    'changed.',
-    )
-    push.add_argument('folder', metavar='DIR', help='folder of an exported model')
-    push.add_argument('push_to_hub', metavar='OWNER/NAME', help='repository, created if need be')
-    push.add_argument('--overwrite', action='store_true', help='replace another model that the repository holds')
-    add_hub_flags(push.add_argument)
-    push.set_defaults(run=_push)
+    add = add_command(_export, 'turn a checkpoint into a folder that timm.create_model loads, and check that it does')
+    add('checkpoint', metavar='CKPT', help='a checkpoint of a run, such as model_best.pth.tar')
+    add('out_dir', metavar='DIR', help='folder to write to')
+    add('--no-ema', action='store_true', help='take the trained weights where there are averaged ones')
+    add('--overwrite', action='store_true', help='replace a model that the folder or the repository already holds')
+    add_card_flags(add)
+    add('--push-to-hub', metavar='OWNER/NAME', help='push the folder to this repository, too')
+    add_hub_flags(add)
 
-    inspect = commands.add_parser(
-        'inspect',
-        help='show the stages of a model, the branches DKS attaches, and what they cost',
-        description='Attach branches to a model without allocating weights, and show its stages, what was attached '
-                    'and what a training step costs over the plain model.',
-    )
-    inspect.add_argument('model', metavar='MODEL', help='timm model name, also hf-hub:owner/name and local-dir:path')
-    add_input_flags(inspect.add_argument)
-    add_branch_flags(inspect.add_argument)
-    inspect.add_argument('--json', action='store_true', help='print it for machines')
-    inspect.set_defaults(run=_inspect)
+    add = add_command(_push, 'push an exported folder to the Hugging Face Hub in one commit, if anything has changed')
+    add('folder', metavar='DIR', help='folder of an exported model')
+    add('push_to_hub', metavar='OWNER/NAME', help='repository, created if need be')
+    add('--overwrite', action='store_true', help='replace another model that the repository holds')
+    add_hub_flags(add)
 
-    report = commands.add_parser(
-        'report',
-        help='write a page with pictures about a run, or about several side by side',
-        description='Write an HTML page about runs of train.py: accuracy and loss of every head, who teaches whom, how '
-                    'often heads agree, what early exits cost, and means over seeds. It needs no network; its pictures '
-                    'lie beside it as SVG files.',
-    )
-    report.add_argument('runs', metavar='RUN', nargs='+', help='folder of a run, with its args.yaml and summary.csv')
-    report.add_argument('--output', metavar='DIR',
-                        help='where to write; if not given, RUN/report, and ./report for several runs')
-    report.set_defaults(run=_report)
+    add = add_command(_inspect, 'show the stages of a model, the branches DKS attaches, and what they cost in training')
+    add('model', metavar='MODEL', help='timm model name, also hf-hub:owner/name and local-dir:path')
+    add_input_flags(add)
+    add_branch_flags(add)
+    add('--json', action='store_true', help='print it for machines')
+
+    add = add_command(_report, 'write an HTML page with pictures about a run, or about several side by side')
+    add('runs', metavar='RUN', nargs='+', help='folder of a run, with its args.yaml and summary.csv')
+    add('--output', metavar='DIR', help='where to write; if not given, RUN/report, and ./report for several runs')
     return parser
 
 
@@ -77,25 +55,14 @@ def _inspect(args: argparse.Namespace):
     from .training.build import check_model_name, naming_model
 
     check_model_name(args.model)
-    given = f' with --model-kwargs {args.model_kwargs}' if args.model_kwargs else ''
-    subject = f'MODEL {args.model}{given}'
+    subject = f'MODEL {args.model}' + (f' with --model-kwargs {args.model_kwargs}' if args.model_kwargs else '')
     of_timm = dict(img_size=args.img_size, num_classes=args.num_classes, in_chans=args.in_chans)
-    for name in of_timm.keys() & args.model_kwargs.keys():
-        raise InputError(f'--model-kwargs {name}={args.model_kwargs[name]}: use {flag(name)}')
-    of_timm.update(args.model_kwargs)
-    with naming_model(subject, args.model):
-        backbone_without_weights(args.model, **of_timm)
+    with naming_model(subject, args.model_kwargs):
+        backbone_without_weights(args.model, **of_timm, **args.model_kwargs)
     with naming(subject):
         found = inspect_model(
-            args.model,
-            stages=args.dks_stages,
-            branches=args.dks_branches,
-            branch_kwargs=args.dks_branch_kwargs,
-            budget=args.dks_budget,
-            batch_fraction=args.dks_batch_fraction,
-            every=args.dks_every,
-            **of_timm,
-        )
+            args.model, args.dks_stages, args.dks_branches, args.dks_branch_kwargs, args.dks_budget,
+            batch_fraction=args.dks_batch_fraction, every=args.dks_every, **of_timm, **args.model_kwargs)
     print(json.dumps(found, indent=2) if args.json else format_inspection(found))
 
 
@@ -127,14 +94,8 @@ def _export(args: argparse.Namespace):
 def _push(args: argparse.Namespace, folder=None):
     from .publishing.push import push_folder
 
-    print(push_folder(
-        folder or args.folder,
-        args.push_to_hub,
-        private=args.hub_private,
-        revision=args.hub_revision,
-        overwrite=args.overwrite,
-        timeout=args.hub_timeout,
-    ))
+    settings = dict(private=args.hub_private, revision=args.hub_revision, timeout=args.hub_timeout)
+    print(push_folder(folder or args.folder, args.push_to_hub, overwrite=args.overwrite, **settings))
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

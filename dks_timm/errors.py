@@ -8,7 +8,7 @@ import logging
 import logging.handlers
 import os
 import pickle
-import reprlib
+import re
 import struct
 import sys
 import traceback
@@ -69,21 +69,9 @@ def why(error: Exception, most: int = 400) -> str:
     if 'weights_only' in text or 'mmap can only be used' in text:
         # timm and torch suggest to let the file run its code.
         return 'holds something other than plain weights, which is not loaded, as it could run code'
-    if not isinstance(error, (OSError, RuntimeError, ValueError)) or not text:
-        return f'{type(error).__name__}: {text}' if text else type(error).__name__
-    return text
-
-
-def shown(value) -> str:
-    """Return a value of a recipe for a message. A few lines of YAML can hold one that is too long to write down."""
-    if isinstance(value, str):
-        return value
-    short = reprlib.Repr()
-    short.maxlevel = 3
-    try:
-        return short.repr(value)
-    except ValueError:  # Python does not write down a whole number of thousands of digits
-        return 'a number of thousands of digits'
+    if text and isinstance(error, (OSError, RuntimeError, ValueError)):
+        return text
+    return f'{type(error).__name__}: {text}'.rstrip(': ')
 
 
 def closest(name: str, names) -> str:
@@ -107,37 +95,28 @@ def works(function) -> bool:
 
 
 @contextlib.contextmanager
-def naming(subject: str, *errors, without=None):
-    """Turn what a library raises about bad input into an OptionError that names flag and value.
+def naming(subject: str, *errors):
+    """Raise an OptionError that names flag and value, the subject, in place of the errors of a library for bad input.
 
-    An InputError begins with the argument that it is about: the flag of that one is named in place of the subject.
-
-    Args:
-        subject: Flag and value.
-        *errors: Types that the library raises for bad input. Running out of memory is never the input's fault.
-        without: A function that does the same without the value. If that fails too, the error is not the value's.
-
-    Raises:
-        OptionError: in place of an InputError and of the types named.
+    An InputError begins with its argument, and the flag of that is named. Running out of memory is no input's fault.
     """
     try:
         yield
     except OptionError:
         raise
     except InputError as e:
-        argument, _, rest = why(e).partition(' ')
+        argument, _, rest = str(e).partition(' ')
         raise OptionError(f'{flag(_FLAGS[argument])} {rest}' if argument in _FLAGS else f'{subject}: {e}') from e
     except errors as e:
-        if out_of_memory(e) or without and not works(without):
+        if out_of_memory(e):
             raise
         raise OptionError(f'{subject}: {why(e)}') from e
 
 
 def out_of_memory(error: BaseException) -> bool:
     """True if the memory of the machine or of its device was used up; of some errors, only the text says so."""
-    texts = ('out of memory', "can't allocate memory", 'cannot allocate memory', 'not enough memory')
-    said = isinstance(error, (OSError, RuntimeError)) and any(text in str(error).lower() for text in texts)
-    return said or isinstance(error, MemoryError)
+    said = re.search("(out of|can(no|')t allocate|not enough) memory", str(error), re.IGNORECASE)
+    return isinstance(error, MemoryError) or isinstance(error, (OSError, RuntimeError)) and bool(said)
 
 
 @contextlib.contextmanager
@@ -149,21 +128,16 @@ def exit_out_of_memory():
         if not out_of_memory(e):
             raise
         traceback.print_exc()
-        sys.exit('train.py: out of memory; give a smaller --batch-size (--validation-batch-size where it evaluates), '
-                 'smaller images (--img-size), --grad-checkpointing, or a smaller --model')
-
-
-def erase_bar() -> str:
-    """Return what erases a progress bar before the next line on stderr; '' if stderr is no terminal."""
-    return '\r\x1b[J' if sys.stderr.isatty() else ''
+        sys.exit('train.py: out of memory; give a smaller --batch-size, --img-size or --model, or --grad-checkpointing')
 
 
 class LogFormatter(logging.Formatter):
-    """Writes information as it is, warnings and errors with their level; on a terminal in place of a bar."""
+    """Writes warnings and errors with their level; on a terminal, a line erases the progress bar."""
 
     def format(self, record):
-        text = super().format(record)
-        return erase_bar() + (text if record.levelno == logging.INFO else f'{record.levelname}: {text}')
+        erase = '\r\x1b[J' if sys.stderr.isatty() else ''
+        level = '' if record.levelno == logging.INFO else f'{record.levelname}: '
+        return erase + level + super().format(record)
 
 
 @contextlib.contextmanager

@@ -136,7 +136,7 @@ def _check_loaders(args, train, data_config, accelerator):
         raise OptionError(f'--train-pad {args.train_pad}: must be below the image size {size}')
     if args.aa:
         transform = partial(create_transform, data_config['input_size'], is_training=True)
-        with naming(f'--aa {args.aa}', Exception, without=transform):
+        with naming(f'--aa {args.aa}', AssertionError, ValueError):
             transform(auto_augment=args.aa)
 
 

@@ -8,10 +8,12 @@ import math
 import operator
 import os
 
-from ..errors import OptionError, flag, shown
+from ..errors import OptionError, flag
 
+IMAGE_MODES = dict(L=1, LA=2, RGB=3, YCbCr=3, HSV=3, RGBA=4, RGBX=4, CMYK=4)  # Pillow's, with their channels
 SCALES = ('none', 'sqrt', 'linear')
-INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'plateau', 'none')
+FILTERS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 # Bounds that a flag may declare, with the comparison that a number within them passes.
 BOUNDS = dict(at_least=operator.ge, at_most=operator.le, above=operator.gt, below=operator.lt)
 
@@ -26,8 +28,8 @@ class StoreAction(argparse.Action):
 
     def __init__(self, *args, runs_code=False, **kwargs):
         self.runs_code = runs_code
-        kwargs.setdefault('metavar', {int: 'N', float: 'X'}.get(kwargs.get('type')))
         self.bounds = {name: kwargs.pop(name) for name in BOUNDS if name in kwargs}
+        kwargs.setdefault('metavar', {int: 'N', float: 'X'}.get(kwargs.get('type')))
         super().__init__(*args, **kwargs)
 
     def __call__(self, parser, namespace, values, option_string=None):
@@ -35,17 +37,11 @@ class StoreAction(argparse.Action):
         setattr(namespace, self.dest, True if self.nargs == 0 else values)
 
     def check(self, values) -> None:
-        """Refuse numbers out of bounds.
-
-        Raises:
-            OptionError: naming flag, value and bound.
-        """
+        """Refuse numbers that are out of bounds, or not finite, by an OptionError."""
         for number in values if isinstance(values, (list, tuple)) else [values]:
             if not isinstance(number, (int, float)):
                 continue
-            if isinstance(number, int) and abs(number) >= 2 ** 63:
-                raise OptionError(f'{flag(self.dest)} {shown(number)}: must be at most {2 ** 63 - 1} either way')
-            if not math.isfinite(number):
+            if isinstance(number, float) and not math.isfinite(number):
                 raise OptionError(f'{flag(self.dest)} {number}: must be a finite number')
             for name, bound in self.bounds.items():
                 if not BOUNDS[name](number, bound):
@@ -64,13 +60,10 @@ class ParseKwargs(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None):
         from timm import utils
-        bad = [v for v in values if v and '=' not in v]
-        if bad:
-            raise argparse.ArgumentError(self, f'{bad[0]!r} is not of the form key=value')
-        try:
-            utils.ParseKwargs.__call__(self, parser, namespace, values, option_string)
-        except (MemoryError, RecursionError):  # of Python's parser
-            raise argparse.ArgumentError(self, 'a value is nested too deeply') from None
+        for value in values:
+            if value and '=' not in value:
+                raise argparse.ArgumentError(self, f'{value!r} is not of the form key=value')
+        utils.ParseKwargs.__call__(self, parser, namespace, values, option_string)
 
 
 class Parser(argparse.ArgumentParser):
@@ -99,39 +92,33 @@ def create_parser() -> Parser:
 
 def add_timm_flags(parser: Parser) -> None:
     """Add the flags of timm's train.py."""
-    _add_data_flags(parser)
-    _add_model_flags(parser)
-    _add_optimizer_flags(parser)
-    _add_augmentation_flags(parser)
-    _add_run_flags(parser)
+    for add_flags in (_add_data_flags, _add_model_flags, _add_optimizer_flags, _add_augmentation_flags, _add_run_flags):
+        add_flags(parser)
 
 
 def _add_data_flags(parser):
     add = parser.add_argument_group('Dataset parameters').add_argument
     parser.add_argument('data', nargs='?', metavar='DIR', help='dataset folder (older spelling of --data-dir)')
     add('--data-dir', metavar='DIR', help='dataset folder, or a .tar of class folders')
-    add('--dataset', metavar='NAME', default='',
-        help='torch/, hfds/, hfids/, wds/ or tfds/ with a name; "digits" of scikit-learn; "synthetic", random pixels')
+    add('--dataset', metavar='NAME', default='', help='torch/, hfds/, hfids/, wds/ or tfds/NAME; digits; synthetic')
     add('--train-split', metavar='NAME', default='train', help='split to train on')
     add('--val-split', metavar='NAME', default='validation', help='split to evaluate on, "" for none')
     add('--train-num-samples', type=int, at_least=1, help='length of a streamed or synthetic split')
     add('--val-num-samples', type=int, at_least=1, help='length of a streamed or synthetic split')
     add('--dataset-download', action='store_true', help='let torch/ and tfds/ datasets download')
     add('--class-map', type=str, default='', metavar='FILENAME', help='file of class name -> index')
-    add('--input-img-mode', type=str, help='PIL mode images are converted to')
+    add('--input-img-mode', type=str, choices=IMAGE_MODES, help='PIL mode images are converted to')
     add('--input-key', type=str, help='name of the image field')
     add('--target-key', type=str, help='name of the label field')
     add('--dataset-trust-remote-code', action='store_true', runs_code=True, help='let a dataset on the Hub run code')
 
 
 def _add_model_flags(parser):
-    group = parser.add_argument_group('Model parameters')
-    add = group.add_argument
+    add = parser.add_argument_group('Model parameters').add_argument
     add('--model', type=str, default='resnet50', help='timm model name, also hf-hub:owner/name and local-dir:path')
     add('--pretrained', action='store_true', help='start from published weights')
     add('--pretrained-path', type=str, help='file to use as the published weights, head adapted')
-    add('--initial-checkpoint', type=str, default='', metavar='PATH',
-        help='weights to load into the new model (with --dks, into the backbone)')
+    add('--initial-checkpoint', type=str, default='', metavar='PATH', help='weights for the new model, or backbone')
     add('--resume', type=str, default='', metavar='PATH', help='checkpoint to continue from, "auto" for the newest')
     add('--no-resume-opt', action='store_true', help='resume the weights, not the optimizer')
     add('--gp', type=str, metavar='POOL', help='global pooling: fast, avg, max, avgmax, catavgmax')
@@ -140,7 +127,7 @@ def _add_model_flags(parser):
     add('--crop-pct', type=float, at_least=0.05, at_most=2, help='share of the image that evaluation keeps')
     add('--mean', type=float, nargs='+', help='pixel mean for normalization')
     add('--std', type=float, nargs='+', above=0, help='standard deviation of pixels for normalization')
-    add('--interpolation', type=str, default='', choices=('', *INTERPOLATIONS), help='resize filter for evaluation')
+    add('--interpolation', type=str, default='', choices=('', *FILTERS), help='resize filter for evaluation')
     add('-b', '--batch-size', type=int, default=128, at_least=1, help='images per process and step')
     add('-vb', '--validation-batch-size', type=int, at_least=1, help='batch size for evaluation')
     add('--channels-last', action='store_true', help='keep tensors in channels_last layout')
@@ -151,15 +138,12 @@ def _add_model_flags(parser):
     add('--head-init-scale', type=float, help='factor on the classifier\'s initial weights')
     add('--head-init-bias', type=float, help='value of the classifier\'s initial bias')
     add('--torchcompile-mode', type=str, help='mode of torch.compile')
-    either = group.add_mutually_exclusive_group()
-    either.add_argument('--torchscript', action='store_true', help='script the model (refused: use --torchcompile)')
-    either.add_argument('--torchcompile', nargs='?', type=str, const='inductor', help='compile the model')
-
+    add('--torchscript', action='store_true', help='script the model (refused: use --torchcompile)')
+    add('--torchcompile', nargs='?', type=str, const='inductor', help='compile the model')
     add = parser.add_argument_group('Device parameters').add_argument
     add('--device', type=str, default='cuda', help='device to train on; where not given, the best one present')
     add('--amp', action='store_true', help='mixed precision')
-    add('--amp-dtype', type=str, default='float16', choices=('float16', 'bfloat16'),
-        help='dtype of --amp; on a CPU bfloat16, if not given')
+    add('--amp-dtype', type=str, default='float16', choices=('float16', 'bfloat16'), help='on a CPU bfloat16')
     add('--model-dtype', type=str, choices=('float32', 'float16', 'bfloat16'), help='dtype of the weights')
     add('--no-ddp-bb', action='store_true', help='do not broadcast buffers between processes')
     add('--synchronize-step', action='store_true', help='wait for the device after each step')
@@ -180,10 +164,8 @@ def _add_optimizer_flags(parser):
     add('--layer-decay-min-scale', type=float, default=0, help='least learning rate scale')
     add('--layer-decay-no-opt-scale', type=float, help='scale under which a layer is frozen')
     add('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help='more arguments of --opt')
-
     add = parser.add_argument_group('Learning rate schedule parameters').add_argument
-    add('--sched', type=str, default='cosine', help='one of timm\'s schedules',
-        choices=('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'plateau', 'none'))
+    add('--sched', type=str, default='cosine', choices=SCHEDULES, help='one of timm\'s schedules')
     add('--sched-on-updates', action='store_true', help='step the schedule at every update')
     add('--lr', type=float, at_least=0, help='learning rate, in place of --lr-base')
     add('--lr-base', type=float, default=0.1, at_least=0, help='learning rate for batches of --lr-base-size images')
@@ -242,8 +224,7 @@ def _add_augmentation_flags(parser):
     add('--mixup-mode', type=str, default='batch', choices=('batch', 'pair', 'elem', 'half'), help='mix by this unit')
     add('--mixup-off-epoch', type=int, default=0, at_least=0, help='epoch at which mixing stops')
     add('--smoothing', type=float, default=0.1, at_least=0, below=1, help='label smoothing')
-    add('--train-interpolation', type=str, default='random', choices=('', 'random', *INTERPOLATIONS),
-        help='resize filter for training')
+    add('--train-interpolation', type=str, default='random', choices=('', 'random', *FILTERS), help='resize filter')
     add('--drop', type=float, default=0.0, at_least=0, at_most=1, help='dropout')
     add('--drop-connect', type=float, at_least=0, at_most=1, help='deprecated: use --drop-path')
     add('--drop-path', type=float, at_least=0, at_most=1, help='stochastic depth')
@@ -253,10 +234,8 @@ def _add_augmentation_flags(parser):
     add('--bn-momentum', type=float, help='momentum of BatchNorm')
     add('--bn-eps', type=float, help='epsilon of BatchNorm')
     add('--sync-bn', action='store_true', help='BatchNorm statistics over all processes')
-    add('--dist-bn', type=str, default='reduce', choices=('', 'reduce', 'broadcast'),
-        help='after an epoch, reduce or broadcast BatchNorm statistics, or "" to leave them')
+    add('--dist-bn', type=str, default='reduce', choices=('', 'reduce', 'broadcast'), help='statistics after an epoch')
     add('--split-bn', action='store_true', help='separate BatchNorm for each augmentation split')
-
     add = parser.add_argument_group('Model exponential moving average parameters').add_argument
     add('--model-ema', action='store_true', help='keep, evaluate and export an average of the weights')
     add('--model-ema-force-cpu', action='store_true', help='keep it on the CPU, unevaluated')
@@ -288,15 +267,13 @@ def _add_run_flags(parser):
     add('--train-img-sizes', type=int, nargs='+', at_least=1, at_most=16384, help='image sizes, one for each batch')
     add('--train-batch-sizes', type=int, nargs='+', at_least=1, help='batch size for each size')
     add('--train-size-probs', type=float, nargs='+', at_least=0, help='how often each size is drawn')
-    add('--train-size-schedule', type=str, default='constant', choices=('constant', 'progressive'),
-        help='keep the weights, or move from the first size to the last')
-    add('--train-size-schedule-spread', type=float, default=0.65, at_least=0, help='width of that window')
+    add('--train-size-schedule', type=str, default='constant', choices=('constant', 'progressive'), help='sizes drawn')
+    add('--train-size-schedule-spread', type=float, default=0.65, at_least=0, help='width of the progressive window')
     add('--train-size-random-mix', type=float, default=0.1, at_least=0, at_most=1, help='share of random sizes in it')
     add('--train-batches-per-epoch', '--train-steps-per-epoch', type=int, at_least=1, help='if sizes vary')
     add('--variable-batch-loss-scale', type=str, default='none', choices=SCALES, help='scale gradients by batch size')
     add('--naflex-loader', action='store_true', help='loader of patch sequences, for NaFlex models')
-    add('--naflex-train-seq-lens', type=int, nargs='+', default=[128, 256, 576, 784, 1024], at_least=1,
-        help='sequence lengths for training')
+    add('--naflex-train-seq-lens', type=int, nargs='+', default=[128, 256, 576, 784, 1024], at_least=1, help='lengths')
     add('--naflex-max-seq-len', type=int, default=576, at_least=1, help='sequence length for evaluation')
     add('--naflex-patch-sizes', type=int, nargs='+', at_least=1, help='patch sizes to choose from')
     add('--naflex-patch-size-probs', type=float, nargs='+', at_least=0, help='probability of each of them')
@@ -307,8 +284,7 @@ def _add_run_flags(parser):
     add('--kd-distill-type', type=str, default='logit', choices=('logit', 'feature', 'token'), help='what is distilled')
     add('--kd-loss-type', type=str, default='kl', choices=('kl',), help='loss of logit distillation')
     add('--distill-loss-weight', type=float, at_least=0, help='weight of the distillation loss')
-    add('--task-loss-weight', type=float, at_least=0,
-        help='weight of the label loss; alone, the distillation loss gets one minus it')
+    add('--task-loss-weight', type=float, at_least=0, help='weight of the label loss; alone, the other gets 1 minus it')
     add('--kd-temperature', type=float, default=4.0, above=0, help='temperature of distillation')
     add('--kd-student-feature-dim', type=int, at_least=1, help='features of the student, found if not given')
     add('--kd-teacher-feature-dim', type=int, at_least=1, help='features of the teacher, found if not given')
@@ -318,38 +294,26 @@ def _add_run_flags(parser):
 def add_our_flags(parser: Parser) -> None:
     """Add the flags that timm's train.py does not have."""
     parser.add_argument('-c', '--config', default='', metavar='FILE', help='YAML recipe: flags by name, - as _')
-
     add = parser.add_argument_group('Deeply-supervised Knowledge Synergy').add_argument
-    add('--dks', action=argparse.BooleanOptionalAction, default=False,
-        help='train with supervision branches and synergy; --no-dks overrules a recipe')
+    add('--dks', action=argparse.BooleanOptionalAction, default=False, help='train with branches and synergy')
     add_branch_flags(add)
-    add('--dks-ce-weight', type=float, nargs='+', default=[1.0], at_least=0,
-        help='weight of the label loss, one, or one per classifier (backbone first)')
+    add('--dks-ce-weight', type=float, nargs='+', default=[1.0], at_least=0, help='label weight, or one per classifier')
     add('--dks-synergy-weight', type=float, nargs='+', default=[1.0], at_least=0,
         help='weight of synergy, one or a whole matrix (rows teach columns)')
     add('--dks-direction', type=str, default='both', choices=('both', 'top-down', 'bottom-up', 'none'),
         help='who teaches: each other, deeper the shallower, shallower the deeper, nobody')
     add('--dks-temperature', type=float, default=1.0, above=0, help='temperature of synergy')
-    add('--dks-start-epoch', type=int, default=0, at_least=0,
-        help='first epoch with synergy; before it, classifiers learn from the labels alone')
-
+    add('--dks-start-epoch', type=int, default=0, at_least=0, help='first epoch with synergy, after labels alone')
     add = parser.add_argument_group('Small images').add_argument
-    add('--train-pad', type=int, at_least=0,
-        help='pad training images by N reflected pixels and crop at random, in place of resized crops')
+    add('--train-pad', type=int, at_least=0, help='pad training images by N reflected pixels, and crop at random')
     add('--data-on-device', action='store_true', help='hold the decoded dataset on the device, and augment it there')
-
     add = parser.add_argument_group('Bad images, losses and gradients').add_argument
-    # timm's default, and its variable.
-    add('--max-bad-images', type=int, default=os.environ.get('TIMM_DATASET_MAX_RETRIES') or 10, at_least=0,
-        help='most images in a row that may be unreadable; each is named in a warning, and the next one takes its '
-             'place (in a stream, it is passed over uncounted)')
-    add('--on-nonfinite', type=str, default='stop', choices=('stop', 'skip'),
-        help='where a loss or gradient is inf or nan: save what was before and stop, or skip the update')
-
+    most = os.environ.get('TIMM_DATASET_MAX_RETRIES') or 10  # timm's variable and default
+    add('--max-bad-images', type=int, default=most, at_least=0, help='most images in a row that may be unreadable')
+    add('--on-nonfinite', type=str, default='stop', choices=('stop', 'skip'), help='at inf or nan: stop, or skip it')
     add = parser.add_argument_group('Export and tracking').add_argument
     add('--export-dir', type=str, metavar='DIR', help='write the best weights here, pruned to the plain timm model')
-    add('--overwrite', action='store_true',
-        help='replace a model that --export-dir holds; on the command line, also one in the repository')
+    add('--overwrite', action='store_true', help='replace a model in --export-dir and, not in a recipe, on the Hub')
     add_card_flags(add)
     add('--push-to-hub', type=str, metavar='OWNER/NAME', help='push the export to this repository')
     add_hub_flags(add)
@@ -362,39 +326,29 @@ def add_input_flags(add) -> None:
     add('--num-classes', type=int, at_least=1, help='number of classes, the model\'s if not given')
     add('--img-size', type=int, at_least=1, at_most=16384, help='height and width of the input')
     add('--in-chans', type=int, at_least=1, help='input channels')
-    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
-        help='more arguments for timm.create_model')
+    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help='more model arguments')
 
 
 def add_branch_flags(add) -> None:
     """Add the flags of the branches: which to attach, and when they run."""
-    add('--dks-stages', type=int, nargs='+', metavar='STAGE',
-        help='stages to supervise, as in timm\'s out_indices (dks-timm inspect MODEL lists them)')
-    add('--dks-branches', type=str, default='auto', choices=('auto', 'tail', 'conv'),
-        help='tail: of a template of the same architecture; conv: a light one that fits anywhere')
+    add('--dks-stages', type=int, nargs='+', metavar='STAGE', help='stages to supervise: dks-timm inspect lists them')
+    add('--dks-branches', type=str, default='auto', choices=('auto', 'tail', 'conv'), help='own tail, or light conv')
     add('--dks-branch-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='[STAGE.]KEY=VALUE',
         help='arguments of the template, for every branch or for that of one stage')
     add('--dks-budget', type=float, help='bound on a training forward, in forwards of the backbone')
-    add('--dks-batch-fraction', type=float, default=1.0, above=0, at_most=1,
-        help='share of each training batch that the branches run on')
-    add('--dks-every', type=int, default=1, metavar='K', at_least=1,
-        help='run the branches in every K-th update; the others train the model by its labels alone')
+    add('--dks-batch-fraction', type=float, default=1.0, above=0, at_most=1, help='share of a batch for the branches')
+    add('--dks-every', type=int, default=1, metavar='K', at_least=1, help='run the branches in every K-th update')
 
 
 def add_card_flags(add) -> None:
     """Add the flags that say what an export holds besides the backbone."""
-    add('--keep-branches', action='store_true',
-        help='write the branches beside the exported backbone, for further training and early exits')
+    add('--keep-branches', action='store_true', help='write the branches beside the exported backbone')
     add('--card-license', type=str, metavar='NAME', help='license of the weights, for the model card')
-    add('--card-baseline', type=str, metavar='RUN',
-        help='folder of a run of the same model on the same data, to show beside this one in the card')
+    add('--card-baseline', type=str, metavar='RUN', help='folder of a run to show beside this one in the card')
 
 
 def add_hub_flags(add) -> None:
     """Add the flags that say how to push to the Hugging Face Hub."""
     add('--hub-private', action=argparse.BooleanOptionalAction, default=True, help='make a new repository private')
     add('--hub-revision', type=str, metavar='NAME', help='branch to push to, or tag:NAME to tag what is pushed to main')
-    add('--hub-timeout', type=float, metavar='SECONDS', above=0,
-        help='most that a push may take; 300 and what 0.5 MB/s make of the size, if not given')
-
-
+    add('--hub-timeout', type=float, metavar='SECONDS', above=0, help='most that a push may take (300 + 2 for each MB)')

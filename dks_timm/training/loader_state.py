@@ -21,24 +21,20 @@ from .stopping import outlive_signals
 
 
 def random_state(device: Optional[torch.device] = None) -> tuple:
-    """Return the states of Python's, numpy's and torch's generators, and of torch's on a device.
-
-    They are numbers and numpy arrays, which workers can send through their queues by value.
-    """
+    """Return the states of Python's, numpy's and torch's generators, and of torch's on a device."""
     _, keys, *rest = np.random.get_state()
     there = () if device is None or device.type == 'cpu' else (torch.get_device_module(device).get_rng_state(),)
-    torch_states = [state.cpu().numpy() for state in (torch.get_rng_state(), *there)]
-    return random.getstate(), (keys.view(np.uint8), *rest), *torch_states
+    return random.getstate(), (keys.view(np.uint8), *rest), torch.get_rng_state(), *there
 
 
 def set_random_state(state: tuple, device: Optional[torch.device] = None) -> None:
-    """Set the generators to a state, also one that has become tensors in a checkpoint."""
+    """Set the generators to a state, also one from a checkpoint, in which arrays are tensors, or from a worker."""
     python, (keys, *rest), here, *there = state
     random.setstate(python)
     np.random.set_state(('MT19937', np.asarray(keys).view(np.uint32), *rest))
     torch.set_rng_state(torch.as_tensor(here))
     if there and device is not None and device.type != 'cpu':
-        torch.get_device_module(device).set_rng_state(torch.as_tensor(there[0]))
+        torch.get_device_module(device).set_rng_state(there[0])
 
 
 def packed(state: Any) -> Any:
@@ -276,6 +272,8 @@ class _Collate:
         dataset = info.dataset if info else self.dataset
         own = dataset.random_state() if hasattr(dataset, 'random_state') else None
         sent = (random_state() if info else None, own) if info or own else None
+        if info:  # a tensor would be sent as a file of its own
+            sent = tree_map_only(torch.Tensor, torch.Tensor.numpy, sent)
         return data, (info.id if info else 0, sent)
 
 

@@ -324,14 +324,12 @@ def refusal(*argv):
 @pytest.mark.parametrize('flags, message', [
     ('--dks-batch-fraction 0', '--dks-batch-fraction 0.0: must be above 0'),
     ('--dks-batch-fraction 1.1', '--dks-batch-fraction 1.1: must be at most 1'),
-    ('--dks-batch-fraction 0.1 -b 10', '--dks-batch-fraction 0.1: leaves one image of 10 for the branches; give more'),
-    ('--dks-batch-fraction 0.5 --aug-splits 2 --aa augmix', 'cannot be combined with --aug-splits; use --dks-every'),
-    ('--dks-batch-fraction 0.5 --aug-splits 2 --jsd-loss', 'cannot be combined with --aug-splits; use --dks-every'),
-    ('--dks-batch-fraction 0.5 --resplit --split-bn', 'cannot be combined with --split-bn; use --dks-every'),
+    ('--dks-batch-fraction 0.5 --aug-splits 2 --jsd-loss', 'cannot be combined with --aug-splits 2; use one'),
+    ('--dks-batch-fraction 0.5 --resplit --split-bn', 'cannot be combined with --split-bn; use one'),
     ('--dks-every 0', '--dks-every 0: must be at least 1'),
     ('--dks-every 1.5', "--dks-every: invalid int value: '1.5'"),
     ('--dks-start-epoch -1', '--dks-start-epoch -1: must be at least 0'),
-    ('--dks-start-epoch 9 --epochs 9', '--dks-start-epoch 9: synergy would not begin in 9 epochs; give less'),
+    ('--dks-start-epoch 9 --epochs 9', '--dks-start-epoch 9: not within the 9 epochs'),
 ])
 def test_what_cannot_work_is_refused_by_name(flags, message):
     assert message in refusal('--dks', *flags.split())

@@ -46,22 +46,15 @@ def test_every_flag_of_timm_is_there_with_its_name_type_and_default():
         )
 
 
-@pytest.mark.parametrize('argv, name, value', [
-    (['--log-i', '3'], 'log_interval', 3),
-    (['--input-k=png'], 'input_key', 'png'),
-    (['--dks-temp', '2'], 'dks_temperature', 2),
-])
-def test_an_abbreviation_names_one_flag(argv, name, value):
-    args, given, _ = config.parse_args([*argv, '--dks'])
-    assert getattr(args, name) == value and name in given
-
-
-def test_an_abbreviation_of_several_flags_is_refused_with_their_names():
+def test_an_abbreviation_names_one_flag():
+    args, given, _ = config.parse_args(['--log-i', '3'])
+    assert args.log_interval == 3 and given == {'log_interval'}
     assert all(word in refusal('--warmup', '3') for word in ('--warmup', '--warmup-lr', '--warmup-epochs'))
 
 
-def test_the_defaults_are_within_their_bounds_and_choices():
+def test_flags_have_help_and_defaults_within_their_bounds_and_choices():
     for action in config.create_parser()._actions:
+        assert action.help
         if isinstance(action, flags.StoreAction):
             action.check(action.default)
         assert not action.choices or action.default is None or action.default in action.choices
@@ -113,28 +106,6 @@ def test_what_the_launcher_says_counts_where_no_flag_does(launcher, tmp_path):
 def test_what_the_launcher_says_and_cannot_be_had_is_refused_by_name(name, value, launcher):
     launcher(dynamo_backend='INDUCTOR', **{name: value})
     assert f'accelerate launch --{name}' in refusal('--model', 'resnet18')
-
-
-def test_what_the_launcher_keeps_to_itself_is_read_from_its_command(launcher, monkeypatch):
-    class Parent:
-        def cmdline(self):
-            return [sys.executable, '/bin/accelerate', 'launch', '--gradient_accumulation_steps=4',
-                    '--gradient_clipping', '0.5', 'train.py', '--gradient_accumulation_steps', '3']
-
-    monkeypatch.setattr(config.psutil.Process, 'parent', lambda self: Parent())
-    args, _, _ = config.parse_args([])
-    assert (args.grad_accum_steps, args.clip_grad) == (4, 0.5)
-    args, _, _ = config.parse_args(['--grad-accum-steps', '1', '--clip-grad', '2'])
-    assert (args.grad_accum_steps, args.clip_grad) == (1, 2)
-
-
-def test_a_flag_wins_over_a_precision_that_cannot_be_had(launcher):
-    launcher(mixed_precision='fp8')
-    assert config.parse_args(['--amp', '--amp-dtype', 'bfloat16'])[0].amp
-
-
-def test_every_flag_has_a_help_text():
-    assert all(a.help for a in config.create_parser()._actions)
 
 
 @pytest.mark.parametrize('argv, code', [
@@ -192,13 +163,8 @@ def test_args_text_is_a_recipe(tmp_path):
 
 
 @pytest.mark.parametrize('argv, words', [
-    (['--dks-stages', '2', '--moddel', 'x'], ['--moddel', '--model']),
-    (['--epochs', 'ten'], ['--epochs', "'ten'", 'int']),
     (['--train-size-schedule', 'fast'], ['--train-size-schedule', "'fast'", 'progressive']),
     (['--model-kwargs', 'depth'], ['--model-kwargs', "'depth'", 'key=value']),
-    (['--sched', 'cosin'], ['--sched', "'cosin'", 'cosine']),
-    (['--batch-size', '0'], ['--batch-size 0', 'at least 1']),
-    (['--smoothing', '1'], ['--smoothing 1.0', 'below 1']),
     (['--resume', 'nowhere.pth.tar'], ['--resume nowhere.pth.tar', 'no such file']),
     (['--amp', '--model-dtype', 'bfloat16'], ['--model-dtype bfloat16', '--amp']),
     (['--aug-splits', '1'], ['--aug-splits 1', 'at least 2']),
@@ -207,23 +173,15 @@ def test_args_text_is_a_recipe(tmp_path):
     (['--aug-splits', '2', '--mixup', '0.2'], ['--aug-splits 2', '--mixup']),
     (['--aug-splits', '2', '--no-prefetcher'], ['--aug-splits 2', '--no-prefetcher']),
     (['--mixup', '0.2', '-b', '7'], ['--batch-size 7', 'even']),
-    (['--aa', 'random'], ['--aa random', 'augmix']),
     (['--scale', '0.5'], ['--scale [0.5]', '2 numbers']),
     (['--mean', '0.5', '0.5'], ['--mean [0.5, 0.5]', '1 or 3 numbers']),
     (['--naflex-loader', '--train-img-sizes', '32'], ['--naflex-loader', '--train-img-sizes']),
-    (['--train-img-sizes', '32', '64', '--train-batch-sizes', '8'], ['--train-batch-sizes [8]', '--train-img-sizes']),
     (['--torchscript'], ['--torchscript', '--torchcompile']),
-    (['--torchscript', '--torchcompile'], ['--torchcompile', 'not allowed with']),
-    (['--fuser', 'te'], ['--fuser te', '--torchcompile']),
-    (['--experiment', '../../etc'], ['--experiment ../../etc', '--output']),
-    (['--lr', 'nan'], ['--lr nan', 'finite']),
     (['--reprob', '2'], ['--reprob 2.0', 'at most 1']),
     (['--std', '0.2', '0', '0.2'], ['--std 0.0', 'above 0']),
-    (['--seed', '-1'], ['--seed -1', 'at least 0']),
-    (['--input-size', '3', '32', '32', '--in-chans', '1'], ['--in-chans 1', '--input-size [3, 32, 32]']),
     (['--lr-noise', '0.1', '0.2', '0.3'], ['--lr-noise [0.1, 0.2, 0.3]', '1 or 2']),
     (['--pretrained-path', __file__], ['--pretrained-path', '--pretrained']),
-    (['--tta', '3', '-vb', '32'], ['--tta 3', '32', 'multiple']),
+    (['--tta', '3', '-vb', '32'], ['--tta 3', '-vb', 'multiple']),
     (['--dks-stages', '2'], ['--dks-stages', '--dks']),
     (['--dks', '--dks-direction', 'up'], ['--dks-direction', "'up'", 'bottom-up']),
     (['--train-pad', '4', '--scale', '0.5', '1'], ['--train-pad 4', '--scale [0.5, 1.0]']),
@@ -237,35 +195,21 @@ def test_what_cannot_work_is_refused_by_name(argv, words):
 
 
 @pytest.mark.parametrize('text, words', [
-    ('epoch: 3', ['"epoch: 3"', 'epochs']),
     ('dks-stages: [2]', ['"dks-stages: [2]"', 'dks_stages']),
-    ('config: other.yaml', ['"config: other.yaml"']),
     ('3: 4', ['"3: 4"']),
-    ('epochs: ten', ['"epochs: ten"', 'a whole number']),
     ('epochs: 2.5', ['"epochs: 2.5"', 'a whole number']),
-    ('sched: cosin', ['"sched: cosin"', 'cosine, tanh']),
     ('epochs: true', ['"epochs: True"', 'a whole number']),
-    ('lr: [0.1]', ['"lr: [0.1]"', 'a number']),
     ('amp: 1', ['"amp: 1"', 'true or false']),
     ('model: 18', ['"model: 18"', 'text']),
-    ('model: null', ['"model: None"', 'text']),
-    ('scale: 0.5', ['"scale: 0.5"', 'list']),
+    ('scale: [x]', ['"scale: [\'x\']"', 'list']),
     ('dks_stages: []', ['"dks_stages: []"', 'one or more']),
     ('input_size: [3, 32]', ['"input_size: [3, 32]"', 'list of 3']),
     ('model_kwargs: [a]', ['mapping']),
-    ('dks_direction: up', ['"dks_direction: up"', 'bottom-up']),
-    ('[1, 2]', ['list', 'flag_name: value']),
-    ('a: [', ['not YAML']),
-    ('!!python/object/apply:os.system [echo hacked]', ['not YAML']),
 ])
 def test_a_wrong_recipe_is_refused_with_its_key_and_value(tmp_path, text, words):
     message = refusal('-c', recipe(tmp_path, text))
     assert all(word in message for word in ['--config', 'recipe.yaml', *words]), message
     assert '\n' not in message
-
-
-def test_two_dashes_are_no_value():
-    assert refusal('--model', 'resnet18', '--smoothing=--') == '--smoothing=--: is no value; give one'
 
 
 def test_a_refusal_is_one_line_and_exit_code_2(capfd):

@@ -31,10 +31,8 @@ def start(*argv):
 @pytest.mark.skipif(torch.accelerator.is_available(), reason='needs a machine without an accelerator')
 def test_without_device_flag_and_accelerator_the_cpu_is_taken_and_said(caplog):
     with caplog.at_level(logging.INFO):
-        accelerator, args = start()
-    assert accelerator.device.type == 'cpu' and args.device == 'cpu'
-    assert 'training on the CPU' in caplog.text
-    assert (args.distributed, args.world_size, args.rank, args.local_rank) == (False, 1, 0, 0)
+        accelerator, _ = start()
+    assert accelerator.device.type == 'cpu' and 'training on the CPU' in caplog.text
 
 
 @pytest.mark.parametrize('argv, env, precision', [
