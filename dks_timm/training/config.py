@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 
+import psutil
 import yaml
 
 from ..errors import OptionError, closest, flag
@@ -86,13 +87,17 @@ def _read_command_line(argv):
 
 
 def launcher_settings(given) -> dict:
-    """Return the settings that Accelerate's environment variables ask for, besides those that it reads itself."""
+    """Return the settings that `accelerate launch` or its configuration ask for, besides those that Accelerate reads."""
     def launcher(name, default=''):
         return os.environ.get(f'ACCELERATE_{name.upper()}', default)
 
     settings = {}
-    if launcher('gradient_accumulation_steps'):
-        settings['grad_accum_steps'] = int(launcher('gradient_accumulation_steps'))
+    asked = _launch_command()
+    steps = launcher('gradient_accumulation_steps') or str(getattr(asked, 'gradient_accumulation_steps', ''))
+    if steps.isdigit():
+        settings['grad_accum_steps'] = int(steps)
+    if getattr(asked, 'gradient_clipping', None):
+        settings['clip_grad'] = float(asked.gradient_clipping)
     if launcher('mixed_precision') == 'fp8' and 'amp' not in given:
         raise OptionError('accelerate launch --mixed_precision fp8: not supported; use bf16')
     backend = launcher('dynamo_backend', 'no').lower()
@@ -103,6 +108,18 @@ def launcher_settings(given) -> dict:
         mode = launcher('dynamo_mode', 'default')
         settings.update(torchcompile=backend, torchcompile_mode=None if mode == 'default' else mode)
     return settings
+
+
+def _launch_command():
+    """Return the flags of the `accelerate launch` that started this process, some of which it puts nowhere else."""
+    try:
+        words = psutil.Process().parent().cmdline()
+    except (AttributeError, psutil.Error):  # without a parent
+        return None
+    if 'launch' not in words or not any(word.startswith('--gradient') for word in words):
+        return None
+    from accelerate.commands.launch import launch_command_parser
+    return launch_command_parser().parse_known_args(words[words.index('launch') + 1:])[0]
 
 
 def read_recipe(path: str) -> dict:

@@ -108,6 +108,24 @@ def test_what_the_launcher_says_and_cannot_be_had_is_refused_by_name(name, value
     assert f'accelerate launch --{name}' in refusal('--model', 'resnet18')
 
 
+def test_what_the_launcher_keeps_to_itself_is_read_from_its_command(launcher, monkeypatch):
+    class Parent:
+        def cmdline(self):
+            return [sys.executable, '/bin/accelerate', 'launch', '--gradient_accumulation_steps=4',
+                    '--gradient_clipping', '0.5', 'train.py', '--gradient_accumulation_steps', '3']
+
+    monkeypatch.setattr(config.psutil.Process, 'parent', lambda self: Parent())
+    args, _, _ = config.parse_args([])
+    assert (args.grad_accum_steps, args.clip_grad) == (4, 0.5)
+    args, _, _ = config.parse_args(['--grad-accum-steps', '1', '--clip-grad', '2'])
+    assert (args.grad_accum_steps, args.clip_grad) == (1, 2)
+
+
+def test_a_flag_wins_over_a_precision_that_cannot_be_had(launcher):
+    launcher(mixed_precision='fp8')
+    assert config.parse_args(['--amp', '--amp-dtype', 'bfloat16'])[0].amp
+
+
 @pytest.mark.parametrize('argv, code', [
     (['--help'], 0),
     (['--epoch', 'ten'], 2),
