@@ -87,7 +87,7 @@ def _read_command_line(argv):
 
 
 def launcher_settings(given) -> dict:
-    """Return the settings that `accelerate launch` or its configuration ask for, besides those that Accelerate reads."""
+    """Return the settings that `accelerate launch` or its configuration ask for and Accelerate does not read itself."""
     def launcher(name, default=''):
         return os.environ.get(f'ACCELERATE_{name.upper()}', default)
 
