@@ -27,7 +27,6 @@ from ..method.create import create_dks_model
 from ..method.model import DKSModel, prune
 from ..models import ARCHITECTURES
 from ..training.build import check_model_name, create_model
-from ..training.checkpoint import holds_weights
 from ..training.config import check_types, create_parser
 from .card import describe_run, write_card
 from .push import FILES
@@ -215,8 +214,6 @@ def export_checkpoint(
         raise InputError(f'{subject} does not say how its model was made; give one of a run')
     args = {**vars(create_parser().parse_args([])), **check_types(subject, vars(state['args']))}
     check_model_name(args['model'], f'{subject}: model')
-    if not holds_weights(state, ema=use_ema):
-        raise InputError(f'{subject} holds no weights by name; give one of a run')
     net = create_model(argparse.Namespace(**{
         **args, 'pretrained': False, 'pretrained_path': None, 'initial_checkpoint': ''}))
     with naming(subject, RuntimeError):  # what torch raises for weights of another model

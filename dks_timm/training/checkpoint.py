@@ -103,13 +103,6 @@ def damage(path) -> str:
     return ''
 
 
-def holds_weights(checkpoint: dict, ema: bool = False) -> bool:
-    """Return True if the weights that timm loads from a checkpoint, or those of the average, are tensors by name."""
-    names = ('state_dict_ema', 'model_ema') * ema + ('state_dict', 'model')
-    weights = next((checkpoint[name] for name in names if checkpoint.get(name) is not None), checkpoint)
-    return isinstance(weights, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in weights.items())
-
-
 def load(path, args, task, optimizer, scaler):
     """Load a checkpoint of ours or timm's; return the next epoch, the seconds until then, and RunState's state or None.
 
@@ -127,8 +120,6 @@ def load(path, args, task, optimizer, scaler):
         f'--model {args.model} with {unwrap_model(task.get_trainable_module()).num_classes} classes; resume with the '
         'model it was made by'
     )
-    if not holds_weights(checkpoint) or args.model_ema and not holds_weights(checkpoint, ema=True):
-        raise OptionError(misfit)
     seconds = getattr(checkpoint.get('args'), 'train_seconds', 0.)
     saver = checkpoint.get('saver')
     run = saver.get('run') if isinstance(saver, dict) and not args.no_resume_opt else None

@@ -295,25 +295,10 @@ class _StartWorker:
                 get_worker_info().dataset.set_random_state(own)
 
 
-def _inner(loader) -> Optional[DataLoader]:
-    """Return the DataLoader of an evaluation if it starts its workers only once, else None."""
+def persistent_loader(loader) -> Optional[DataLoader]:
+    """Return the DataLoader of an evaluation if it starts its workers only once, and let these outlive signals."""
     loader = getattr(loader, 'loader', loader)
-    return loader if getattr(loader, 'persistent_workers', False) else None
-
-
-def prepare_evaluation(loader) -> None:
-    """Let the workers of an evaluation outlive signals."""
-    if _inner(loader) is not None:
-        _inner(loader).worker_init_fn = _StartWorker(_inner(loader).worker_init_fn)
-
-
-def evaluation_started(loader) -> bool:
-    """Return True if the evaluation loader has drawn the seeds of its workers, which happens once."""
-    inner = _inner(loader)
-    return inner is not None and (inner._iterator is not None or inner.generator is not None)
-
-
-def start_evaluation_undrawn(loader) -> None:
-    """Keep the evaluation loader from drawing the seeds of its workers, as the run that is continued has drawn them."""
-    if _inner(loader) is not None:
-        _inner(loader).generator = torch.Generator()
+    if not getattr(loader, 'persistent_workers', False):
+        return None
+    loader.worker_init_fn = _StartWorker(loader.worker_init_fn)
+    return loader

@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 from ..errors import naming
 from . import checkpoint, console, distributed, fsdp2, stopping
 from .data import model_dtype
-from .loader_state import Fetches, begin_epoch, prepare_evaluation
+from .loader_state import Fetches, begin_epoch
 from .metrics import HeadMetrics, Totals
 from .records import Records, mean_lr
 from .resume import RunState
@@ -105,7 +105,6 @@ class Trainer:
             self.loader_train.loader = self.fetches
         else:
             self.loader_train = self.fetches
-        prepare_evaluation(self.loader_eval)
 
     def _go_on(self, run, path: str, resume_epoch: Optional[int]):
         """Start where a checkpoint was written, within an epoch or after one; from one of timm's, after its epoch."""

@@ -5,7 +5,7 @@ from typing import Any, Dict, Optional
 import torch
 from timm.utils import unwrap_model
 
-from .loader_state import Fetches, evaluation_started, packed, set_random_state, start_evaluation_undrawn
+from .loader_state import Fetches, packed, persistent_loader, set_random_state
 from .metrics import Totals
 from .stopping import NONFINITE, Fault, Guard, all_finite, statistics
 
@@ -20,7 +20,7 @@ class RunState:
 
     def __init__(self, args, accelerator, task, optimizer, scheduler, fetches: Fetches, loader_eval, guard: Guard):
         self.accelerator, self.optimizer, self.scheduler = accelerator, optimizer, scheduler
-        self.fetches, self.loader_eval, self.guard = fetches, loader_eval, guard
+        self.fetches, self.evaluation, self.guard = fetches, persistent_loader(loader_eval), guard
         modules = dict(module=task.get_trainable_module(), ema=task.get_trainable_module(ema=True))
         self.modules = {name: unwrap_model(module) for name, module in modules.items() if module is not None}
         # An average in bfloat16 is rounded at random.
@@ -36,7 +36,9 @@ class RunState:
 
     def mark(self, done: int, now: bool = True) -> Dict[str, Any]:
         """Return the part of this process's state that cannot be had later; arguments as of :meth:`Fetches.state`."""
-        return dict(loader=self.fetches.state(done, now), evaluation_started=evaluation_started(self.loader_eval))
+        evaluation = self.evaluation  # it draws the seeds of its workers once
+        started = evaluation is not None and (evaluation._iterator is not None or evaluation.generator is not None)
+        return dict(loader=self.fetches.state(done, now), evaluation_started=started)
 
     def collect(self, mark: Dict[str, Any], totals: Optional[Totals], epoch: int, **place: Any) -> Dict[str, Any]:
         """Return the state of all processes, made of numbers, text and tensors. All processes have to call it.
@@ -117,8 +119,8 @@ class RunState:
             vars(self.scheduler.lr_scheduler).update(run['plateau'])
             self.scheduler.restore_lr = run['plateau_lr']
         self.guard.skipped, self.guard.skipped_since = run['skipped']
-        if process['evaluation_started']:
-            start_evaluation_undrawn(self.loader_eval)
+        if process['evaluation_started'] and self.evaluation is not None:
+            self.evaluation.generator = torch.Generator()  # the seeds of its workers have been drawn
         self.fetches.resume(process['loader'])
         set_random_state(process['loader']['random'], self.accelerator.device)
         return run

@@ -25,12 +25,7 @@ MOST_SKIPPED = 100  # updates in a row; more are no accident of single images
 
 
 class Fault(Exception):
-    """The early end of a run.
-
-    Args:
-        message: One line: the reason, and the way to go on.
-        code: Exit code.
-    """
+    """The early end of a run: one line with the reason and the way to go on, and the exit code."""
 
     def __init__(self, message: str, code: int):
         super().__init__(message)
@@ -51,12 +46,7 @@ def exit_on_fault(accelerator):
 
 
 class Signals:
-    """Notices SIGTERM and SIGINT, and lets all processes agree to stop. A second signal ends this process at once.
-
-    Args:
-        accelerator: Of the processes.
-        steps: Batches in an update.
-    """
+    """Notices SIGTERM and SIGINT, and lets all processes agree to stop. A second signal ends this process at once."""
     AGREE = 10  # batches within which all processes learn that one of them has been told to stop
     ECHO = 1.  # seconds within which a launcher may pass on a signal that the process has got already
 
