@@ -18,8 +18,8 @@ from timm.models import safe_model_name
 from timm.task import resume_task_checkpoint
 from timm.utils import CheckpointSaver, get_outdir, unwrap_model
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
-from torch.utils._pytree import tree_map_only
 
+from .._compat import tree_map_only
 from ..errors import InputError, OptionError, naming, out_of_memory, why
 
 _logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
 from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map_only
 
+from .._compat import tree_map_only
 from ..errors import OptionError, naming
 
 # timm's optimizers whose updates work on parts of a weight; its others fail there.

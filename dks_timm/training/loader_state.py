@@ -13,9 +13,9 @@ from typing import Any, Dict, NamedTuple, Optional
 import numpy as np
 import torch
 from timm.data.loader import MultiEpochsDataLoader
-from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from .._compat import replace_batch_sampler, tree_map_only
 from .device_data import DeviceLoader
 from .stopping import outlive_signals
 
@@ -83,9 +83,7 @@ class Fetches:
                 self.order = loader.batch_sampler.sampler = _Order(loader.batch_sampler.sampler)
             elif not self.stream:
                 self.order = _Order(loader.batch_sampler)
-                loader._DataLoader__initialized = False  # as timm's own loader does it
-                loader.batch_sampler = self.order
-                loader._DataLoader__initialized = True
+                replace_batch_sampler(loader, self.order)
         self.resumed: Optional[Dict[str, Any]] = None  # a state to start from
         self.seeds: Optional[torch.Tensor] = None  # torch's state that the workers' seeds were drawn from
         self.workers_mix = True  # workers keep to what they started with, whatever the loop sets later

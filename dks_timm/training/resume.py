@@ -5,6 +5,7 @@ from typing import Any, Dict, Optional
 import torch
 from timm.utils import unwrap_model
 
+from .._compat import has_started, rounding_generator
 from .loader_state import Fetches, packed, persistent_loader, set_random_state
 from .metrics import Totals
 from .stopping import NONFINITE, Fault, Guard, all_finite, statistics
@@ -24,7 +25,7 @@ class RunState:
         modules = dict(module=task.get_trainable_module(), ema=task.get_trainable_module(ema=True))
         self.modules = {name: unwrap_model(module) for name, module in modules.items() if module is not None}
         # An average in bfloat16 is rounded at random.
-        self.rounding = getattr(modules['ema'], '_sr_generator', None)  # private: timm ModelEmaV3._sr_generator
+        self.rounding = rounding_generator(modules['ema'])
         # A position within an epoch means nothing where one of these differs.
         self.shape = dict(
             processes=accelerator.num_processes,
@@ -37,7 +38,7 @@ class RunState:
     def mark(self, done: int, now: bool = True) -> Dict[str, Any]:
         """Return the part of this process's state that cannot be had later; arguments as of :meth:`Fetches.state`."""
         evaluation = self.evaluation  # it draws the seeds of its workers once
-        started = evaluation is not None and (evaluation._iterator is not None or evaluation.generator is not None)
+        started = evaluation is not None and (has_started(evaluation) or evaluation.generator is not None)
         return dict(loader=self.fetches.state(done, now), evaluation_started=started)
 
     def collect(self, mark: Dict[str, Any], totals: Optional[Totals], epoch: int, **place: Any) -> Dict[str, Any]:

@@ -485,7 +485,6 @@ HOSTILE = [
     Case('--resume: text', RESUME, write('x.pth', 'hello'), words='--resume {root}/x.pth'),
     Case('--resume: nothing', RESUME, write('x.pth'), words='--resume {root}/x.pth'),
     Case('--resume: a list', RESUME, lambda root: torch.save([1], root / 'x.pth'), words='holds a list'),
-    Case('--resume: text for weights', RESUME, saved('x.pth', state_dict='x', epoch='y'), words='do not fit'),
     Case('--initial-checkpoint: runs code', ('--initial-checkpoint', '{root}/x.pth'), saved('x.pth', x=Payload),
          words=('--initial-checkpoint {root}/x.pth', PLAIN)),
     Case('--initial-checkpoint: runs code, in the old format', ('--initial-checkpoint', '{root}/x.pth'),
