@@ -1,4 +1,4 @@
-"""The private parts of other libraries in dks_timm/_compat.py are still there, and do what the package takes them for."""
+"""The private parts of other libraries that dks_timm/_compat.py names are still there, and do what they are taken for."""
 import timm
 import torch
 from timm.utils import ModelEmaV3
