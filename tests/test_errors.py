@@ -90,7 +90,7 @@ def test_a_mistake_has_exit_code_1_and_a_traceback_that_ends_with_it(command):
 
 @pytest.mark.parametrize(('owner', 'name', 'argv'), [
     (timm, 'create_model', ['inspect', 'test_resnet', '--model-kwargs', 'layers=[1,1,1,1]']),
-    (cost, 'BranchBuilder', ['inspect', 'test_resnet']),
+    (cost, 'exit_flops', ['inspect', 'test_resnet']),
     (push, 'check_request', ['push', 'm', 'me/model']),
 ])
 @pytest.mark.parametrize('kind', [AttributeError, OSError, RuntimeError, ValueError])
@@ -135,9 +135,8 @@ OUT_OF_MEMORY = [
 @pytest.mark.parametrize('error', OUT_OF_MEMORY, ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize(('owner', 'name', 'flags'), [
     (timm, 'create_model', ['--model-kwargs', 'layers=[1,1,1,1]']),
-    (RESNET, 'forward', ['--dks', '--img-size', '64']),
     (timm.task.ClassificationTask, 'forward', []),  # the first batch
-], ids=['model', 'branches', 'training'])
+], ids=['model', 'training'])
 def test_out_of_memory_names_what_needs_less(command, monkeypatch, capfd, owner, name, flags, error):
     breaking(monkeypatch, owner, name, error)
     with pytest.raises(SystemExit) as e:

@@ -29,7 +29,7 @@ def create_cifar_model(model_cls: type, variant: str, pretrained: bool = False, 
 
 
 def check_layout(layers: Sequence[int], **per_stage: Sequence[Any]) -> None:
-    """Raise ValueError for a number of blocks below one, and for arguments without one value for each stage."""
+    """Raise ValueError for a stage without blocks, and for arguments without one value for each stage."""
     if not layers or min(layers) < 1:
         raise ValueError(f'layers is {tuple(layers)}; give each stage at least one block')
     for name, values in per_stage.items():

@@ -124,19 +124,14 @@ class ResNetCifar(CifarNet):
 
 
 class ResNet3x3(ResNet):
-    """timm's ResNet with a 3x3 stem of stride 1 and no max-pooling, so that 32x32 images reach the head as 4x4.
-
-    Arguments and weights' initialization are timm's (the last norm of a block starts from zero).
-    """
+    """timm's ResNet with a 3x3 stem of stride 1 and no max-pooling, so that 32x32 images reach the head as 4x4."""
 
     def __init__(self, *args, in_chans: int = 3, device=None, dtype=None, **kwargs):
         super().__init__(*args, in_chans=in_chans, device=device, dtype=dtype, **kwargs)
         self.conv1 = create_conv2d(in_chans, self.bn1.num_features, 3, device=device, dtype=dtype)
         nn.init.kaiming_normal_(self.conv1.weight, mode='fan_out', nonlinearity='relu')
         self.maxpool = nn.Identity()
-        stem, *stages = self.feature_info
-        self.feature_info = [dict(stem, reduction=1)]
-        self.feature_info += [dict(stage, reduction=stage['reduction'] // 4) for stage in stages]
+        self.feature_info = [dict(stage, reduction=max(1, stage['reduction'] // 4)) for stage in self.feature_info]
 
 
 # Each network: its class and arguments.
@@ -154,13 +149,11 @@ _NETWORKS = {
 }
 
 
-def _cfg(cls: type, preact: bool = False, **_: Any):
-    if cls is ResNet3x3:
-        return cifar_cfg(pool_size=(4, 4), first_conv='conv1', classifier='fc')
-    return cifar_cfg(first_conv='stem' if preact else 'stem.conv')
-
-
-default_cfgs = generate_default_cfgs({name: _cfg(cls, **model_args) for name, (cls, model_args) in _NETWORKS.items()})
+default_cfgs = generate_default_cfgs({
+    name: cifar_cfg(pool_size=(4, 4), first_conv='conv1', classifier='fc') if cls is ResNet3x3
+    else cifar_cfg(first_conv='stem' if 'preact' in model_args else 'stem.conv')
+    for name, (cls, model_args) in _NETWORKS.items()
+})
 
 
 def _register(name: str, cls: type, model_args: dict) -> None:

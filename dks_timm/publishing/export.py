@@ -15,7 +15,7 @@ from timm.models import get_model_input_config, load_checkpoint, save_for_hf
 from timm.utils import load_checkpoint_metadata, unwrap_model
 
 from ..errors import UNREADABLE, InputError, naming
-from ..method.branch_files import load_checkpoint_branches, plain_tensors, save_branches
+from ..method.create import load_checkpoint_branches, plain_tensors, save_branches
 from ..method.model import DKSModel, prune
 from ..training.build import check_model_name, create_model
 from ..training.checkpoint import holds_weights

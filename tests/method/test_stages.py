@@ -40,7 +40,6 @@ def test_negative_stages_count_from_the_end_and_come_out_ascending():
     ((2, 2), 'stages has 2 twice'),
     ((2, -3), 'stages has -3 twice'),
     ((), 'at least two classifiers'),
-    ((True,), 'stages has True'),
     (('2',), "stages has '2'"),
 ])
 def test_impossible_stages_are_refused_with_the_choices(stages, message):
