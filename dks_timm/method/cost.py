@@ -6,7 +6,6 @@ import torch
 import torch.nn as nn
 from timm.models import resolve_model_input_args
 
-from ..errors import InputError
 from .model import DKSModel, format_table, run
 from .stages import list_stages
 from .trace import copy_without_weights, flop_counter
@@ -50,8 +49,6 @@ def inspect_model(
         net = DKSModel.from_timm(
             backbone, stages, branches, timm_kwargs, branch_kwargs, budget, img_size, batch_fraction)
     flops = exit_flops(net, net.input_size)
-    if flops is None:
-        raise InputError(f'{model_name} does not run without weights, so its cost cannot be counted')
     all_stages = list_stages(backbone)
     rows = [(backbone, all_stages[-1].index, type(backbone).__name__, '', flops['backbone'])]
     rows += [(b, b.stage, b.kind, b.reason, f['branch']) for b, f in zip(net.branches, flops['branches'], strict=True)]
@@ -92,11 +89,11 @@ def format_inspection(found: Dict[str, Any]) -> str:
     )
 
 
-def exit_flops(net: DKSModel, input_size: Sequence[int]) -> Optional[Dict[str, Any]]:
+def exit_flops(net: DKSModel, input_size: Sequence[int]) -> Dict[str, Any]:
     """Count the forward FLOPs of one image (C, H, W), on a copy without weights; a multiply-add counts as two.
 
     Returns ``backbone``, and ``branches``: for each branch ``to_stage``, of the backbone up to it, and ``branch``, of
-    the branch alone. None for models that do not run without weights.
+    the branch alone.
     """
     net = copy_without_weights(net)
     image = torch.zeros(1, *input_size, device='meta')
@@ -106,10 +103,7 @@ def exit_flops(net: DKSModel, input_size: Sequence[int]) -> Optional[Dict[str, A
         features[source], to_stage[source] = output, counter.get_total_flops()
 
     with flop_counter(net) as counter:
-        try:
-            run(net.backbone, image, note)
-        except RuntimeError:  # it reads the values of tensors
-            return None
+        run(net.backbone, image, note)
         whole = counter.get_total_flops()
         for branch in net.branches:
             before = counter.get_total_flops()
@@ -118,13 +112,10 @@ def exit_flops(net: DKSModel, input_size: Sequence[int]) -> Optional[Dict[str, A
     return dict(backbone=whole, branches=branches)
 
 
-def training_cost(net: DKSModel, every: int = 1) -> Optional[float]:
+def training_cost(net: DKSModel, every: int = 1) -> float:
     """Return the forward FLOPs of training over those of the backbone, a mean over images and updates.
 
-    ``net`` is one of :meth:`DKSModel.from_timm`; its branches run in one of ``every`` updates, on its
-    ``batch_fraction``. None for models that do not run without weights.
+    The branches run in one of ``every`` updates, on the network's ``batch_fraction``.
     """
     flops = exit_flops(net, net.input_size)
-    if flops is None:
-        return None
     return 1 + net.batch_fraction / every * sum(branch['branch'] for branch in flops['branches']) / flops['backbone']

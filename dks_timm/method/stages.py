@@ -61,10 +61,8 @@ def resolve_stages(model: nn.Module, stages: Optional[Sequence[int]] = None) -> 
         raise InputError(f'stages is empty, but DKS needs at least two classifiers; {menu}')
     resolved = set()
     for stage in stages:
-        if not isinstance(stage, int) or not -count <= stage < count:
-            raise InputError(f'stages has {stage!r}, which this model does not have; {menu}')
-        if stage % count == count - 1:
-            raise InputError(f'stages has {stage}, the last one, where the backbone has its own classifier; {menu}')
+        if not isinstance(stage, int) or not -count <= stage < count or stage % count == count - 1:
+            raise InputError(f'stages has {stage!r}, which is none before the last; {menu}')
         if stage % count in resolved:
             raise InputError(f'stages has {stage} twice; {menu}')
         resolved.add(stage % count)

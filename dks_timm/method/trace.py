@@ -136,7 +136,7 @@ class Trace:
         """List the calls whose output can serve as the features of ``stage``, best first.
 
         The first one puts out what timm calls the stage's features. Where that lies inside a residual block, a model
-        cannot be cut there; the others end right before the blocks around it begin. Raises SurgeryError without any.
+        cannot be cut there; the others end right before the blocks around it begin.
         """
         first = self._named(stage) or self._last_of(stage)
         if first is None:
@@ -149,7 +149,9 @@ class Trace:
         return found
 
     def _named(self, stage: Stage) -> Optional[Call]:
-        call = self.once.get(stage.module)
+        # The path may lack the name of a model that this one wraps.
+        named = [c for c in self.once.values() if f'.{c.name}'.endswith(f'.{stage.module}')]
+        call = named[0] if len(named) == 1 else self.once.get(stage.module)
         while call is not None and _is_sequential(call.module):
             last = list(call.module._modules)[-1]  # private: torch Module._modules, whose last may also come earlier
             call = self.once.get(f'{call.name}.{last}')

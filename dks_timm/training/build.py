@@ -120,8 +120,7 @@ def _add_branches(args, backbone, kwargs):
     _logger.info(model.describe())
     if args.dks_batch_fraction < 1 or args.dks_every > 1:
         cost = training_cost(model, args.dks_every)
-        if cost is not None:
-            _logger.info(f'Training forward, on average: {cost:.2f}x the FLOPs of the backbone.')
+        _logger.info(f'Training forward, on average: {cost:.2f}x the FLOPs of the backbone.')
     return model
 
 
