@@ -188,7 +188,6 @@ def test_memory_that_there_is_not(command):
     ('--opt bnbadam', '--opt bnbadam: '),
     ('--model-kwargs features_only=True', "'features_only': True}: has no classifier to train"),
     ('--model-kwargs channels=[1,2]', "'channels': [1, 2]}: input size (3, 32, 32): "),
-    ('--dks --model-kwargs channels=[1,2]', "'channels': [1, 2]}: test_resnet does not run on images of 32 x 32: "),
     ('--dks --model test_vit --dks-branch-kwargs depth=0', '--dks-branch-kwargs has depth=0; test_vit cannot be made'),
     ('--model test_vit --dks --img-size 8', 'test_vit does not run on images of 8 x 8'),
     ('--kd-model-name local-dir:teacher --kd-distill-type token', '--model test_resnet has no distillation token'),
