@@ -272,11 +272,10 @@ def _parse_weight(name: str, weight: Weight, ndim: int) -> Union[float, Vector, 
     depth = ndim if isinstance(weight, (list, tuple)) else 0
     try:
         parsed = parse(weight, depth)
-        if depth == 2:
-            parsed = tuple((*row[:p], 0., *row[p + 1:]) for p, row in enumerate(parsed))  # the diagonal is ignored
         rows = parsed if depth == 2 else (parsed,) if depth == 1 else ((parsed,),)
-        fits = all(math.isfinite(w) and w >= 0 for row in rows for w in row)
-        fits = fits and (depth < 2 or all(len(row) == len(rows) for row in rows))
+        numbers = [w for p, row in enumerate(rows) for q, w in enumerate(row) if depth < 2 or p != q]  # no diagonal
+        square = depth < 2 or all(len(row) == len(rows) for row in rows)
+        fits = square and all(math.isfinite(w) and w >= 0 for w in numbers)
     except (TypeError, ValueError):  # Python's words for what is no number and no row of numbers
         fits = False
     if not fits:
