@@ -20,8 +20,8 @@ def test_inspect_prints_json(capsys):
 
 @pytest.mark.parametrize(('flags', 'message'), [
     (['resnet81'], 'MODEL resnet81: timm has no such model; closest: resnet18'),
-    (['resnet10t', '--dks-stages', '4'], '--dks-stages has 4, the last one'),
-    (['resnet10t', '--dks-stages', '7'], '--dks-stages has 7, which this model does not have'),
+    (['resnet10t', '--dks-stages', '4'], '--dks-stages has 4, which is none before the last'),
+    (['resnet10t', '--dks-stages', '7'], '--dks-stages has 7, which is none before the last'),
     (['resnet10t', '--dks-budget', '1.001'], '--dks-budget is 1.001, but the cheapest'),
     (['resnet10t', '--dks-branches', 'tial'], '--dks-branches'),
     (['qwen3_vit_88m_enc'], 'qwen3_vit_88m_enc cannot classify'),

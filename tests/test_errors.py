@@ -73,7 +73,7 @@ def test_a_mistake_has_exit_code_1_and_a_traceback_that_ends_with_it(command):
 
 
 @pytest.mark.parametrize(('owner', 'name', 'argv'), [
-    (cost, 'BranchBuilder', ['inspect', 'test_resnet']),
+    (cost, 'exit_flops', ['inspect', 'test_resnet']),
     (push, 'check_request', ['push', 'm', 'me/model']),
 ])
 @pytest.mark.parametrize('kind', [AttributeError, RuntimeError, ValueError])
@@ -98,10 +98,8 @@ OUT_OF_MEMORY = [
 
 @pytest.mark.parametrize(('owner', 'name', 'flags'), [
     (timm, 'create_model', ['--model-kwargs', 'layers=[1,1,1,1]']),
-    (RESNET, 'forward', ['--dks', '--img-size', '64']),
     (timm.task.ClassificationTask, 'forward', []),  # the first batch
-    (images.BadImages, 'convert', []),
-], ids=['model', 'branches', 'training', 'images'])
+], ids=['model', 'training'])
 def test_out_of_memory_names_what_needs_less(command, monkeypatch, capfd, owner, name, flags):
     breaking(monkeypatch, owner, name, MemoryError())
     with pytest.raises(SystemExit) as e:

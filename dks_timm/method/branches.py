@@ -1,17 +1,16 @@
 """Supervision branches: the tail of a template model, and a plain convolutional one."""
+import math
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Optional, Set, Tuple
+from typing import Any, Callable, Optional, Set, Tuple
 
 import torch
 import torch.nn as nn
-from timm.layers import BatchNormAct2d, ClassifierHead, LayerNormAct2d, SeparableConvNormAct
+from timm.layers import ClassifierHead, SeparableConvNormAct
 from torch.utils.checkpoint import checkpoint
 
 from .stages import Stage
 from .tails import Feed, TailPlan, cut
-from .trace import SurgeryError, map_tensors, tensors
-
-__all__ = ['Branch', 'ConvBranch', 'Layout', 'Tail']
+from .trace import SurgeryError, tensors
 
 
 class Branch(nn.Module):
@@ -24,10 +23,8 @@ class Branch(nn.Module):
 
     Attributes:
         kind: Name of the kind, of the class; 'tail' and 'conv' are those of this package.
-        written: True if the backbone goes on to work on the features in place, so that the branch needs a copy.
     """
     kind: str
-    written = False
 
     def __init__(self, stage: int, source: str, reason: str):
         super().__init__()
@@ -40,21 +37,20 @@ class Branch(nn.Module):
 
         Args:
             image: Images (B, C, H, W), those that the backbone was given.
-            features: Output of the source module, as it is: (B, C, H, W) in most networks, (B, H, W, C) or tokens
-                (B, N, C) in others.
+            features: Output of the source module: (B, C, H, W), or (B, H, W, C), or tokens (B, N, C).
 
         Returns:
             Logits (B, num_classes).
         """
-        raise NotImplementedError('a branch turns features into logits')
+        raise NotImplementedError
 
     def get_classifier(self) -> nn.Module:
         """Return the module that puts out the logits, for gradient clipping and ``head_init_scale``."""
-        raise NotImplementedError('a branch names its classifier')
+        raise NotImplementedError
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Replace the classifier by a fresh one, and the pooling before it where a kind is given and there is one."""
-        raise NotImplementedError('a branch renews its classifier')
+        raise NotImplementedError
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass, where there are enough of them."""
@@ -65,38 +61,34 @@ class Branch(nn.Module):
 
 
 class Tail(Branch):
-    """The part of a template after a stage, fed with the backbone's features.
+    """The part of a template after a stage, fed with the backbone's features. The template is cut in place.
 
-    Args:
-        template: Freshly made model; it is cut in place.
-        plan: Plan of the cut.
-        retrace: Looks up the stand-in shapes at an image size other than the planned one.
-        image_size: (H, W) of the images that the plan was made with.
-        **where: Attributes of :class:`Branch`.
+    The shapes of stand-ins are those of the plan for images of ``image_size``; ``retrace`` finds them for other sizes.
     """
     kind = 'tail'
 
     def __init__(
-            self,
-            template: nn.Module,
-            plan: TailPlan,
-            retrace: Callable[[Tuple[int, int]], Dict[str, Any]],
-            image_size: Tuple[int, int],
-            **where: Any,
+            self, template: nn.Module, plan: TailPlan, retrace: Callable, image_size: Tuple[int, int], **where: Any,
     ):
         super().__init__(**where)
         self.plan = plan
-        self.feed = Feed(plan.written)
+        self.feed = Feed()
         self.template = cut(template, plan, self.feed)
         self.retrace = retrace
         self.stub_shapes = {tuple(image_size): plan.stubs}
         self.recomputes = False
 
     def forward(self, image: torch.Tensor, features: Any) -> torch.Tensor:
-        if not (self.recomputes and torch.is_grad_enabled()):
-            return self._run(image, features)
-        self.shapes_at(*image.shape[-2:])  # a recomputation finds them known, and so must the forward
-        return self._run_twice(image, features)
+        size = tuple(image.shape[-2:])
+        if size not in self.stub_shapes:
+            self._learn_shapes(size)
+        if self.recomputes and torch.is_grad_enabled():
+            return self._run_twice(image, features)
+        return self._run(image, features)
+
+    @torch.compiler.disable
+    def _learn_shapes(self, size: Tuple[int, int]) -> None:
+        self.stub_shapes[size] = self.retrace(size)
 
     @torch.compiler.disable
     def _run_twice(self, image: torch.Tensor, features: Any) -> torch.Tensor:
@@ -105,23 +97,11 @@ class Tail(Branch):
 
     def _run(self, image: torch.Tensor, features: Any) -> torch.Tensor:
         feed = self.feed
-        feed.image, feed.shapes = image, self.shapes_at(image.shape[-2], image.shape[-1])
-        feed.features = map_tensors(torch.clone, features) if self.plan.copies else features
+        feed.image, feed.features, feed.shapes = image, features, self.stub_shapes[tuple(image.shape[-2:])]
         try:
             return self.template(image)
         finally:
             feed.image = feed.features = None  # keep no activations alive between steps
-
-    def shapes_at(self, height: int, width: int) -> Dict[str, Any]:
-        """Return the shapes of the stand-ins for images of a size; they are found out the first time."""
-        size = (height, width)
-        if size not in self.stub_shapes:
-            self._learn_shapes(size)
-        return self.stub_shapes[size]
-
-    @torch.compiler.disable
-    def _learn_shapes(self, size: Tuple[int, int]) -> None:
-        self.stub_shapes[size] = self.retrace(size)
 
     def get_classifier(self) -> nn.Module:
         return self.template.get_classifier()
@@ -144,81 +124,53 @@ class Tail(Branch):
 
 @dataclass(frozen=True)
 class Layout:
-    """Place and format of a stage's feature map in the output of its module.
-
-    Attributes:
-        index: Position among the output's tensors.
-        format: 'NCHW', 'NHWC', or 'NLC' for tokens.
-        channels: Number of channels.
-        reduction: Stride relative to the image, or None for tokens that form no grid.
-        prefix: Tokens before the grid (class, register and distillation tokens).
-    """
-    index: int
-    format: str
+    """Place and format of a stage's feature map in the output of its module."""
+    index: int  # position among the output's tensors
+    format: str  # 'NCHW', 'NHWC', or 'NLC' for tokens
     channels: int
-    reduction: Optional[int] = None
-    prefix: int = 0
+    grid: Optional[int] = None  # stride of the tokens relative to the image, None where they form no grid
+    prefix: int = 0  # tokens before the grid (class, register and distillation tokens)
 
     @classmethod
     def of(cls, output: Any, stage: Stage, image_size: Tuple[int, int]) -> 'Layout':
-        """Find the feature map of ``stage`` in its module's output.
-
-        Raises:
-            SurgeryError: No tensor there looks like one.
-        """
-        grid = tuple(-(-s // stage.reduction) for s in image_size)
-        candidates = list(enumerate(tensors(output)))
-        # The tensor with the stage's number of channels first, then any other.
-        for index, t in sorted(candidates, key=lambda c: stage.channels not in c[1].shape[1:]):
-            if t.ndim == 4 and (t.shape[1] == stage.channels or t.shape[-1] != stage.channels):
-                return cls(index, 'NCHW', t.shape[1])
-            if t.ndim == 4:
-                return cls(index, 'NHWC', t.shape[-1])
-            if t.ndim == 3:
-                prefix = t.shape[1] - grid[0] * grid[1]
-                on_grid = 0 <= prefix < t.shape[1]
-                return cls(index, 'NLC', t.shape[2], *((stage.reduction, prefix) if on_grid else ()))
-        raise SurgeryError(f'{stage} puts out no feature map')
+        """Find the feature map of ``stage`` in its module's output, or raise SurgeryError."""
+        maps = [(i, t) for i, t in enumerate(tensors(output)) if t.ndim in (3, 4)]
+        if not maps:
+            raise SurgeryError(f'{stage} puts out no feature map')
+        # The first tensor with the stage's number of channels, or else the first of all.
+        index, t = min(maps, key=lambda found: stage.channels not in found[1].shape[1:])
+        if t.ndim == 4:
+            last = t.shape[-1] == stage.channels != t.shape[1]
+            return cls(index, 'NHWC', t.shape[-1]) if last else cls(index, 'NCHW', t.shape[1])
+        prefix = t.shape[1] - math.prod(-(-s // stage.reduction) for s in image_size)
+        on_grid = 0 <= prefix < t.shape[1]
+        return cls(index, 'NLC', t.shape[2], *((stage.reduction, prefix) if on_grid else ()))
 
     def to_nchw(self, output: Any, image: torch.Tensor) -> torch.Tensor:
         """Return the feature map (B, channels, H', W') in ``output``."""
-        x = output if isinstance(output, torch.Tensor) else tensors(output)[self.index]
+        x = tensors(output)[self.index]
         if self.format == 'NCHW':
             return x
         if self.format == 'NHWC':
             return x.permute(0, 3, 1, 2)
         x = x[:, self.prefix:].transpose(1, 2)
-        if self.reduction is None:
-            return x.unsqueeze(-1)
-        return x.unflatten(2, (-(-image.shape[-2] // self.reduction), -1))
+        return x.unsqueeze(-1) if self.grid is None else x.unflatten(2, (-(-image.shape[-2] // self.grid), -1))
 
 
 class ConvBranch(Branch):
     """A light branch for any stage: strided depthwise-separable convolutions, average pooling, a linear classifier.
 
-    Args:
-        layout: Where the features are.
-        halvings: Times the resolution is halved, doubling the width; one convolution at full resolution if 0.
-        max_channels: Bound on the width.
-        num_classes: Number of classes.
-        batch_norm: BatchNorm, as in most CNNs, or LayerNorm, for backbones without batch statistics.
-        **where: Attributes of :class:`Branch`.
+    The resolution is halved ``halvings`` times, doubling the width up to ``max_channels``; with 0, there is one
+    convolution at full resolution.
     """
     kind = 'conv'
 
     def __init__(
-            self,
-            layout: Layout,
-            halvings: int,
-            max_channels: int,
-            num_classes: int,
-            batch_norm: bool = True,
-            **where: Any,
+            self, layout: Layout, halvings: int, max_channels: int, num_classes: int, norm_layer: type, **where: Any,
     ):
         super().__init__(**where)
         self.layout = layout
         width = layout.channels
-        norm_layer = BatchNormAct2d if batch_norm else LayerNormAct2d
         blocks = []
         for stride in [2] * halvings or [1]:
             out = max(width, min(width * stride, max_channels))

@@ -13,25 +13,13 @@ from typing import Callable, ContextManager, Dict, List, Optional, Sequence, Tup
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.loss import (
-    AsymmetricLossMultiLabel,
-    DistributionBalancedLoss,
-    JsdCrossEntropy,
-    PolyBinaryCrossEntropy,
-    TwoWayLoss,
-    ZlprLoss,
-)
+from timm import loss as timm_loss
 
 DIRECTIONS = ('both', 'top-down', 'bottom-up', 'none')
 
 _MULTI_LABEL = (
-    AsymmetricLossMultiLabel,
-    DistributionBalancedLoss,
-    PolyBinaryCrossEntropy,
-    TwoWayLoss,
-    ZlprLoss,
-    nn.MultiLabelMarginLoss,
-    nn.MultiLabelSoftMarginLoss,
+    timm_loss.AsymmetricLossMultiLabel, timm_loss.DistributionBalancedLoss, timm_loss.PolyBinaryCrossEntropy,
+    timm_loss.TwoWayLoss, timm_loss.ZlprLoss, nn.MultiLabelMarginLoss, nn.MultiLabelSoftMarginLoss,
 )
 
 _MASKED = -1e30  # takes the place of -inf: its probability is 0 too, and 0 times it is 0
@@ -77,24 +65,16 @@ def synergy_loss(
     """
     _check_logits(logits)
     _check_options(direction, temperature)
-    matrix = _resolve_matrix('weight', _parse_weight('weight', weight, ndim=2), direction, len(logits))
+    matrix = _directed(_resolve_weight('weight', _parse_weight('weight', weight, ndim=2), 2, len(logits)), direction)
     with _no_autocast(logits[0].device):
         return _synergy(_log_probs(_to_float(logits), temperature), matrix, temperature)[0]
 
 
-def _synergy(
-        log_probs: Sequence[torch.Tensor],
-        weight: Matrix,
-        temperature: float,
-) -> Tuple[torch.Tensor, torch.Tensor]:
+def _synergy(log_probs, weight: Matrix, temperature: float) -> Tuple[torch.Tensor, torch.Tensor]:
     """Return the weighted sum of all divergences, and every single one (teacher row, student column) without gradient.
 
     Of KL(p || q) = sum p log p - sum p log q only the second part depends on the student, so all teachers of a student
     give it the gradient of one product with their weighted sum. What autograd keeps is linear in M.
-
-    Args:
-        log_probs: (B, C) of every classifier, at the temperature.
-        weight: Of every pair, zero on the diagonal.
     """
     fixed = [q.detach() for q in log_probs]
     teachers = [q.exp() for q in fixed]
@@ -151,8 +131,7 @@ class DKSLoss(nn.Module):
         if isinstance(criterion, _MULTI_LABEL) or getattr(criterion, 'smooth_dense', False):
             raise ValueError(
                 f'criterion {type(criterion).__name__} is for multi-label targets, but synergy is a divergence between '
-                'softmax probabilities of exclusive classes: use a single-label criterion'
-            )
+                'softmax probabilities of exclusive classes: use a single-label criterion')
         _check_options(direction, temperature)
         self.criterion = criterion
         self.ce_weight = _parse_weight('ce_weight', ce_weight, ndim=1)
@@ -165,24 +144,19 @@ class DKSLoss(nn.Module):
         """Return the weights of M classifiers and of their pairs (M x M, direction applied, zero diagonal).
 
         Raises:
-            ValueError: Fewer than two classifiers, or weights given for another number of them.
+            ValueError: Weights were given for another number of classifiers.
         """
-        if num_classifiers < 2:
-            raise ValueError(f'synergy needs at least two classifiers, got {num_classifiers}')
-        vector = self.ce_weight if isinstance(self.ce_weight, tuple) else (self.ce_weight,) * num_classifiers
-        if len(vector) != num_classifiers:
-            raise ValueError(
-                f'ce_weight is for {len(vector)} classifiers, but there are {num_classifiers}: '
-                f'give a number, or {num_classifiers} of them'
-            )
-        return vector, _resolve_matrix('synergy_weight', self.synergy_weight, self.direction, num_classifiers)
+        vector = _resolve_weight('ce_weight', self.ce_weight, 1, num_classifiers)
+        matrix = _resolve_weight('synergy_weight', self.synergy_weight, 2, num_classifiers)
+        return vector, _directed(matrix, self.direction)
 
     def forward(self, logits: Sequence[torch.Tensor], target: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Return the loss of a batch and its parts.
 
         Args:
             logits: One (B, C) tensor per classifier: the backbone's, then the branches' from shallow to deep. Those of
-                branches may all be (n, C), for the first n samples: their criterion and the synergy are means over n.
+                branches may all be (n, C), for the first n samples: their criterion, which has to be a mean, and the
+                synergy are means over n.
             target: Class indices (B,), where -100 stands for an image without label, a dense distribution (B, C), or
                 what the criterion takes. Images without label learn from the other classifiers alone.
 
@@ -197,16 +171,13 @@ class DKSLoss(nn.Module):
             IndexError: A class index that the logits do not have (on a CPU).
         """
         count = _check_logits(logits, partial=True)
-        if count < len(logits[0]):
-            self._check_part(count, len(logits[0]))
         ce_weight, synergy_weight = self.resolve_weights(len(logits))
         if not self.synergy_on:
             synergy_weight = ((0.,) * len(logits),) * len(logits)
         with _no_autocast(logits[0].device):
             logits = _to_float(logits)
             log_probs = _log_probs(logits)
-            ce = torch.stack([
-                self._label_loss(z, q, target[:len(z)]) for z, q in zip(logits, log_probs, strict=True)])
+            ce = torch.stack([self._label_loss(z, q, target[:len(z)]) for z, q in zip(logits, log_probs, strict=True)])
             if self.temperature != 1:
                 log_probs = _log_probs(logits, self.temperature)
             log_probs = [q if len(q) == count else q[:count] for q in log_probs]
@@ -215,14 +186,9 @@ class DKSLoss(nn.Module):
         return {'loss': loss, 'ce': ce.detach(), 'synergy': synergy}
 
     def forward_backbone(self, logits: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
-        """Return the part of the loss that is left where the branches have not run.
+        """Return the part of the loss that is left where the branches have not run, of the backbone's logits (B, C).
 
-        Args:
-            logits: The backbone's (B, C).
-            target: See `forward`.
-
-        Returns:
-            'loss', the weighted criterion of the backbone; 'ce' (1,), the same without weight or gradient.
+        The 'loss' is its weighted criterion, 'ce' (1,) the same without weight or gradient.
         """
         weight = self.ce_weight[0] if isinstance(self.ce_weight, tuple) else self.ce_weight
         with _no_autocast(logits.device):
@@ -238,24 +204,6 @@ class DKSLoss(nn.Module):
         if loss.ndim:
             raise ValueError(f'criterion must return a scalar, got shape {tuple(loss.shape)}')
         return loss
-
-    def _check_part(self, count: int, batch_size: int) -> None:
-        """Refuse a criterion whose value for a part of the batch is no mean over that part."""
-        name = type(self.criterion).__name__
-        if isinstance(self.criterion, JsdCrossEntropy):
-            raise ValueError(
-                f'criterion {name} compares splits of a whole batch, but branches have logits of its first {count} '
-                f'samples of {batch_size}: give all of them (batch_fraction 1)')
-        if getattr(self.criterion, 'reduction', 'mean') != 'mean':
-            raise ValueError(
-                f"criterion {name} has reduction {self.criterion.reduction!r}: use 'mean' where branches have logits "
-                f'of {count} samples of {batch_size}')
-
-    def extra_repr(self) -> str:
-        return (
-            f'ce_weight={self.ce_weight}, synergy_weight={self.synergy_weight}, '
-            f'direction={self.direction!r}, temperature={self.temperature}'
-        )
 
 
 def _weighted_sum(values: Sequence[torch.Tensor], weights: Vector) -> torch.Tensor:
@@ -286,21 +234,16 @@ def _cross_entropy(log_probs: torch.Tensor, target: torch.Tensor) -> torch.Tenso
     if target.shape != shape[:1] or target.is_floating_point():
         raise ValueError(
             f'target must be class indices of shape {tuple(shape[:1])} or dense of shape {tuple(shape)}, '
-            f'got {target.dtype} of shape {tuple(target.shape)}'
-        )
-    try:
-        return F.nll_loss(log_probs, target.long())
-    except IndexError as error:
-        raise IndexError(f'{error} There are {shape[1]} classes, with the indices 0 to {shape[1] - 1}') from None
+            f'got {target.dtype} of shape {tuple(target.shape)}')
+    return F.nll_loss(log_probs, target.long())
 
 
 def _check_logits(logits: Sequence[torch.Tensor], partial: bool = False) -> int:
     """Return how many samples all classifiers have logits of; where partial, the backbone may have more."""
     if isinstance(logits, torch.Tensor):
         raise ValueError(
-            f'logits must be a list with the (B, C) logits of every classifier, got one tensor of shape '
-            f'{tuple(logits.shape)}: a DKSModel returns the list in training mode'
-        )
+            f'logits must be a list with those of every classifier, got one tensor of shape {tuple(logits.shape)}: '
+            'a DKSModel returns the list in training mode')
     if len(logits) < 2:
         raise ValueError(f'logits must come from at least two classifiers, got {len(logits)}')
     whole, last = logits[0], logits[-1]
@@ -321,42 +264,42 @@ def _check_options(direction: str, temperature: float) -> None:
 
 def _parse_weight(name: str, weight: Weight, ndim: int) -> Union[float, Vector, Matrix]:
     """Return a number as float, a vector (ndim 1) or square matrix (ndim 2) as nested tuples of floats."""
+    def parse(given, depth):
+        return tuple(parse(w, depth - 1) for w in given) if depth else float(given)
+
     if hasattr(weight, 'tolist'):
         weight = weight.tolist()
-    nested = isinstance(weight, (list, tuple))
-    rows = [[weight]] if not nested else [weight] if ndim == 1 else weight
+    depth = ndim if isinstance(weight, (list, tuple)) else 0
     try:
-        rows = tuple(tuple(float(w) for w in row) for row in rows)
-        fits = not nested or ndim == 1 or all(len(row) == len(rows) for row in rows)
+        parsed = parse(weight, depth)
+        rows = parsed if depth == 2 else (parsed,) if depth == 1 else ((parsed,),)
+        numbers = [w for p, row in enumerate(rows) for q, w in enumerate(row) if depth < 2 or p != q]  # no diagonal
+        square = depth < 2 or all(len(row) == len(rows) for row in rows)
+        fits = square and all(math.isfinite(w) and w >= 0 for w in numbers)
     except (TypeError, ValueError):  # Python's words for what is no number and no row of numbers
         fits = False
     if not fits:
         accepted = 'one per classifier' if ndim == 1 else 'an M x M matrix (teacher row, student column)'
-        raise ValueError(f'{name} must be a number or {accepted}, got {weight!r}')
-    diagonal = nested and ndim == 2
-    checked = (w for p, row in enumerate(rows) for q, w in enumerate(row) if not (diagonal and p == q))
-    if not all(math.isfinite(w) and w >= 0 for w in checked):
-        raise ValueError(f'{name} must be finite and not negative, got {weight!r}')
-    return rows[0][0] if not nested else rows[0] if ndim == 1 else rows
+        raise ValueError(f'{name} must be finite and not negative, a number or {accepted}, got {weight!r}')
+    return parsed
 
 
-def _resolve_matrix(name: str, weight: Union[float, Matrix], direction: str, num_classifiers: int) -> Matrix:
-    """Return the weight of every pair, zero where the direction has no such pair and on the diagonal."""
+def _resolve_weight(name: str, weight: Union[float, Vector, Matrix], ndim: int, count: int) -> Union[Vector, Matrix]:
+    """Return the weight of every one of so many classifiers (ndim 1), or of every pair of them (ndim 2)."""
     if not isinstance(weight, tuple):
-        weight = ((weight,) * num_classifiers,) * num_classifiers
-    if len(weight) != num_classifiers:
+        return (weight,) * count if ndim == 1 else ((weight,) * count,) * count
+    if len(weight) != count:
+        accepted = f'{count} of them' if ndim == 1 else f'a {count} x {count} matrix'
         raise ValueError(
-            f'{name} is for {len(weight)} classifiers, but there are {num_classifiers}: '
-            f'give a number or a {num_classifiers} x {num_classifiers} matrix'
-        )
-    depth = (num_classifiers, *range(1, num_classifiers))  # the backbone comes first and is the deepest
-    teaches = {
-        'both': lambda p, q: p != q,
-        'top-down': lambda p, q: depth[p] > depth[q],
-        'bottom-up': lambda p, q: depth[p] < depth[q],
-        'none': lambda p, q: False,
-    }[direction]
-    return tuple(
-        tuple(w if teaches(p, q) else 0. for q, w in enumerate(row))
-        for p, row in enumerate(weight)
-    )
+            f'{name} is for {len(weight)} classifiers, but there are {count}: give a number, or {accepted}')
+    return weight
+
+
+def _directed(weight: Matrix, direction: str) -> Matrix:
+    """Return the weight of every pair, zero where the direction has no such pair and on the diagonal."""
+    depth = (len(weight), *range(1, len(weight)))  # the backbone comes first and is the deepest
+
+    def teaches(p, q):
+        return p != q and direction in ('both', 'top-down' if depth[p] > depth[q] else 'bottom-up')
+
+    return tuple(tuple(w if teaches(p, q) else 0. for q, w in enumerate(row)) for p, row in enumerate(weight))

@@ -1,7 +1,9 @@
 """A backbone with supervision branches: all classifiers in one forward, and the plain backbone back at the end."""
 import math
+import threading
 from contextlib import nullcontext
-from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -14,10 +16,57 @@ from ..errors import InputError
 from .branches import Branch
 from .plan import BranchBuilder
 from .stages import list_stages, resolve_stages
-from .taps import is_tapped, run, tap, untap
 from .trace import map_tensors
 
-__all__ = ['DKSModel', 'prune']
+
+class _Forward(threading.local):
+    """The receiver of the forward that a thread runs, None where nobody asks for features."""
+
+    def __init__(self):  # for each thread; torch.compile does not follow defaults of the class
+        self.receiver: Optional[Callable[[str, Any], None]] = None
+
+
+_forward = _Forward()
+
+
+@dataclass
+class _Tap:
+    """Forward hook of the module of a name."""
+    name: str
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if _forward.receiver is not None:
+            _forward.receiver(self.name, output)
+
+
+def run(module: nn.Module, x: torch.Tensor, receiver: Optional[Callable] = None) -> Any:
+    """Run a backbone, or what wraps it; the receiver gets name and output of each tapped module once it has run."""
+    outer, _forward.receiver = _forward.receiver, receiver  # this may be within another such forward
+    try:
+        return module(x)
+    finally:
+        _forward.receiver = outer
+
+
+def tap(backbone: nn.Module, names: Iterable[str]) -> None:
+    """Hook these modules of a backbone, and no others."""
+    untap(backbone)
+    for name in set(names):
+        backbone.get_submodule(name).register_forward_hook(_Tap(name))
+
+
+def untap(backbone: nn.Module) -> None:
+    """Remove every tap, also those that came with a copied module."""
+    for module in backbone.modules():
+        for key, hook in list(module._forward_hooks.items()):  # private: torch Module._forward_hooks
+            if isinstance(hook, _Tap):
+                del module._forward_hooks[key]
+
+
+def is_tapped(backbone: nn.Module, names: Iterable[str]) -> bool:
+    """Return True if all these modules are tapped; pruning removes taps, and so does whoever replaces a module."""
+    hooks = (backbone.get_submodule(name)._forward_hooks for name in names)  # private: torch Module._forward_hooks
+    return all(any(isinstance(hook, _Tap) for hook in of_one.values()) for of_one in hooks)
 
 
 class _AllLeft(Exception):
@@ -27,9 +76,8 @@ class _AllLeft(Exception):
 class DKSModel(nn.Module):
     """A timm model with auxiliary classifiers on intermediate stages (Sun et al., CVPR 2019, section 3).
 
-    Made by :func:`dks_timm.create_dks_model` or :meth:`from_timm`. In training mode the output is the list of all
-    logits, in evaluation mode it is the backbone's logits and the branches are not run. The backbone is the unmodified
-    timm model; its features come from forward hooks.
+    Made by :func:`dks_timm.create_dks_model` or :meth:`from_timm`. The backbone is the unmodified timm model; its
+    features come from forward hooks. In evaluation mode the branches do not run.
 
     Args:
         backbone: timm model with a classifier. It stays the object that it was, with hooks on the supervised modules.
@@ -40,9 +88,9 @@ class DKSModel(nn.Module):
         backbone: The timm model.
         branches: ``nn.ModuleList`` of the branches; ``branches[i].kind`` is 'tail' or 'conv'.
         stages: Supervised stages, ascending indices into the backbone's ``feature_info``.
-        batch_fraction: See Args.
         branches_on: True if the branches run in training mode.
         layout: Arguments of :meth:`from_timm` that make the same branches again, {} if it did not make them.
+        input_size: (C, H, W) of the images that :meth:`from_timm` chose the branches for.
 
     Raises:
         ValueError: ``batch_fraction`` is not above 0 and at most 1.
@@ -61,7 +109,8 @@ class DKSModel(nn.Module):
 
     def __init__(self, backbone: nn.Module, branches: Sequence[Branch], batch_fraction: float = 1.0):
         super().__init__()
-        check_batch_fraction(batch_fraction)
+        if not 0 < batch_fraction <= 1:
+            raise InputError(f'batch_fraction is {batch_fraction}; it must be above 0 and at most 1.')
         self.batch_fraction = batch_fraction
         self.branches_on = True
         self.backbone = backbone
@@ -69,7 +118,7 @@ class DKSModel(nn.Module):
         self.stages: Tuple[int, ...] = tuple(branch.stage for branch in branches)
         self._student: Optional[nn.Module] = None
         self.layout: Dict[str, Any] = {}
-        self._tap()
+        self._tap(anew=True)
 
     @classmethod
     def from_timm(
@@ -85,22 +134,20 @@ class DKSModel(nn.Module):
     ) -> 'DKSModel':
         """Attach branches to an existing timm model.
 
-        The model's parameters, statistics, mode and the global random state stay as they are: branches are built under
-        a forked random state, on the device and in the dtype of the backbone.
+        The model's parameters, statistics and mode, and the global random state, stay as they are. Branches are on the
+        device and in the dtype of the backbone.
 
         Args:
             backbone: timm model with a classifier.
-            stages: Stages to supervise, indices into ``feature_info``; None takes the two before the last (see
-                :func:`dks_timm.method.stages.resolve_stages`).
+            stages: Stages to supervise, see :func:`dks_timm.method.stages.resolve_stages`.
             branches: 'tail' (the tail of a second model of the architecture), 'conv' (light convolutions), or 'auto'
                 for tails where the architecture allows them.
             model_kwargs: Arguments the model was made with. timm 1.0.31 and later note them on the model.
             branch_kwargs: Arguments of the tails' templates that differ from the backbone's;
                 ``{'2.layers': (3, 4, 3, 2)}`` is for stage 2 alone.
-            budget: Most that one training forward (backbone and branches) may cost, as a multiple of the backbone's
-                forward FLOPs at the same image size; None sets no bound.
-            image_size: Size (H, W) of the images in pixels, for the budget; None takes the model's own. Other sizes
-                still work.
+            budget: Most that a training forward may cost, as a multiple of the backbone's forward FLOPs; None sets no
+                bound.
+            image_size: Size (H, W) of the images in pixels, for the budget; None takes the model's own.
             batch_fraction: Part of a training batch that the branches run on, above 0, at most 1.
 
         Raises:
@@ -108,20 +155,17 @@ class DKSModel(nn.Module):
                 arguments do not allow, or a budget below the cheapest branches.
         """
         indices = resolve_stages(backbone, stages)
-        like = next(backbone.parameters())
         with _forked_random_state():
-            builder = BranchBuilder(backbone, dict(model_kwargs or {}), image_size)
+            builder = BranchBuilder(backbone, model_kwargs, image_size)
             built = builder.attach(indices, branches, branch_kwargs, budget)
         net = cls(backbone, built, batch_fraction)
         if batch_fraction < 1:  # refused before training begins, not in its first step
-            net._first_images(builder.image(), {b.source: builder.trace.once[b.source].output for b in built})
+            net._first_images(builder.image, {b.source: builder.trace.once[b.source].output for b in built})
+        net.input_size = builder.input_size
         net.layout = dict(
-            stages=list(net.stages),
-            branches=branches,
-            branch_kwargs=dict(branch_kwargs or {}),
-            budget=budget,
-            image_size=list(builder.image_size),
-        )
+            stages=list(net.stages), branches=branches, branch_kwargs=dict(branch_kwargs or {}), budget=budget,
+            image_size=list(net.input_size[1:]))
+        like = next(backbone.parameters())
         net.branches.to(like.device, like.dtype).train(backbone.training)
         net.training = backbone.training
         return net
@@ -133,23 +177,18 @@ class DKSModel(nn.Module):
             x: Images (B, C, H, W).
 
         Returns:
-            In training mode the list of M logits (B, num_classes): backbone, branch on the shallowest stage, ..., on
-            the deepest; those of branches (n, num_classes), for the first n = ceil(batch_fraction * B) images, and
-            none of them without ``branches_on``. In evaluation mode the backbone's logits (B, num_classes).
+            In evaluation mode the backbone's logits (B, num_classes). In training mode the list of M logits: backbone,
+            branch on the shallowest stage, ..., on the deepest; those of branches (n, num_classes), for the first
+            n = ceil(batch_fraction * B) images, and none of them without ``branches_on``.
         """
         return self.exits(x) if self.training else run(self.backbone, x)
 
     def exits(self, x: torch.Tensor) -> List[torch.Tensor]:
-        """Return the logits of all classifiers, in either mode.
+        """Return the list of M logits (B, num_classes) of images (B, C, H, W), as :meth:`forward` in training mode.
 
-        Args:
-            x: Images (B, C, H, W).
-
-        Returns:
-            List of M logits (B, num_classes), ordered as in :meth:`forward`. In evaluation mode ``batch_fraction`` and
-            ``branches_on`` do not count.
+        In evaluation mode ``batch_fraction`` and ``branches_on`` do not count.
         """
-        self._tap_again()
+        self._tap()
         backbone = self._student if self.training and self._student is not None else self.backbone
         if self.training and not self.branches_on:
             return [run(backbone, x)]
@@ -170,16 +209,15 @@ class DKSModel(nn.Module):
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Answer with the first classifier that is sure, in evaluation mode.
 
-        Computing stops at the branch where the last image of the batch leaves; with one image, as soon as it leaves.
+        Computing stops at the branch where the last image of the batch leaves.
 
         Args:
             x: Images (B, C, H, W).
             threshold: Confidence, the largest softmax probability, from which on an image leaves at a branch.
-            branches: Branches to ask, as indices into ``branches``; None asks all. The shallowest comes first.
+            branches: Indices of the branches to ask; None asks all.
 
         Returns:
-            Logits (B, num_classes), and for each image the classifier they are of (B,): 0 for the backbone, 1 for the
-            first branch.
+            Logits (B, num_classes), and for each image the classifier they are of (B,), 0 for the backbone.
 
         Raises:
             ValueError: The model is in training mode.
@@ -192,9 +230,7 @@ class DKSModel(nn.Module):
 
         def ask(source: str, features: Any) -> None:
             nonlocal early
-            for index in asked:
-                if self.branches[index].source != source:
-                    continue
+            for index in (index for index in asked if self.branches[index].source == source):
                 answer = self.branches[index](x, features)
                 leave = (exits == 0) & (answer.float().softmax(dim=-1).amax(dim=-1) >= threshold)
                 early = torch.where(leave[:, None], answer, answer if early is None else early)
@@ -202,7 +238,7 @@ class DKSModel(nn.Module):
                 if exits.all():
                     raise _AllLeft
 
-        self._tap_again()
+        self._tap()
         try:
             logits = run(self.backbone, x, ask)
         except _AllLeft:
@@ -211,57 +247,42 @@ class DKSModel(nn.Module):
 
     def _first_images(self, x: torch.Tensor, features: Dict[str, Any]) -> Tuple[torch.Tensor, Dict[str, Any]]:
         """Return the part of a batch, and of its features, that the branches train on."""
-        batch_size = x.shape[0]
-        count = math.ceil(round(self.batch_fraction * batch_size, 6))  # 0.07 * 100 is a little more than 7
+        count = math.ceil(round(self.batch_fraction * len(x), 6))  # 0.07 * 100 is a little more than 7
 
-        def first(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.shape[:1] != (batch_size,):
+        def first(tensor):
+            if tensor.shape[:1] != x.shape[:1]:
                 raise InputError(
                     f'batch_fraction {self.batch_fraction}: features of this model have shape {tuple(tensor.shape)}, '
-                    f'in which {batch_size} images do not come first; use 1')
+                    f'in which {len(x)} images do not come first; use 1')
             return tensor[:count]
 
         return x[:count], map_tensors(first, features)
 
     def set_student(self, student: nn.Module) -> None:
-        """Have a module that wraps the backbone run it in training mode; its output takes the place of the logits.
-
-        For distillation that asks more of a backbone than its logits. Modules of its own have to be registered by name.
-        """
+        """Have a module that wraps the backbone run it in training mode; its output takes the place of the logits."""
         # Not registered, because a state dict would then hold the backbone twice, and an average count it twice.
         object.__setattr__(self, '_student', student)
 
-    def _tap(self) -> None:
-        copies = {branch.source: False for branch in self.branches}
-        for branch in self.branches:
-            copies[branch.source] |= branch.written
-        tap(self.backbone, copies)
-
-    def _tap_again(self) -> None:
-        if not torch.compiler.is_compiling() and not is_tapped(self.backbone, (b.source for b in self.branches)):
-            self._tap()
+    def _tap(self, anew: bool = False) -> None:
+        names = [branch.source for branch in self.branches]
+        if anew or not torch.compiler.is_compiling() and not is_tapped(self.backbone, names):
+            tap(self.backbone, names)
 
     def add_module(self, name: str, module: Optional[nn.Module]) -> None:
-        """Register a module as torch does. Converters (to SyncBatchNorm) call it when all inside are replaced."""
         super().add_module(name, module)
-        if name == 'backbone':
-            self._tap()
+        if name == 'backbone':  # replaced by a converter, to SyncBatchNorm for one
+            self._tap(anew=True)
 
     def describe(self) -> str:
         """Return a table of the classifiers: stage, kind, number of parameters, and why a branch is what it is."""
         stages = list_stages(self.backbone)
-        rows = [('classifier', 'stage', 'kind', 'parameters', 'made of')]
-        for i, module in enumerate((self.backbone, *self.branches)):
-            where = ('backbone', stages[-1], type(module).__name__) if i == 0 else (
-                f'branch {i}', stages[module.stage], module.kind)
-            count = sum(p.numel() for p in module.parameters())
-            rows.append((*map(str, where), f'{count:,}', getattr(module, 'reason', '')))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return '\n'.join(
-            f'{name:{widths[0]}}  {stage:{widths[1]}}  {kind:{widths[2]}}  {count:>{widths[3]}}  {reason}'.rstrip()
-            for name, stage, kind, count, reason in rows)
+        count, *counts = (f'{sum(p.numel() for p in m.parameters()):,}' for m in (self.backbone, *self.branches))
+        rows = [('backbone', stages[-1], type(self.backbone).__name__, count, '')]
+        for i, (branch, count) in enumerate(zip(self.branches, counts, strict=True), 1):
+            rows.append((f'branch {i}', stages[branch.stage], branch.kind, count, branch.reason))
+        return format_table(('classifier', 'stage', 'kind', 'parameters', 'made of'), rows)
 
-    # The questions that timm's factories ask of a model.
+    # What timm's factories ask of a model.
 
     @property
     def num_classes(self) -> int:
@@ -284,12 +305,7 @@ class DKSModel(nn.Module):
         return found
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Give every classifier a fresh last layer, as timm's models do. The branches' draw no shared random numbers.
-
-        Args:
-            num_classes: Number of classes.
-            global_pool: Pooling before it, of the backbone and of branches that are tails; None keeps what there is.
-        """
+        """Give every classifier a fresh last layer, as timm's models do, and another pooling where one is given."""
         like = next(self.parameters())
         self.backbone.reset_classifier(num_classes, *([] if global_pool is None else [global_pool]))
         with _forked_random_state():
@@ -298,30 +314,21 @@ class DKSModel(nn.Module):
         self.to(like.device, like.dtype)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute activations in the backward pass, in the backbone and in the branches.
-
-        This turns timm's reentrant checkpointing off, which would run supervised modules without gradient.
-        """
+        """Recompute activations in the backward pass, in the backbone and in the branches."""
         if enable:
-            set_reentrant_ckpt(False)
+            set_reentrant_ckpt(False)  # timm's reentrant one would run supervised modules without gradient
         for owner in (self.backbone, *self.branches):
             owner.set_grad_checkpointing(enable)
 
     def no_weight_decay(self) -> Set[str]:
         """Return the names of parameters to exempt from weight decay."""
-        names = {f'backbone.{name}' for name in getattr(self.backbone, 'no_weight_decay', set)()}
-        for i, branch in enumerate(self.branches):
-            names |= {f'branches.{i}.{name}' for name in branch.no_weight_decay()}
-        return names
+        owners = {'backbone': self.backbone, **{f'branches.{i}': b for i, b in enumerate(self.branches)}}
+        return {f'{key}.{name}' for key, owner in owners.items() for name in getattr(owner, 'no_weight_decay', set)()}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """Return the layers of parameters for layer-wise learning-rate decay; branches belong to the layer of the head.
+        """Return a function from a parameter's name to its layer (0 is the stem), for layer-wise learning-rate decay.
 
-        Args:
-            coarse: One layer per stage rather than per block, as in timm.
-
-        Returns:
-            A function from the name of a parameter to the index of its layer, 0 for the stem.
+        Branches belong to the layer of the head. Layers are blocks, or stages if ``coarse``.
         """
         backbone = self.backbone
         if hasattr(backbone, 'group_matcher'):
@@ -332,9 +339,11 @@ class DKSModel(nn.Module):
         return lambda name: layers.get(name[len('backbone.'):], head) if name.startswith('backbone.') else head
 
 
-def check_batch_fraction(batch_fraction: float) -> None:
-    if not 0 < batch_fraction <= 1:
-        raise InputError(f'batch_fraction is {batch_fraction}; it must be above 0 and at most 1.')
+def format_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a table in columns as wide as their entries."""
+    rows = [header, *(list(map(str, row)) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return '\n'.join('  '.join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def _forked_random_state():
@@ -348,8 +357,8 @@ def prune(model: nn.Module) -> nn.Module:
         model: DKSModel, also wrapped by DistributedDataParallel, ``torch.compile`` or timm's EMA.
 
     Returns:
-        The backbone, the same object, without the hooks of the DKSModel; a plain model comes back as it is. Its logits
-        equal those of the DKSModel in evaluation mode bit for bit (CPU, float32).
+        The backbone, the same object, without hooks; its logits equal those of the DKSModel in evaluation mode bit for
+        bit (CPU, float32). A plain model comes back as it is.
     """
     model = unwrap_model(model)
     if not isinstance(model, DKSModel):

@@ -7,7 +7,7 @@ from timm.task import ClassificationTask, TrainingTask
 from timm.utils import unwrap_model
 
 from ..errors import InputError
-from .branch_files import check_fit
+from .create import check_fit
 from .loss import DKSLoss
 from .model import DKSModel
 
@@ -49,8 +49,8 @@ class DKSTask(ClassificationTask):
             every: int = 1,
             start_epoch: int = 0,
     ):
-        loss_fn = DKSLoss() if loss_fn is None else loss_fn
-        loss_fn.resolve_weights(1 + len(net.branches))
+        loss_fn = loss_fn or DKSLoss()
+        loss_fn.resolve_weights(1 + len(net.branches))  # refused before training begins, not in its first step
         if every < 1:
             raise InputError(f'every is {every}; it must be at least 1.')
         super().__init__(net, loss_fn, device=device, dtype=dtype, verbose=verbose)
@@ -58,11 +58,9 @@ class DKSTask(ClassificationTask):
         self.start_epoch = start_epoch
 
     def begin_update(self, epoch: int, num_updates: int) -> None:
-        """Decide about branches and synergy in the next update. Without a call, every update has both.
+        """Decide about branches and synergy in the next update, of an epoch and after so many updates of the run.
 
-        Args:
-            epoch: Epoch of the update.
-            num_updates: Updates before it, counted from the beginning of the run.
+        Without a call, every update has both.
         """
         unwrap_model(self.trainable_module).branches_on = num_updates % self.every == 0
         self.criterion.synergy_on = epoch >= self.start_epoch
@@ -76,15 +74,16 @@ class DKSTask(ClassificationTask):
 
         Returns:
             A dictionary: 'loss', a scalar, the only entry to call ``backward`` on; 'output', the backbone's logits
-            (B, num_classes); 'logits', the list of all logits, the backbone's first and, where the branches have not
-            run, alone; 'ce' (M,) and 'synergy' (M, M), the reports of :class:`dks_timm.DKSLoss`, without 'synergy'
-            where the branches have not run.
+            (B, num_classes); 'logits', the list of all logits, the backbone's first; 'ce' (M,) and 'synergy' (M, M),
+            the reports of :class:`dks_timm.DKSLoss`. Where the branches have not run, 'logits' are the backbone's
+            alone, and there is no 'synergy'.
         """
-        logits = self.trainable_module(input)
-        return {**self._loss(logits, target), 'output': logits[0], 'logits': logits}
+        return self._result(self.trainable_module(input), target)
 
-    def _loss(self, logits: List[torch.Tensor], target: torch.Tensor) -> Dict[str, torch.Tensor]:
-        return self.criterion(logits, target) if len(logits) > 1 else self.criterion.forward_backbone(*logits, target)
+    def _result(self, logits: List[torch.Tensor], target: torch.Tensor) -> Dict[str, Any]:
+        loss_fn = self.criterion
+        losses = loss_fn(logits, target) if len(logits) > 1 else loss_fn.forward_backbone(logits[0], target)
+        return {**losses, 'output': logits[0], 'logits': logits}
 
     def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs) -> nn.Module:
         """Compile the DKSModel for training, and its backbone by itself for evaluation."""
@@ -104,41 +103,29 @@ class DKSTask(ClassificationTask):
         heads = {id(p) for head in net.get_classifiers() for p in head.parameters()} if exclude_head else set()
         return [p for p in net.parameters() if id(p) not in heads]
 
-    def _net(self, module: Optional[nn.Module], ema: bool) -> DKSModel:
-        return unwrap_model(module if module is not None else self.get_trainable_module(ema=ema))
+    def _saved_parts(self, module: Optional[nn.Module], ema: bool) -> Dict[str, nn.Module]:
+        """Return what a checkpoint holds beside the backbone."""
+        net = unwrap_model(self.get_trainable_module(ema=ema) if module is None else module)
+        return {name: part for name, part in net.named_children() if name in ('branches', 'projection')}
 
     def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
-        """Return the state of the branches, with their stages: 'stages', a list, and 'branches', a state dict.
+        """Return 'stages', a list, the state dict of 'branches', and that of a 'projection' to a teacher's features."""
+        states = {name: part.state_dict() for name, part in self._saved_parts(module, ema).items()}
+        return {'stages': list(unwrap_model(self.trainable_module).stages), **states}
 
-        With distillation of features, 'projection' is the state of the projection to the teacher's.
-        """
-        net = self._net(module, ema)
-        return {'stages': list(net.stages), **{name: part.state_dict() for name, part in _saved_parts(net).items()}}
-
-    def load_task_state(
-            self,
-            state: Optional[Dict[str, Any]],
-            strict: bool = True,
-            module: Optional[nn.Module] = None,
-            ema: bool = False,
-    ) -> None:
-        for name, part in _saved_parts(self._net(module, ema)).items():
-            if name not in state:
-                raise InputError(f'the checkpoint holds no {name}')
+    def load_task_state(self, state, strict: bool = True, module: Optional[nn.Module] = None, ema: bool = False):
+        """Load the state of the branches, and of the projection where there is one."""
+        for name, part in self._saved_parts(module, ema).items():
             part.load_state_dict(state[name], strict=strict)
 
     def load_checkpoint_state(
-            self,
-            state_dict: Dict[str, Any],
-            task_state: Optional[Dict[str, Any]] = None,
-            ema: bool = False,
-            strict: bool = True,
+            self, state_dict: Dict, task_state: Optional[Dict] = None, ema: bool = False, strict: bool = True,
     ) -> None:
         """Load backbone and branches.
 
         Args:
-            state_dict: Of the plain backbone, the ``state_dict`` of a checkpoint.
-            task_state: Of the branches, from :meth:`get_task_state`, the ``task_state`` of a checkpoint.
+            state_dict: Of the plain backbone.
+            task_state: Of the branches, from :meth:`get_task_state`.
             ema: Load into the average of the weights.
             strict: Ask for all entries, in the shapes of the model's.
 
@@ -150,29 +137,22 @@ class DKSTask(ClassificationTask):
             if not task_state or 'branches' not in task_state:
                 raise InputError(
                     'the checkpoint holds no branches, so training with DKS cannot resume from it: '
-                    'use --initial-checkpoint to start from its backbone'
-                )
+                    'use --initial-checkpoint to start from its backbone')
             stages = tuple(task_state['stages'])
             if stages != net.stages:
                 raise InputError(f'the checkpoint has branches on stages {stages}, the model on {net.stages}')
-            if strict:
-                for name, state in (('backbone', state_dict), ('branches', task_state['branches'])):
-                    own = net.get_submodule(name).state_dict()
-                    check_fit(own, state, f"the checkpoint does not fit the model's {name}")
+            for name, state in (('backbone', state_dict), ('branches', task_state['branches'])) if strict else ():
+                check_fit(getattr(net, name).state_dict(), state, f"the checkpoint does not fit the model's {name}")
         super().load_checkpoint_state(state_dict, task_state, ema=ema, strict=strict)
 
 
 class DKSDistillationTask(DKSTask):
-    """DKS with a pretrained teacher: timm's distillation of the backbone is one more term.
-
-    loss = task_loss_weight * DKS + distill_loss_weight * distillation of the backbone
+    """DKS with a teacher: loss = task_loss_weight * DKS + distill_loss_weight * distillation of the backbone.
 
     Args:
-        net: The model to train.
+        net, loss_fn, **kwargs: See DKSTask.
         distillation: timm's LogitDistillationTask, FeatureDistillationTask or TokenDistillationTask whose student is
             `net.backbone`. It brings the teacher, the divergence and both weights.
-        loss_fn: Loss of the list of logits, DKSLoss() when None.
-        **kwargs: See DKSTask.
     """
 
     def __init__(self, net: DKSModel, distillation: TrainingTask, loss_fn: Optional[DKSLoss] = None, **kwargs: Any):
@@ -188,17 +168,15 @@ class DKSDistillationTask(DKSTask):
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, Any]:
         """Run :meth:`DKSTask.forward` with the teacher's term in 'loss', and by itself in 'kd_loss', unweighted."""
         student, *branch_logits = self.trainable_module(input)
-        logits = [student[0] if isinstance(student, tuple) else student, *branch_logits]
-        out = self._loss(logits, target)
+        result = self._result([student[0] if isinstance(student, tuple) else student, *branch_logits], target)
         self.distillation.trainable_module.value = student
         distilled = self.distillation(input, target)
         self.distillation.trainable_module.value = None
         kd_loss = distilled['kd_loss' if 'kd_loss' in distilled else 'distill_loss'].detach()
-        loss = self.distillation.task_loss_weight * out['loss'] + distilled['loss']
-        return {**out, 'loss': loss, 'output': logits[0], 'logits': logits, 'kd_loss': kd_loss}
+        loss = self.distillation.task_loss_weight * result['loss'] + distilled['loss']
+        return {**result, 'loss': loss, 'kd_loss': kd_loss}
 
     def train(self, mode: bool = True) -> 'DKSDistillationTask':
-        """Set training mode; the teacher stays in evaluation mode."""
         super().train(mode)
         self.distillation.teacher.eval()
         return self
@@ -218,9 +196,3 @@ class _Given(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         return self.value
-
-
-def _saved_parts(net: DKSModel) -> Dict[str, nn.Module]:
-    """Return the modules that a checkpoint holds beside the backbone."""
-    parts = {name: getattr(net, name, None) for name in ('branches', 'projection')}
-    return {name: part for name, part in parts.items() if part is not None}

@@ -1,21 +1,19 @@
-"""One traced forward of a model: which module runs when, and which outputs depend on the image."""
+"""Models without weights: copies, FLOPs, and one traced forward, which tells what depends on the image."""
+import copy
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import chain, count, groupby
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only  # private: torch utils._pytree
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import InputError
-from .meta import without_fast_norm
 from .stages import Stage
-
-__all__ = [
-    'TRACE_BATCH', 'Call', 'SurgeryError', 'Trace', 'map_tensors', 'planning_mode', 'shapes', 'tensors', 'versions']
 
 TRACE_BATCH = 2
 
@@ -39,18 +37,30 @@ def shapes(tree: Any) -> Any:
     return map_tensors(lambda t: t.shape, tree)
 
 
-def versions(tree: Any) -> Tuple[int, ...]:
-    """Return how often each tensor in a nest was written into."""
-    return tuple(t._version for t in tensors(tree))  # private: torch Tensor._version
+def copy_without_weights(model: nn.Module) -> nn.Module:
+    """Copy a model to the meta device."""
+    memo: Dict[int, Any] = {}
+    for tensor in chain(model.parameters(), model.buffers()):
+        blank = torch.empty_like(tensor, device='meta')
+        memo[id(tensor)] = nn.Parameter(blank, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
+    return copy.deepcopy(model, memo)
 
 
 def planning_mode(model: nn.Module) -> nn.Module:
-    """Put a model into training mode, but for BatchNorm, whose statistics take most of the time there."""
-    without_fast_norm(model).train()
+    """Put a model into training mode, but for what takes most of the time there, or does not run without weights."""
+    model.train()
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
+        if getattr(module, '_fast_norm', False):  # private: timm _fast_norm of its norm layers
+            module._fast_norm = False  # it asks for the autocast of a device, and the meta device has none
     return model
+
+
+def flop_counter(module: nn.Module) -> FlopCounterMode:
+    """Prepare a module, in place, and return the context that counts its FLOPs; a multiply-add counts as two."""
+    planning_mode(module).eval().requires_grad_(False)  # the counter would follow gradients
+    return FlopCounterMode(display=False)
 
 
 @dataclass(eq=False)
@@ -62,28 +72,15 @@ class Call:
     start: int
     end: int = -1
     output: Any = None
-    version: Tuple[int, ...] = ()
 
     @property
-    def written(self) -> bool:
-        """True if the model went on to work on the output in place."""
-        return self.version != versions(self.output)
-
-    @property
-    def depends_on_input(self) -> bool:
+    def depends_on_image(self) -> bool:
         return any(t.requires_grad for t in tensors(self.output))
 
     @property
-    def is_sequential(self) -> bool:
-        return type(self.module) is nn.Sequential and len(self.module) > 0
-
-    @property
     def can_be_cut(self) -> bool:
-        """True if the module works on the image and is called whatever the settings.
-
-        A plain Sequential may not be: gradient checkpointing in timm calls its children itself.
-        """
-        return self.depends_on_input and not self.is_sequential
+        """True if the module works on the image, and gradient checkpointing of timm does not run its children alone."""
+        return self.depends_on_image and not _is_sequential(self.module)
 
     @property
     def passed(self) -> Optional[int]:
@@ -95,32 +92,37 @@ class Call:
         return None
 
 
+def _is_sequential(module: nn.Module) -> bool:
+    return type(module) is nn.Sequential and len(module) > 0
+
+
 class Trace:
     """The module calls of one forward, in the order in which they begin.
 
     Args:
-        model: Model on the device of ``x``; it is put into training mode. Its parameters stop requiring gradients:
-            autograd then tells the calls that depend on the input from those that do not.
-        x: Input (B, C, H, W).
+        model: It is put into training mode, and its parameters stop requiring gradients: autograd then tells the calls
+            that depend on the image from those that do not.
+        x: Images (B, C, H, W).
         forward: Runs instead of ``model``, if given.
-
-    Attributes:
-        trainable: Names of the parameters that required gradients.
-        calls: All calls.
-        once: By name, the calls of modules that are called exactly once.
     """
 
     def __init__(self, model: nn.Module, x: torch.Tensor, forward: Optional[Callable] = None):
-        self.trainable = [name for name, p in model.named_parameters() if p.requires_grad]
         self.model = planning_mode(model).requires_grad_(False)
         self.x = x
         self.calls: List[Call] = []
-        self._running: List[Call] = []
-        self._clock = 0
-        handles = []
+        clock, running, handles = count(), [], []
+
+        def enter(name, module, args):
+            running.append(Call(name, module, args, start=next(clock)))
+            self.calls.append(running[-1])
+
+        def leave(module, args, output):
+            call = running.pop()
+            call.end, call.output = next(clock), output
+
         for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(partial(self._enter, name)))
-            handles.append(module.register_forward_hook(self._leave))
+            handles.append(module.register_forward_pre_hook(partial(enter, name)))
+            handles.append(module.register_forward_hook(leave))
         try:
             with torch.enable_grad():
                 (forward or model)(x.detach().requires_grad_() * 1)  # no leaf, so that it may be worked on in place
@@ -128,36 +130,19 @@ class Trace:
             for handle in handles:
                 handle.remove()
         times = Counter(c.name for c in self.calls)
-        self.once = {c.name: c for c in self.calls if times[c.name] == 1}
-
-    def _tick(self) -> int:
-        self._clock += 1
-        return self._clock
-
-    def _enter(self, name, module, args):
-        self.calls.append(Call(name, module, args, start=self._tick()))
-        self._running.append(self.calls[-1])
-
-    def _leave(self, module, args, output):
-        call = self._running.pop()
-        call.end, call.output = self._tick(), output
-        call.version = versions(output)
+        self.once = {c.name: c for c in self.calls if times[c.name] == 1}  # calls of modules called exactly once
 
     def sources(self, stage: Stage) -> List[Call]:
         """List the calls whose output can serve as the features of ``stage``, best first.
 
         The first one puts out what timm calls the stage's features. Where that lies inside a residual block, a model
         cannot be cut there; the others end right before the blocks around it begin.
-
-        Raises:
-            SurgeryError: There is none.
         """
         first = self._named(stage) or self._last_of(stage)
         if first is None:
             raise SurgeryError(f'no module puts out the features of stage {stage}')
         found = [first]
-        around = [c for c in self.calls if c.start <= first.start and c.end >= first.end and c.name]
-        for outer in reversed(around):
+        for outer in reversed([c for c in self.calls if c.start <= first.start and c.end >= first.end and c.name]):
             before = [c for c in self.once.values() if c.end < outer.start and c.can_be_cut]
             if before and (last := max(before, key=lambda c: c.end)) not in found:
                 found.append(last)
@@ -167,7 +152,7 @@ class Trace:
         # The path may lack the name of a model that this one wraps.
         named = [c for c in self.once.values() if f'.{c.name}'.endswith(f'.{stage.module}')]
         call = named[0] if len(named) == 1 else self.once.get(stage.module)
-        while call is not None and call.is_sequential:
+        while call is not None and _is_sequential(call.module):
             last = list(call.module._modules)[-1]  # private: torch Module._modules, whose last may also come earlier
             call = self.once.get(f'{call.name}.{last}')
         return call if call is not None and call.can_be_cut else None
@@ -183,7 +168,7 @@ class Trace:
         return None
 
     def stubs(self, source: Call) -> Dict[str, Any]:
-        """Return the output shapes, by name, of the outermost modules that work on the image before ``source`` does."""
+        """Return the outputs, by name, of the outermost modules that work on the image before ``source`` does."""
         found: Dict[str, Any] = {}
         covered = -1
         for call in self.calls:
@@ -199,19 +184,13 @@ class Trace:
         """Choose blocks to leave out, so that one in ``keep_every`` remains of each run of alike siblings.
 
         Alike are consecutive siblings of one class, after ``source``, with equal parameter shapes whose outputs have
-        their inputs' shapes. Whole blocks are left out, never parts of a block that is itself repeated.
-
-        Args:
-            source: Where the tail begins.
-            keep_every: 0 keeps none of a run that follows a sibling of its class, as in a stage whose first block
-                alone changes shapes, and one of any other run.
-
-        Returns:
-            ``Call.passed`` of each block, by name.
+        their inputs' shapes. Whole blocks are left out, never parts of a block that is itself repeated. With
+        ``keep_every`` 0, none is kept of a run that follows a sibling of its class, as in a stage whose first block
+        alone changes shapes, and one of any other run. Returns ``Call.passed`` of each block, by name.
         """
         siblings: Dict[str, List[Call]] = {}
         for call in self.calls:
-            if call.start > source.end and call.depends_on_input:
+            if call.start > source.end and call.depends_on_image:
                 siblings.setdefault(call.name.rpartition('.')[0], []).append(call)
 
         def kind(call):

@@ -1,17 +1,11 @@
 """The common part of the paper's CIFAR networks: everything but their blocks."""
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
 from timm.layers import ClassifierHead
 from timm.models import build_model_with_cfg, checkpoint_seq
 from timm.models._features import feature_take_indices  # private: timm models._features
-
-__all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'CifarNet', 'check_layout', 'cifar_cfg', 'create_cifar_model']
-
-# Of the training images, as the paper's settings have them.
-CIFAR_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
-CIFAR_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
 
 
 def cifar_cfg(**kwargs: Any) -> Dict[str, Any]:
@@ -20,7 +14,8 @@ def cifar_cfg(**kwargs: Any) -> Dict[str, Any]:
         'url': '',
         'num_classes': 100, 'input_size': (3, 32, 32), 'pool_size': (8, 8),
         'crop_pct': 1.0, 'interpolation': 'bilinear',
-        'mean': CIFAR_MEAN, 'std': CIFAR_STD,
+        'mean': (125.3 / 255, 123.0 / 255, 113.9 / 255),  # of the training images, as the paper has them
+        'std': (63.0 / 255, 62.1 / 255, 66.7 / 255),
         'first_conv': 'stem.conv', 'classifier': 'head.fc',
         'license': 'apache-2.0',
         **kwargs,
@@ -34,7 +29,7 @@ def create_cifar_model(model_cls: type, variant: str, pretrained: bool = False, 
 
 
 def check_layout(layers: Sequence[int], **per_stage: Sequence[Any]) -> None:
-    """Raise ValueError for a number of blocks below one, and for arguments without one value for each stage."""
+    """Raise ValueError for a stage without blocks, and for arguments without one value for each stage."""
     if not layers or min(layers) < 1:
         raise ValueError(f'layers is {tuple(layers)}; give each stage at least one block')
     for name, values in per_stage.items():
@@ -45,37 +40,14 @@ def check_layout(layers: Sequence[int], **per_stage: Sequence[Any]) -> None:
 class CifarNet(nn.Module):
     """Stem, stages of which each but the first halves the resolution, norm, classifier.
 
-    ``feature_info`` has the stem as entry 0 and stage i as entry i + 1.
-
-    Convolutions start from Kaiming's normal distribution (fan out), BatchNorm from weight 1 and bias 0. The paper's
-    authors draw BatchNorm's weights from U(0, 1) instead.
-
-    Args:
-        stem: Stem, at full resolution.
-        stem_chs: Its channels.
-        stages: Sequential of stages, which are Sequentials of blocks.
-        stage_chs: Their channels.
-        norm: Norm (and activation) between the last stage and the classifier.
-        num_classes: Number of classes, 0 for no classifier.
-        in_chans: Input channels.
-        global_pool: Type of the global pooling.
-        drop_rate: Dropout before the classifier.
+    ``feature_info`` has the stem as entry 0 and stage i as entry i + 1. Convolutions start from Kaiming's normal
+    distribution (fan out), BatchNorm from weight 1 and bias 0; the paper's authors draw its weights from U(0, 1).
     """
 
     def __init__(
-            self,
-            stem: nn.Module,
-            stem_chs: int,
-            stages: List[nn.Sequential],
-            stage_chs: Sequence[int],
-            norm: nn.Module,
-            num_classes: int,
-            in_chans: int,
-            global_pool: str,
-            drop_rate: float,
-            device=None,
-            dtype=None,
-    ) -> None:
+            self, stem, stem_chs: int, stages: List[nn.Sequential], stage_chs: Sequence[int], norm,
+            num_classes: int, in_chans: int, global_pool: str, drop_rate: float, **dd: Any,
+    ):
         super().__init__()
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -85,8 +57,7 @@ class CifarNet(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.norm = norm
         self.num_features = stage_chs[-1]
-        self.head = ClassifierHead(
-            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, device=device, dtype=dtype)
+        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         self.feature_info = [dict(num_chs=stem_chs, reduction=1, module='stem')]
         self.feature_info += [
@@ -103,13 +74,8 @@ class CifarNet(nn.Module):
                 nn.init.zeros_(m.bias)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
-        """Return the names of parameters to exempt from weight decay: none."""
-        return set()
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """Return patterns that group parameters by stage (coarse) or by block."""
+        """Return patterns that group parameters by stage if coarse, else by block."""
         return dict(
             stem=r'^stem',
             blocks=r'^stages\.(\d+)' if coarse else [(r'^stages\.(\d+)\.(\d+)', None), (r'^norm', (99999,))],
@@ -140,19 +106,7 @@ class CifarNet(nn.Module):
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
-        """Return the features of several stages, from one forward.
-
-        Args:
-            x: Images [B, C, H, W].
-            indices: Entries of ``feature_info``: the last n if int, all if None.
-            norm: Apply the final norm to the last stage's features.
-            stop_early: Do not run what follows the last of them.
-            output_fmt: 'NCHW'.
-            intermediates_only: Leave out the final features.
-
-        Returns:
-            Final features and the list of intermediate ones, or only the list.
-        """
+        """Return the final features and those of some entries of ``feature_info`` (the last n if int, all if None)."""
         assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
         take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
         intermediates = []
@@ -167,10 +121,7 @@ class CifarNet(nn.Module):
                 last = feat_idx == len(self.stages)
                 intermediates.append(self.norm(x) if norm and last else x)
 
-        if intermediates_only:
-            return intermediates
-
-        return self.norm(x), intermediates
+        return intermediates if intermediates_only else (self.norm(x), intermediates)
 
     def prune_intermediate_layers(
             self,
@@ -178,11 +129,7 @@ class CifarNet(nn.Module):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> List[int]:
-        """Drop what the given entries of ``feature_info`` do not need.
-
-        Returns:
-            The entries as non-negative indices.
-        """
+        """Drop what the given entries of ``feature_info`` do not need; return them as non-negative indices."""
         take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
         prune_end = max_index < len(self.stages)
         self.stages = self.stages[:max_index]

@@ -2,11 +2,11 @@
 
 Paper: `Densely Connected Convolutional Networks`, section 4 - https://arxiv.org/abs/1608.06993
 """
-from typing import Tuple, Union
+from typing import Any, Tuple, Union
 
 import torch
 import torch.nn as nn
-from timm.layers import LayerType, create_conv2d, get_norm_act_layer, to_ntuple
+from timm.layers import BatchNormAct2d, create_conv2d, to_ntuple
 from timm.models import generate_default_cfgs, register_model
 
 from ._cifar import CifarNet, check_layout, cifar_cfg, create_cifar_model
@@ -17,10 +17,9 @@ __all__ = ['DenseLayer', 'DenseNetCifar', 'Transition']  # register_model adds t
 class DenseLayer(nn.Module):
     """Norm, activation and a 3x3 convolution, whose output is appended to the input's channels."""
 
-    def __init__(self, in_chs: int, growth_rate: int, proj_drop: float, norm_act_layer, device=None, dtype=None):
-        dd = {'device': device, 'dtype': dtype}
+    def __init__(self, in_chs: int, growth_rate: int, proj_drop: float, **dd: Any):
         super().__init__()
-        self.norm = norm_act_layer(in_chs, **dd)
+        self.norm = BatchNormAct2d(in_chs, **dd)
         self.conv = create_conv2d(in_chs, growth_rate, 3, **dd)
         self.drop = nn.Dropout(proj_drop)
 
@@ -31,10 +30,9 @@ class DenseLayer(nn.Module):
 class Transition(nn.Module):
     """Halves the resolution between dense blocks; the number of channels stays."""
 
-    def __init__(self, in_chs: int, proj_drop: float, norm_act_layer, device=None, dtype=None):
-        dd = {'device': device, 'dtype': dtype}
+    def __init__(self, in_chs: int, proj_drop: float, **dd: Any):
         super().__init__()
-        self.norm = norm_act_layer(in_chs, **dd)
+        self.norm = BatchNormAct2d(in_chs, **dd)
         self.conv = create_conv2d(in_chs, in_chs, 1, **dd)
         self.drop = nn.Dropout(proj_drop)
         self.pool = nn.AvgPool2d(2)
@@ -44,7 +42,15 @@ class Transition(nn.Module):
 
 
 class DenseNetCifar(CifarNet):
-    """DenseNet with a 3x3 stem at full resolution. A stage is a dense block, all but the first after a transition."""
+    """DenseNet with a 3x3 stem at full resolution. A stage is a dense block, all but the first after a transition.
+
+    Args:
+        layers: Number of layers in each dense block.
+        growth_rate: Channels that a layer adds; one number, or one for each block.
+        stem_width: Channels of the stem.
+        num_classes, in_chans, global_pool, drop_rate: As in timm's models.
+        proj_drop_rate: Dropout after the convolution of each layer and transition.
+    """
 
     def __init__(
             self,
@@ -54,54 +60,28 @@ class DenseNetCifar(CifarNet):
             num_classes: int = 100,
             in_chans: int = 3,
             global_pool: str = 'avg',
-            act_layer: LayerType = nn.ReLU,
-            norm_layer: LayerType = nn.BatchNorm2d,
             drop_rate: float = 0.,
             proj_drop_rate: float = 0.,
             device=None,
             dtype=None,
     ):
-        """
-        Args:
-            layers: Number of layers in each dense block.
-            growth_rate: Channels that a layer adds; one number, or one for each block.
-            stem_width: Channels of the stem.
-            num_classes: Number of classes.
-            in_chans: Input channels.
-            global_pool: Type of the global pooling.
-            act_layer: Activation layer.
-            norm_layer: Normalization layer.
-            drop_rate: Dropout before the classifier.
-            proj_drop_rate: Dropout after the convolution of each layer and transition.
-        """
         growth_rates = to_ntuple(len(layers))(growth_rate)
         check_layout(layers, growth_rate=growth_rates)
         dd = {'device': device, 'dtype': dtype}
-        norm_act_layer = get_norm_act_layer(norm_layer, act_layer)
-        common = dict(proj_drop=proj_drop_rate, norm_act_layer=norm_act_layer, **dd)
 
         stages, stage_chs = [], []
         chs = stem_width
         for stage_idx, (depth, growth) in enumerate(zip(layers, growth_rates, strict=True)):
-            blocks = [Transition(chs, **common)] if stage_idx > 0 else []
+            blocks = [Transition(chs, proj_drop_rate, **dd)] if stage_idx > 0 else []
             for _ in range(depth):
-                blocks.append(DenseLayer(chs, growth, **common))
+                blocks.append(DenseLayer(chs, growth, proj_drop_rate, **dd))
                 chs += growth
             stages.append(nn.Sequential(*blocks))
             stage_chs.append(chs)
 
+        stem, norm = create_conv2d(in_chans, stem_width, 3, **dd), BatchNormAct2d(chs, **dd)
         super().__init__(
-            create_conv2d(in_chans, stem_width, 3, **dd),
-            stem_width,
-            stages,
-            stage_chs,
-            norm_act_layer(chs, **dd),
-            num_classes,
-            in_chans,
-            global_pool,
-            drop_rate,
-            **dd,
-        )
+            stem, stem_width, stages, stage_chs, norm, num_classes, in_chans, global_pool, drop_rate, **dd)
 
 
 default_cfgs = generate_default_cfgs({

@@ -9,16 +9,7 @@ from typing import Any, Optional, Tuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import (
-    ConvNormAct,
-    DropPath,
-    LayerType,
-    calculate_drop_path_rates,
-    create_conv2d,
-    get_act_layer,
-    get_norm_act_layer,
-    get_norm_layer,
-)
+from timm.layers import BatchNormAct2d, ConvNormAct, DropPath, calculate_drop_path_rates, create_conv2d
 from timm.models import ResNet, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck
 
@@ -48,24 +39,11 @@ class PreActBlock(nn.Module):
     The first convolution and the shortcut have the stride. ``drop_path`` is a module for stochastic depth.
     """
 
-    def __init__(
-            self,
-            in_chs: int,
-            out_chs: int,
-            stride: int = 1,
-            proj_drop: float = 0.,
-            act_layer: LayerType = nn.ReLU,
-            norm_layer: LayerType = nn.BatchNorm2d,
-            drop_path: Optional[nn.Module] = None,
-            device=None,
-            dtype=None,
-    ):
-        dd = {'device': device, 'dtype': dtype}
+    def __init__(self, in_chs: int, out_chs: int, stride: int = 1, proj_drop: float = 0., drop_path=None, **dd: Any):
         super().__init__()
-        norm_act_layer = get_norm_act_layer(norm_layer, act_layer)
-        self.norm1 = norm_act_layer(in_chs, **dd)
+        self.norm1 = BatchNormAct2d(in_chs, **dd)
         self.conv1 = create_conv2d(in_chs, out_chs, 3, stride=stride, **dd)
-        self.norm2 = norm_act_layer(out_chs, **dd)
+        self.norm2 = BatchNormAct2d(out_chs, **dd)
         self.drop = nn.Dropout(proj_drop)
         self.conv2 = create_conv2d(out_chs, out_chs, 3, **dd)
         self.drop_path = drop_path or nn.Identity()
@@ -78,10 +56,7 @@ class PreActBlock(nn.Module):
         x = self.norm1(x)
         if self.downsample is not None:
             shortcut = self.downsample(x)
-        x = self.conv1(x)
-        x = self.norm2(x)
-        x = self.drop(x)
-        x = self.conv2(x)
+        x = self.conv2(self.drop(self.norm2(self.conv1(x))))
         return self.drop_path(x) + shortcut
 
 
@@ -90,6 +65,15 @@ class ResNetCifar(CifarNet):
 
     With ``preact``, blocks are :class:`PreActBlock` with a projection where the shape changes (wide residual networks),
     else timm's ``BasicBlock`` with shortcuts without parameters.
+
+    Args:
+        layers: Number of blocks in each stage.
+        channels: Channels of each stage.
+        preact: Norm and activation before the convolutions, not after.
+        stem_width: Channels of the stem, None for those of the first stage.
+        num_classes, in_chans, global_pool, drop_rate: As in timm's models.
+        proj_drop_rate: Dropout between the convolutions of a block, with ``preact``.
+        drop_path_rate: Stochastic depth rate.
     """
 
     def __init__(
@@ -101,41 +85,21 @@ class ResNetCifar(CifarNet):
             num_classes: int = 100,
             in_chans: int = 3,
             global_pool: str = 'avg',
-            act_layer: LayerType = nn.ReLU,
-            norm_layer: LayerType = nn.BatchNorm2d,
             drop_rate: float = 0.,
             proj_drop_rate: float = 0.,
             drop_path_rate: float = 0.,
             device=None,
             dtype=None,
     ):
-        """
-        Args:
-            layers: Number of blocks in each stage.
-            channels: Channels of each stage.
-            preact: Norm and activation before the convolutions, not after.
-            stem_width: Channels of the stem, None for those of the first stage.
-            num_classes: Number of classes.
-            in_chans: Input channels.
-            global_pool: Type of the global pooling.
-            act_layer: Activation layer.
-            norm_layer: Normalization layer.
-            drop_rate: Dropout before the classifier.
-            proj_drop_rate: Dropout between the convolutions of a block, with ``preact``.
-            drop_path_rate: Stochastic depth rate.
-        """
         check_layout(layers, channels=channels)
         stem_width = stem_width or channels[0]
         if proj_drop_rate and not preact:
             raise ValueError(f'proj_drop_rate is {proj_drop_rate}, but only blocks of a wide network have such dropout')
         dd = {'device': device, 'dtype': dtype}
-        common = dict(act_layer=get_act_layer(act_layer), norm_layer=get_norm_layer(norm_layer), **dd)
         if preact:
-            stem = create_conv2d(in_chans, stem_width, 3, **dd)
-            norm = get_norm_act_layer(norm_layer, act_layer)(channels[-1], **dd)
+            stem, norm = create_conv2d(in_chans, stem_width, 3, **dd), BatchNormAct2d(channels[-1], **dd)
         else:
-            stem = ConvNormAct(in_chans, stem_width, 3, norm_layer=norm_layer, act_layer=act_layer, **dd)
-            norm = nn.Identity()
+            stem, norm = ConvNormAct(in_chans, stem_width, 3, **dd), nn.Identity()
 
         stages = []
         in_chs = stem_width
@@ -146,11 +110,11 @@ class ResNetCifar(CifarNet):
                 stride = 2 if stage_idx > 0 and block_idx == 0 else 1
                 drop_path = DropPath(rate) if rate > 0. else None
                 if preact:
-                    block = PreActBlock(in_chs, out_chs, stride, proj_drop_rate, drop_path=drop_path, **common)
+                    block = PreActBlock(in_chs, out_chs, stride, proj_drop_rate, drop_path, **dd)
                 else:
                     same = stride == 1 and in_chs == out_chs
                     shortcut = None if same else PadShortcut(in_chs, out_chs, stride)
-                    block = BasicBlock(in_chs, out_chs, stride, shortcut, drop_path=drop_path, **common)
+                    block = BasicBlock(in_chs, out_chs, stride, shortcut, drop_path=drop_path, **dd)
                 blocks.append(block)
                 in_chs = out_chs
             stages.append(nn.Sequential(*blocks))
@@ -160,70 +124,48 @@ class ResNetCifar(CifarNet):
 
 
 class ResNet3x3(ResNet):
-    """timm's ResNet with a 3x3 stem of stride 1 and no max-pooling, so that 32x32 images reach the head as 4x4.
-
-    Arguments and weights' initialization are timm's (the last norm of a block starts from zero).
-    """
+    """timm's ResNet with a 3x3 stem of stride 1 and no max-pooling, so that 32x32 images reach the head as 4x4."""
 
     def __init__(self, *args, in_chans: int = 3, device=None, dtype=None, **kwargs):
         super().__init__(*args, in_chans=in_chans, device=device, dtype=dtype, **kwargs)
         self.conv1 = create_conv2d(in_chans, self.bn1.num_features, 3, device=device, dtype=dtype)
         nn.init.kaiming_normal_(self.conv1.weight, mode='fan_out', nonlinearity='relu')
         self.maxpool = nn.Identity()
-        stem, *stages = self.feature_info
-        self.feature_info = [dict(stem, reduction=1)]
-        self.feature_info += [dict(stage, reduction=stage['reduction'] // 4) for stage in stages]
+        self.feature_info = [dict(stage, reduction=max(1, stage['reduction'] // 4)) for stage in self.feature_info]
 
 
-# Blocks per stage and channels of each network.
-_RESNETS = {
-    'resnet20_cifar': 3,
-    'resnet32_cifar': 5,
-    'resnet44_cifar': 7,
-    'resnet56_cifar': 9,
-    'resnet110_cifar': 18,
+# Each network: its class and arguments.
+_NETWORKS = {
+    'resnet20_cifar': (ResNetCifar, dict(layers=(3, 3, 3))),
+    'resnet32_cifar': (ResNetCifar, dict(layers=(5, 5, 5))),
+    'resnet44_cifar': (ResNetCifar, dict(layers=(7, 7, 7))),
+    'resnet56_cifar': (ResNetCifar, dict(layers=(9, 9, 9))),
+    'resnet110_cifar': (ResNetCifar, dict(layers=(18, 18, 18))),
+    'wrn_16_2_cifar': (ResNetCifar, dict(layers=(2, 2, 2), channels=(32, 64, 128), preact=True, stem_width=16)),
+    'wrn_28_10_cifar': (ResNetCifar, dict(layers=(4, 4, 4), channels=(160, 320, 640), preact=True, stem_width=16)),
+    'wrn_40_4_cifar': (ResNetCifar, dict(layers=(6, 6, 6), channels=(64, 128, 256), preact=True, stem_width=16)),
+    'resnet18_cifar': (ResNet3x3, dict(block=BasicBlock, layers=(2, 2, 2, 2))),
+    'resnet50_cifar': (ResNet3x3, dict(block=Bottleneck, layers=(3, 4, 6, 3))),
 }
-_WIDE_RESNETS = {
-    'wrn_16_2_cifar': (2, (32, 64, 128)),
-    'wrn_28_10_cifar': (4, (160, 320, 640)),
-    'wrn_40_4_cifar': (6, (64, 128, 256)),
-}
+
 
 default_cfgs = generate_default_cfgs({
-    **{name: cifar_cfg() for name in _RESNETS},
-    **{name: cifar_cfg(first_conv='stem') for name in _WIDE_RESNETS},
-    'resnet18_cifar': cifar_cfg(pool_size=(4, 4), first_conv='conv1', classifier='fc'),
-    'resnet50_cifar': cifar_cfg(pool_size=(4, 4), first_conv='conv1', classifier='fc'),
+    name: cifar_cfg(pool_size=(4, 4), first_conv='conv1', classifier='fc') if cls is ResNet3x3
+    else cifar_cfg(first_conv='stem' if 'preact' in model_args else 'stem.conv')
+    for name, (cls, model_args) in _NETWORKS.items()
 })
 
 
-def _register(name: str, doc: str, **model_args: Any) -> None:
+def _register(name: str, cls: type, model_args: dict) -> None:
     """Register an entry point, as the decorator of timm's own does, and make it a function of this module."""
-    def entry_point(pretrained: bool = False, **kwargs) -> ResNetCifar:
-        return create_cifar_model(ResNetCifar, name, pretrained, **dict(model_args, **kwargs))
+    def entry_point(pretrained: bool = False, **kwargs) -> nn.Module:
+        create = build_model_with_cfg if cls is ResNet3x3 else create_cifar_model
+        return create(cls, name, pretrained, **dict(model_args, **kwargs))
 
     entry_point.__name__ = entry_point.__qualname__ = name
-    entry_point.__doc__ = doc
+    entry_point.__doc__ = f'{cls.__name__} of {model_args["layers"]} blocks for 32x32 images.'
     globals()[name] = register_model(entry_point)
 
 
-for _name, _blocks in _RESNETS.items():
-    _register(_name, f'ResNet for 32x32 images, {_blocks} blocks a stage.', layers=(_blocks,) * 3)
-
-for _name, (_blocks, _channels) in _WIDE_RESNETS.items():
-    _doc = f'Wide ResNet for 32x32 images, {_blocks} blocks a stage with {_channels} channels.'
-    _register(_name, _doc, layers=(_blocks,) * 3, channels=_channels, preact=True, stem_width=16)
-
-
-@register_model
-def resnet18_cifar(pretrained: bool = False, **kwargs) -> ResNet3x3:
-    """ResNet-18 with a 3x3 stem and no max-pooling."""
-    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
-    return build_model_with_cfg(ResNet3x3, 'resnet18_cifar', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def resnet50_cifar(pretrained: bool = False, **kwargs) -> ResNet3x3:
-    """ResNet-50 with a 3x3 stem and no max-pooling."""
-    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
-    return build_model_with_cfg(ResNet3x3, 'resnet50_cifar', pretrained, **dict(model_args, **kwargs))
+for _name, _network in _NETWORKS.items():
+    _register(_name, *_network)

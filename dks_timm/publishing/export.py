@@ -22,8 +22,7 @@ from timm.models._hub import save_config_for_hf  # private: timm models._hub.sav
 from timm.utils import load_checkpoint_metadata, unwrap_model
 
 from ..errors import UNREADABLE, ExportError, InputError, naming
-from ..method.branch_files import load_checkpoint_branches, plain_tensors, save_branches
-from ..method.create import create_dks_model
+from ..method.create import create_dks_model, load_checkpoint_branches, plain_tensors, save_branches
 from ..method.model import DKSModel, prune
 from ..models import ARCHITECTURES
 from ..training.build import check_model_name, create_model

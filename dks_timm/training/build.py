@@ -92,10 +92,8 @@ def _add_branches(args, backbone, kwargs):
         backbone, args.model, args.pretrained, kwargs, layout=layout, batch_fraction=args.dks_batch_fraction)
     _logger.info(model.describe())
     if args.dks_batch_fraction < 1 or args.dks_every > 1:
-        cost = training_cost(model, kwargs['in_chans'])
-        if cost is not None:
-            _logger.info(
-                f'Training forward, on average: {1 + (cost - 1) / args.dks_every:.2f}x the FLOPs of the backbone.')
+        cost = training_cost(model, args.dks_every)
+        _logger.info(f'Training forward, on average: {cost:.2f}x the FLOPs of the backbone.')
     return model
 
 

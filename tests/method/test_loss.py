@@ -4,10 +4,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.loss import (
-    BinaryCrossEntropy,
-    create_classification_loss,
-)
+from timm.loss import BinaryCrossEntropy, create_classification_loss
 
 from dks_timm import create_dks_model
 from dks_timm.method.loss import DIRECTIONS, DKSLoss, synergy_loss
@@ -122,9 +119,7 @@ def test_gradient_is_the_closed_form_of_the_paper(temperature, target='unnormali
 
 def test_the_diagonal_of_a_matrix_is_ignored():
     weight = [[float('nan'), 2.0], [1.0, -1.0]]
-    expected = synergy_loss(make_logits(2), [[0.0, 2.0], [1.0, 0.0]])
-    assert synergy_loss(make_logits(2), weight) == expected
-    assert DKSLoss(synergy_weight=weight).resolve_weights(2)[1] == ((0.0, 2.0), (1.0, 0.0))
+    assert synergy_loss(make_logits(2), weight) == synergy_loss(make_logits(2), [[0.0, 2.0], [1.0, 0.0]])
 
 
 def test_second_derivatives_equal_the_pairwise_form():
@@ -137,16 +132,6 @@ def test_second_derivatives_equal_the_pairwise_form():
         products.append(torch.autograd.grad(grads, logits, vectors))
     for product, expected in zip(*products, strict=True):
         torch.testing.assert_close(product, expected, rtol=1e-10, atol=1e-10)
-
-
-def test_a_frozen_classifier_still_teaches():
-    logits, target = make_logits(), make_target()
-    expected = torch.autograd.grad(DKSLoss()(logits, target)['loss'], logits)
-    logits[1] = logits[1].detach()
-    DKSLoss()(logits, target)['loss'].backward()
-    assert logits[1].grad is None
-    torch.testing.assert_close(logits[0].grad, expected[0])
-    torch.testing.assert_close(logits[2].grad, expected[2])
 
 
 def test_kept_memory_is_linear_in_the_number_of_classifiers():
@@ -175,12 +160,6 @@ def test_an_image_without_label_learns_from_the_other_classifiers_alone():
         torch.testing.assert_close(grad[1], other[1])
 
 
-@pytest.mark.parametrize('target', [CLASSES, -1])
-def test_an_index_that_no_class_has_is_named_with_the_number_of_classes(target):
-    with pytest.raises(IndexError, match=f'Target {target} is out of bounds. There are {CLASSES} classes'):
-        DKSLoss()(make_logits(), torch.tensor([0, 1, 2, 3, 4, target]))
-
-
 @pytest.mark.parametrize('criterion, target', [
     (None, 'index'), (None, 'dense'), (BinaryCrossEntropy(smoothing=0.0), 'index')])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -195,13 +174,6 @@ def test_classes_masked_by_infinite_logits_are_as_if_they_were_not_there(dtype, 
     torch.testing.assert_close(found['synergy'], expected['synergy'])
     for grad in torch.autograd.grad(found['loss'], whole):
         assert grad.isfinite().all() and not grad[:, [0, -2, -1]].any()
-
-
-def test_an_empty_batch_has_the_mean_of_nothing_and_no_gradient():
-    logits = make_logits(shape=(0, CLASSES))
-    out = DKSLoss()(logits, torch.zeros(0, dtype=torch.long))
-    assert out['loss'].isnan() and out['ce'].isnan().all()
-    assert [grad.shape for grad in torch.autograd.grad(out['loss'], logits)] == [(0, CLASSES)] * 3
 
 
 def test_transforms_of_functions_give_the_same_gradients():
@@ -309,42 +281,6 @@ def test_low_precision_logits_are_computed_in_float32(autocast, dtype, criterion
         torch.testing.assert_close(grad, other.to(dtype))
 
 
-def test_classifiers_may_differ_in_dtype():
-    logits = make_logits(dtype=torch.float32)
-    mixed = [logits[0], logits[1].detach().to(torch.bfloat16).requires_grad_(), logits[2]]
-    out = DKSLoss()(mixed, make_target())
-    out['loss'].backward()
-    assert out['loss'].dtype == torch.float32
-    assert [z.grad.dtype for z in mixed] == [torch.float32, torch.bfloat16, torch.float32]
-
-
-def test_a_scaled_float16_loss_keeps_small_gradients():
-    logits = make_logits(dtype=torch.float16, shape=(64, 1000), scale=1.0)
-    exact = [z.detach().double().requires_grad_() for z in logits]
-    target = make_target(shape=(64, 1000))
-    (DKSLoss()(logits, target)['loss'] * 2 ** 14).backward()
-    (DKSLoss()(exact, target)['loss'] * 2 ** 14).backward()
-    for z, other in zip(logits, exact, strict=True):
-        torch.testing.assert_close(z.grad.double(), other.grad, rtol=2e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize('shape', [(256, 1000), (32, 21841)])
-def test_float32_stays_close_to_float64_at_imagenet_sizes(shape):
-    logits = make_logits(dtype=torch.float32, shape=shape)
-    assert_equals_reference(DKSLoss(temperature=3.0), logits, make_target(shape=shape), rtol=1e-6, temperature=3.0)
-
-
-@pytest.mark.parametrize('offset', [0.0, 50.0])
-@pytest.mark.parametrize('difference', [1e-1, 1e-3])
-def test_float32_keeps_its_digits_where_classifiers_agree(difference, offset):
-    base = 3 * torch.randn(32, 1000)
-    logits = [base, base + difference * torch.randn(32, 1000), base + offset]
-    synergy = DKSLoss()(logits, make_target(shape=(32, 1000)))['synergy']
-    expected = torch.tensor([[float(pair) for pair in row] for row in pair_matrix(logits)])
-    assert synergy.min() >= 0
-    torch.testing.assert_close(synergy, expected, rtol=1e-2, atol=2e-8 if not offset else 1e-6)
-
-
 @pytest.mark.parametrize('case', ['huge', 'offset', 'masked', 'masked in one', 'one class', 'one image', 'underflow'])
 @pytest.mark.parametrize('target', ['index', 'dense'])
 def test_extreme_logits_give_finite_values_and_gradients(case, target):
@@ -377,13 +313,13 @@ def test_extreme_logits_give_finite_values_and_gradients(case, target):
 @pytest.mark.parametrize('options, target', [
     (dict(), 'dense'), (dict(temperature=2.0, direction='top-down'), 'index'),
     (dict(criterion=BinaryCrossEntropy()), 'dense')], ids=str)
-def test_compiles_without_a_graph_break(options, target, backend='aot_eager'):
+def test_compiles_without_a_graph_break(options, target):
     torch.compiler.reset()
     logits, target = make_logits(dtype=torch.float32), make_target(target).float()
     target = target if target.ndim == 2 else target.long()
     loss_fn = DKSLoss(**options)
     expected = loss_fn(logits, target)
-    compiled = torch.compile(loss_fn, backend=backend, fullgraph=True)
+    compiled = torch.compile(loss_fn, backend='aot_eager', fullgraph=True)
     out = compiled(logits, target)
     for name in out:
         torch.testing.assert_close(out[name], expected[name])
@@ -392,21 +328,8 @@ def test_compiles_without_a_graph_break(options, target, backend='aot_eager'):
         torch.testing.assert_close(grad, other)
 
 
-def test_a_compiled_loss_takes_any_batch_size_and_a_matrix():
-    torch.compiler.reset()
-    compiled = torch.compile(synergy_loss, backend='aot_eager', fullgraph=True)
-    for batch_size in (8, 6, 5):
-        logits = make_logits(4, torch.float32, shape=(batch_size, CLASSES))
-        torch.testing.assert_close(compiled(logits, MATRIX, 'bottom-up'), synergy_loss(logits, MATRIX, 'bottom-up'))
-
-
-@pytest.mark.slow
-def test_compiles_with_inductor():
-    test_compiles_without_a_graph_break(dict(temperature=2.0), 'index', 'inductor')
-
-
 @pytest.mark.parametrize('partial', [False, True])
-def test_a_whole_step_compiles_without_a_graph_break(partial, backend='aot_eager'):
+def test_a_whole_step_compiles_without_a_graph_break(partial):
     torch.compiler.reset()
     net = create_dks_model('test_resnet', num_classes=CLASSES, batch_fraction=0.5 if partial else 1.0).train()
     net.apply(lambda m: m.eval() if isinstance(m, torch.nn.BatchNorm2d) else m)  # else the first run changes the second
@@ -417,16 +340,11 @@ def test_a_whole_step_compiles_without_a_graph_break(partial, backend='aot_eager
         return loss_fn(net(images), target)
 
     results = []
-    for function in (step, torch.compile(step, backend=backend, fullgraph=True)):
+    for function in (step, torch.compile(step, backend='aot_eager', fullgraph=True)):
         out = function(images, target)
         results.append([*out.values(), *torch.autograd.grad(out['loss'], net.parameters())])
     for value, expected in zip(*results, strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_a_whole_step_compiles_with_inductor():
-    test_a_whole_step_compiles_without_a_graph_break(False, 'inductor')
 
 
 # Training
@@ -466,19 +384,12 @@ def test_training_is_that_of_the_published_form():
 
 
 @pytest.mark.parametrize('options, message', [
-    (dict(ce_weight=[[1.0, 2.0]]), r'ce_weight must be a number or one per classifier, got \[\[1.0, 2.0\]\]'),
-    (dict(ce_weight='much'), "ce_weight must be a number or one per classifier, got 'much'"),
-    (dict(ce_weight=[1.0, None]), r'ce_weight must be a number or one per classifier, got \[1.0, None\]'),
-    (dict(ce_weight=-1), 'ce_weight must be finite and not negative, got -1'),
-    (dict(ce_weight=[1.0, float('nan')]), 'ce_weight must be finite and not negative'),
-    (dict(synergy_weight=[1.0, 1.0]), r'synergy_weight must be a number or an M x M matrix.*, got \[1.0, 1.0\]'),
+    (dict(ce_weight=[[1.0, 2.0]]), r'ce_weight must be .* a number or one per classifier, got \[\[1.0, 2.0\]\]'),
+    (dict(ce_weight=-1), 'ce_weight must be finite and not negative.*, got -1'),
     (dict(synergy_weight=[[1.0, 1.0], [1.0]]), r'synergy_weight must be .* got \[\[1.0, 1.0\], \[1.0\]\]'),
-    (dict(synergy_weight=torch.ones(1, 2)), r'synergy_weight must be .* got \[\[1.0, 1.0\]\]'),
-    (dict(synergy_weight=float('inf')), 'synergy_weight must be finite and not negative, got inf'),
+    (dict(synergy_weight=float('inf')), 'synergy_weight must be finite and not negative.*, got inf'),
     (dict(direction='sideways'), "direction must be one of both, top-down, bottom-up, none, got 'sideways'"),
     (dict(temperature=0), 'temperature must be a positive number, got 0'),
-    (dict(temperature=float('inf')), 'temperature must be a positive number, got inf'),
-    (dict(temperature='hot'), "temperature must be a positive number, got 'hot'"),
 ])
 def test_bad_options_are_named_at_construction(options, message):
     with pytest.raises(ValueError, match=message):

@@ -15,7 +15,6 @@ from timm.utils import ModelEmaV3
 
 import dks_timm
 from dks_timm import DKSModel, create_dks_model, prune
-from dks_timm.method.plan import BranchBuilder, BranchSpec
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -161,20 +160,6 @@ def test_backbone_parameters_get_the_same_optimizer_group_as_without_branches(na
     assert {scale for _, scale in settings(net, 'branches.').values()} == {1.0}
 
 
-def test_no_weight_decay_reaches_the_tails():
-    net = make('test_vit', branches='tail')
-    assert 'backbone.pos_embed' in net.no_weight_decay()
-    assert 'branches.0.template.pos_embed' in net.no_weight_decay()
-
-
-def test_get_classifiers_lists_all_heads():
-    net = make()
-    heads = net.get_classifiers()
-    assert heads[0] is net.get_classifier() is net.backbone.fc
-    assert len(heads) == 3 and all(h.out_features == 5 for h in heads)
-    assert len(make('deit_tiny_distilled_patch16_224').get_classifiers()) == 6
-
-
 def replaced_one_by_one(net):
     for branch in net.branches:
         parent, _, name = branch.source.rpartition('.')
@@ -229,47 +214,6 @@ def test_a_model_answers_several_threads_at_once():
     assert in_threads([functools.partial(right, i) for i in range(6)], rounds=10) == [True] * 60
 
 
-def test_replicas_in_threads_train_on_their_own_features():
-    net = create_dks_model('test_convnext', num_classes=5).train()
-    images = [torch.randn(2, 3, 64, 64) for _ in range(2)]
-    expected = [net(x) for x in images]
-
-    def replicate(module):  # as nn.DataParallel, which copies to other devices besides
-        replica = module._replicate_for_data_parallel()
-        for name, parameter in module._parameters.items():
-            object.__setattr__(replica, name, parameter)
-            replica._parameters[name] = parameter
-        for name, child in module._modules.items():
-            replica._modules[name] = replicate(child)
-        return replica
-
-    def right(replica, i):
-        return all(torch.allclose(z, other, atol=1e-5) for z, other in zip(
-            replica(images[i]), expected[i], strict=True))
-
-    found = in_threads([functools.partial(right, replicate(net), i) for i in range(2)], rounds=10)
-    assert found == [True] * 20
-
-
-def test_a_forward_within_a_forward_leaves_its_features_alone():
-    net = create_dks_model('test_resnet', num_classes=5).eval()
-    first, second = torch.randn(2, 3, 64, 64), torch.randn(2, 3, 64, 64)
-    expected = net.exits(first)
-    inner = []
-
-    def another(*_):
-        if not inner:
-            inner.append(None)
-            net(second), net.early_exit(second, 0.)
-            inner.extend(net.exits(second))
-
-    net.backbone.get_submodule(net.branches[0].source).register_forward_hook(another)
-    for z, other in zip(net.exits(first), expected, strict=True):
-        assert torch.equal(z, other)
-    for z, other in zip(net.exits(second), inner[1:], strict=True):
-        assert torch.equal(z, other)
-
-
 @pytest.mark.parametrize('name, size', [('xception41p', 64), ('test_resnet', 64), ('test_vit', 160)])
 def test_two_forwards_before_one_backward_recompute_each_its_own(name, size):
     net = create_dks_model(name, num_classes=5).train()
@@ -307,40 +251,6 @@ def test_grad_checkpointing_is_not_reentrant_as_branches_would_not_train_the_bac
         set_reentrant_ckpt(False)
 
 
-class Biased(nn.Module):
-    """Adds to the output of its first stage in place."""
-    num_classes, num_features = 5, 8
-    pretrained_cfg = dict(architecture='biased', num_classes=5, input_size=(3, 32, 32))
-    feature_info = [dict(num_chs=8, reduction=2, module='stage0'), dict(num_chs=8, reduction=4, module='stage1')]
-
-    def __init__(self):
-        super().__init__()
-        self.stage0 = nn.Conv2d(3, 8, 3, 2)
-        self.stage1 = nn.Conv2d(8, 8, 3, 2)
-        self.bias = nn.Parameter(torch.ones(1, 8, 1, 1))
-        self.fc = nn.Linear(8, 5)
-
-    def forward(self, x):
-        x = self.stage0(x)
-        x += self.bias
-        return self.fc(self.stage1(x).mean((2, 3)))
-
-    def get_classifier(self):
-        return self.fc
-
-
-def test_a_branch_gets_features_as_they_were_before_the_network_writes_into_them(monkeypatch):
-    monkeypatch.setattr('dks_timm.method.plan.Template.make', lambda self, **overrides: Biased())
-    backbone = Biased().eval()
-    branch = BranchBuilder(backbone).build(0, BranchSpec('tail', 'whole tail'))
-    branch.start_from(backbone)
-    net = DKSModel(backbone, [branch]).eval()
-    with torch.no_grad():
-        whole, tail = net.exits(torch.randn(2, 3, 32, 32))
-    assert branch.written
-    torch.testing.assert_close(tail, whole)
-
-
 @pytest.mark.parametrize('name, kwargs', [
     ('test_resnet', dict()), ('test_vit', dict()), ('test_convnext', dict()), ('resnet20_cifar', dict()),
     ('test_efficientnet', dict(branches='conv'))])
@@ -366,28 +276,11 @@ def test_reset_classifier_renews_every_head_and_nothing_else(name, kwargs):
     assert all(p.grad is not None for head in net.get_classifiers() for p in head.parameters())
 
 
-def test_reset_classifier_keeps_device_and_precision_and_takes_a_pooling():
-    net = create_dks_model('test_resnet', num_classes=5).to(torch.bfloat16)
-    net.reset_classifier(3, 'max')
-    assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
-    assert net.backbone.global_pool.pool_type == 'max'
-    assert all(branch.template.global_pool.pool_type == 'max' for branch in net.branches)
-
-
 def test_describe_lists_every_classifier():
     table = make().describe()
     assert table.splitlines()[0].split() == ['classifier', 'stage', 'kind', 'parameters', 'made', 'of']
     assert '2 (layer2, 128 channels, /8)' in table and '3 (layer3, 256 channels, /16)' in table
     assert [' tail ' in line for line in table.splitlines()] == [False, False, True, True]
-
-
-def test_frozen_parts_of_the_backbone_stay_frozen_while_branches_on_them_learn():
-    net = make()
-    for part in (net.backbone.conv1, net.backbone.bn1, net.backbone.layer1, net.backbone.layer2, net.backbone.layer3):
-        part.requires_grad_(False)
-    sum(z.square().sum() for z in net(IMAGES)).backward()
-    assert all(p.grad is None for p in net.parameters() if not p.requires_grad)
-    assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
 
 
 def test_fine_tuning_with_new_classes_starts_backbone_and_tails_from_the_weights(tmp_path):
