@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 __all__ = [
     'creation_args', 'feature_take_indices', 'has_started', 'hf_split', 'replace_batch_sampler', 'rounding_generator',
-    'save_config_for_hf', 'tree_leaves', 'tree_map_only', 'version_of']
+    'save_config_for_hf', 'tree_leaves', 'tree_map_only']
 
 
 def replace_batch_sampler(loader: DataLoader, batch_sampler: Any) -> None:
@@ -36,8 +36,3 @@ def rounding_generator(average: Optional[nn.Module]) -> Optional[torch.Generator
 def creation_args(model: nn.Module) -> Dict[str, Any]:
     """Return the arguments that ``timm.create_model`` noted on a model (timm 1.0.31)."""
     return getattr(model, '_model_args', {})
-
-
-def version_of(tensor: torch.Tensor) -> int:
-    """Return how often a tensor was written into (torch 2.6 to 2.14)."""
-    return tensor._version

@@ -85,15 +85,6 @@ def flag(name: str) -> str:
     return '--' + (name if name == 'local_rank' else name.replace('_', '-'))
 
 
-def works(function) -> bool:
-    """True if a function raises nothing."""
-    try:
-        function()
-    except Exception:
-        return False
-    return True
-
-
 @contextlib.contextmanager
 def naming(subject: str, *errors):
     """Raise an OptionError that names flag and value, the subject, in place of the errors of a library for bad input.

@@ -15,9 +15,9 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models import parse_model_name
-from timm.models._hub import hf_split  # private: timm models._hub
 from timm.utils import load_checkpoint_metadata
 
+from .._compat import hf_split
 from ..errors import InputError
 from .model import DKSModel
 from .plan import WEIGHT_SOURCES

@@ -14,6 +14,7 @@ from timm.layers import BatchNormAct2d, LayerNormAct2d, to_2tuple
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import models  # noqa: F401  (registers its networks with timm)
+from .._compat import creation_args
 from ..errors import InputError
 from .branches import Branch, ConvBranch, Layout, Tail
 from .stages import Stage, list_stages
@@ -68,13 +69,6 @@ class BranchSpec:
     widens: bool = True  # of convolutions: double the width where the resolution halves, up to the backbone's
 
 
-def run_bare(architecture: str) -> None:
-    """Make and run a timm model without any settings, to tell whether it is these that do not work."""
-    with torch.device('meta'):
-        model = timm.create_model(architecture).eval()
-        model(torch.zeros(TRACE_BATCH, *model.pretrained_cfg['input_size']))
-
-
 def split_branch_kwargs(branch_kwargs: Dict[str, Any], stages: Sequence[int]) -> Dict[int, Dict[str, Any]]:
     """Return the overrides of every stage: ``'2.layers'`` is for stage 2 alone, ``'layers'`` for those without."""
     found: Dict[int, Dict[str, Any]] = {stage: {} for stage in stages}
@@ -108,7 +102,7 @@ class BranchBuilder:
             raise InputError(f'{name} has no classifier (num_classes is 0); give it one with num_classes.')
         self.backbone = backbone
         self.stages = list_stages(backbone)
-        noted = getattr(backbone, '_model_args', {})  # private: timm _model_args, which 1.0.31 and later set
+        noted = creation_args(backbone)
         kwargs = {k: v for k, v in {**noted, **(model_kwargs or {})}.items() if k not in WEIGHT_SOURCES}
         # The configuration decides about image size and pooling where the arguments do not.
         self.kwargs = {**kwargs, 'pretrained_cfg': cfg, 'num_classes': backbone.num_classes}

@@ -13,8 +13,8 @@ from typing import Any, Callable, Dict, FrozenSet, List, Tuple
 import torch
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map_only  # private: torch utils._pytree
 
+from .._compat import tree_map_only
 from .stages import Stage
 from .trace import TRACE_BATCH, SurgeryError, Trace, map_tensors, planning_mode, shapes
 

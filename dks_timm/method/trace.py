@@ -9,9 +9,9 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import torch
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves, tree_map_only  # private: torch utils._pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from .._compat import tree_leaves, tree_map_only
 from ..errors import InputError
 from .stages import Stage
 

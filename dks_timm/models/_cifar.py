@@ -5,7 +5,8 @@ import torch
 import torch.nn as nn
 from timm.layers import ClassifierHead
 from timm.models import build_model_with_cfg, checkpoint_seq
-from timm.models._features import feature_take_indices  # private: timm models._features
+
+from .._compat import feature_take_indices
 
 
 def cifar_cfg(**kwargs: Any) -> Dict[str, Any]:

@@ -18,9 +18,9 @@ from huggingface_hub import EvalResult
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_input_data_config
 from timm.models import load_checkpoint
-from timm.models._hub import save_config_for_hf  # private: timm models._hub.save_config_for_hf
 from timm.utils import load_checkpoint_metadata, unwrap_model
 
+from .._compat import save_config_for_hf
 from ..errors import UNREADABLE, ExportError, InputError, naming
 from ..method.create import create_dks_model, load_checkpoint_branches, plain_tensors, save_branches
 from ..method.model import DKSModel, prune
