@@ -38,7 +38,7 @@ PROGRESS = re.compile(r'Epoch (\d+) \[(\d+)/(\d+)\]')  # what train.py logs afte
 
 
 def arguments(args, run: Run):
-    """What starts or continues a run, from the folder of train.py."""
+    """Return the command that starts or continues a run, from the folder of train.py."""
     return [
         'train.py', '--config', from_root(RECIPES / f'{run.row}.yaml'),
         '--data-dir', from_root(data_dir(args, run.row)), '--seed', str(run.seed), *run.flags, *args.extra,
@@ -47,7 +47,7 @@ def arguments(args, run: Run):
 
 
 def data_dir(args, row: str) -> Path:
-    """Where the images of a row are."""
+    """Return the folder of the images of a row."""
     if 'classes' in ROWS[row]:
         return Path(args.output, 'data', row)
     return Path(args.data_dir or Path(args.output, 'data', 'cifar100'))

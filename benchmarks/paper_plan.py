@@ -111,12 +111,12 @@ class Run:
 
     @property
     def flags(self):
-        """What chooses the method and, where it is not the recipe's, the length."""
+        """Return the flags of the method and, where it is not the recipe's, of the length."""
         flags = [flag.format(third=self.epochs // 3) for flag in METHODS[self.method][1]]
         return flags if self.as_recipe else [*flags, '--epochs', str(self.epochs)]
 
     def lines(self):
-        """What is known of its epochs."""
+        """Return the records of its epochs."""
         if not self.results.exists():
             return []
         return [json.loads(line) for line in self.results.read_text().splitlines()]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What DKS costs in training: a step, the loss, and train.py around the step.
+"""The cost of DKS in training: a step, the loss, and train.py around the step.
 
     python benchmarks/speed.py step        # time, memory and FLOPs of a step: plain, deep supervision (DS), DKS
     python benchmarks/speed.py loss        # DKSLoss beside the authors' published form, and F.kl_div pair by pair

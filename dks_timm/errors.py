@@ -112,7 +112,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def exit_out_of_memory():
-    """Where memory runs out, end with exit code 1, the traceback, and the flags that need less of it."""
+    """End with exit code 1, the traceback and the flags that need less memory, where that runs out."""
     try:
         yield
     except Exception as e:

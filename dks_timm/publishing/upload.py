@@ -1,4 +1,4 @@
-"""What a push asks of the Hub, as a script of its own: a process can be ended where the client waits without bound.
+"""The requests of a push, as a script of its own: a process can be ended where the client waits without bound.
 
 It reads a request from stdin and writes the URL of the commit, or what went wrong, to stdout; see `push._ask_hub`. It
 is run by its path and imports the Hub's client alone, so that it starts within a second.
