@@ -12,8 +12,6 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from ..errors import UNREADABLE, InputError, naming
 from ..training.config import check_types, create_parser
 
-__all__ = ['METHODS', 'Run', 'best_epoch', 'dataset_name', 'group_runs', 'read_run', 'read_summary', 'run_settings']
-
 PathLike = Union[str, os.PathLike]
 Epoch = Dict[str, float]  # a row of summary.csv
 

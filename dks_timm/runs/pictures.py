@@ -6,8 +6,6 @@ from typing import Dict, Iterable, Mapping, NamedTuple, Optional, Sequence, Tupl
 
 from ..errors import printable
 
-__all__ = ['INKS', 'Chart', 'column_lines', 'curves_svg', 'draw', 'themed']
-
 # Each on a light and on a dark page. Those of the lines, c0 to c7, can be told apart without red and green
 # (after Okabe and Ito).
 INKS = dict(

@@ -16,8 +16,6 @@ from ..errors import InputError, naming, printable
 from .folder import Run, dataset_name, group_runs, read_run, run_settings
 from .pictures import INKS, Chart, Points, column_lines, draw, themed
 
-__all__ = ['write_report']
-
 PathLike = Union[str, os.PathLike]
 Section = Dict[str, Any]  # of the page: title, and where it has them: text, columns and rows of a table, charts
 
@@ -29,11 +27,8 @@ def write_report(folders: Sequence[PathLike], out_dir: Optional[PathLike] = None
     """Write a page about runs, ``index.html``, with its pictures as SVG files beside it.
 
     Args:
-        folders: Folders of runs; what is missing in them is said on the page.
-        out_dir: Where to write; None takes ``report`` in the folder of a single run, ``report`` here for several.
-
-    Returns:
-        Path of the page.
+        folders: Folders of runs.
+        out_dir: Folder to write to; None takes ``report`` in the folder of a single run, ``report`` here for several.
 
     Raises:
         ValueError: A folder holds no run, or ``out_dir`` holds another page or cannot be written to.

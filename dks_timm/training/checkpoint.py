@@ -191,12 +191,8 @@ def write_text(path, text: str) -> None:
 
 
 class Output:
-    """Output of a run that may fail: a warning says so once, and the run goes on.
-
-    Attributes:
-        failure: Why it could not be written the last time, or ''.
-    """
-    failure = ''
+    """Output of a run that may fail: a warning says so once, and the run goes on."""
+    failure = ''  # why it could not be written the last time
 
     def attempt(self, name: str, write: Callable, *args, **kwargs):
         """Call a function that writes; return its result, or None where it failed."""
@@ -214,13 +210,8 @@ class Output:
 
 
 class Saver(Output, CheckpointSaver):
-    """timm's saver, whose files are whole or not there, and hold the state of the run, its configuration and facts.
-
-    Attributes:
-        run: The state of the run, from :meth:`dks_timm.training.resume.RunState.collect`.
-        facts: Findings of the run, which the saved arguments hold beside the configuration, for export and report.
-    """
-    run: Optional[Dict[str, Any]] = None
+    """timm's saver, whose files are whole or not there, and hold the state of the run, its configuration and facts."""
+    run: Optional[Dict[str, Any]] = None  # from RunState.collect
     source = ''  # an existing checkpoint to take in place of writing one
 
     def __init__(self, *args: Any, facts: Optional[Dict[str, Any]] = None, **kwargs: Any):

@@ -16,19 +16,14 @@ class Progress:
     """The steps of an epoch or of an evaluation: a bar on the main process's terminal, lines of the log elsewhere.
 
     Lines of the log erase the bar (see :class:`dks_timm.errors.LogFormatter`), and it is drawn again below them.
-
-    Args:
-        accelerator: Of the run.
-        title: Name of the epoch or evaluation.
-        total: Steps in all.
-        done: Steps before the run was resumed.
+    ``done`` of the ``total`` steps were done before the run was resumed.
     """
 
     def __init__(self, accelerator, title: str, total: int, done: int = 0):
         self.title, self.total, self.done, self.done_before = title, total, done, done
         self.main = accelerator.is_main_process
         self.live = self.main and sys.stderr.isatty()
-        self.start, self.end = time.monotonic(), None
+        self.start = time.monotonic()
         self.bar = tqdm(
             total=total,
             initial=done,
@@ -45,15 +40,13 @@ class Progress:
         return self
 
     def __exit__(self, *exc):
-        self.end = time.monotonic()
         self.bar.close()
         if self.live:
             logging.captureWarnings(False)
 
     @property
     def seconds(self) -> float:
-        """Seconds since the start, until the end."""
-        return (self.end or time.monotonic()) - self.start
+        return time.monotonic() - self.start
 
     @property
     def steps_per_second(self) -> float:

@@ -74,15 +74,7 @@ def model_dtype(args):
 
 
 def create_loaders(args, train, val, data_config, model, accelerator):
-    """Create timm's loaders, with Mixup where it was asked for.
-
-    Args:
-        args: The configuration.
-        train: Train dataset.
-        val: Evaluation dataset or None.
-        data_config: What timm's resolve_data_config returns.
-        model: The model, for its number of classes and, with --naflex-loader, its patch size.
-        accelerator: Accelerate's Accelerator, for the device of batches and the processes that share the data.
+    """Create timm's loaders of two datasets (``val`` may be None), by timm's ``data_config``.
 
     Returns:
         Train loader, evaluation loader or None, the Mixup that the loop has to apply itself or None, and the

@@ -25,15 +25,11 @@ class DeviceLoader:
     device, the number of processes, or other draws of random numbers.
 
     Args:
-        dataset: The dataset that the images came from.
-        images: uint8 (N, C, H, W).
+        images: uint8 (N, C, H, W), decoded from ``dataset``.
         targets: (N,) or (N, num_classes).
-        batch_size: Images a batch of this process.
+        batch_size: Images a batch of this process, the ``rank``-th of ``world_size``.
         is_training: Shuffle, augment, and leave out a last batch that is not full.
-        mean: Mean of the pixels, at most 1, as for timm's loaders; std alike.
         pad: Pixels of reflection on each side, out of which a crop of the image's own size is taken.
-        hflip: Probability of a horizontal flip; vflip alike.
-        rank: Index of this process, of world_size that share the dataset.
     """
     batch_sampler = None
     mixup_enabled = False  # the training loop mixes
@@ -117,15 +113,7 @@ def _mix(*numbers: int) -> int:
 
 
 def decode(dataset, transform, input_size: Tuple[int, int, int], device, workers: int, name: str):
-    """Read a whole map-style dataset of PIL images.
-
-    Args:
-        transform: Turns an image into a uint8 tensor of the input size: channels, height and width.
-        name: Name of the dataset for the log.
-
-    Returns:
-        Images, uint8 (N, C, H, W), and targets (N,), on the device.
-    """
+    """Read a whole dataset of PIL images; return images, uint8 (N, C, H, W), and targets (N,), on the device."""
     start = time.monotonic()
     dataset.transform = transform
     # A generator of its own: the global random state is the same afterwards.

@@ -156,11 +156,7 @@ def refuse_together():
 
 
 def share(refusal: str = '', facts: Optional[dict] = None) -> None:
-    """Exchange refusals, and compare facts (values by name) that have to be the same everywhere, in all processes.
-
-    Raises:
-        SharedError: Another process refuses, or facts differ.
-    """
+    """Raise a SharedError where another process refuses, or has other facts (values by name), in all processes."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return
     told = [None] * torch.distributed.get_world_size()

@@ -71,13 +71,8 @@ def check_label(label, num_classes, name: str = ''):
 class Images(ImageDataset):
     """timm's ImageDataset, which passes over files of any kind that cannot be decoded, and names them.
 
-    Readable images come out as timm's do, and nothing random is drawn for the others.
-
-    Args:
-        reader: A reader of timm or a dataset of torchvision, of files or of images that are decoded already.
-        input_img_mode: Pillow mode that images are converted to.
-        max_bad: Most unreadable images in a row.
-        target_transform: Maps the reader's labels to others.
+    Readable images come out as timm's do, and nothing random is drawn for the others. The reader is one of timm's or a
+    dataset of torchvision, of files or of images that are decoded already; ``max_bad`` is --max-bad-images.
     """
 
     def __init__(self, reader, input_img_mode: str, max_bad: int, target_transform=None):

@@ -184,10 +184,7 @@ class Fetches:
         return batch
 
     def state(self, done: int, now: bool = False) -> Dict[str, Any]:
-        """Return the state to continue from when the loop is through with ``done`` batches of the epoch.
-
-        ``now`` is True if it has asked for no further batch, False if it has just got the one after them.
-        """
+        """Return the state to continue from, with ``done`` batches over; not ``now`` if the loop has got one more."""
         if self.resumed is not None:  # no batch has come since
             return {**self.resumed, 'random': random_state(self.device)}
         over = done >= len(self)

@@ -150,11 +150,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def running(self):
-        """Context of the run: signals end it after an update, trackers are closed at its end.
-
-        Raises:
-            Fault: The run had to stop before its end, or could not be saved.
-        """
+        """Context of the run: signals end it after an update; a Fault is raised where it cannot be saved to its end."""
         self.began = time.monotonic()
         if self.accelerator.is_main_process:
             console.warn_of_long_average(self.args, self.num_epochs * self.updates_per_epoch)
@@ -315,11 +311,7 @@ class Trainer:
 
     @torch.inference_mode()
     def evaluate(self, trained: Dict[str, Any], ema: bool = False) -> Dict[str, float]:
-        """Evaluate the model or its average; a signal ends the run with the state ``trained`` saved.
-
-        Returns:
-            See :meth:`HeadMetrics.compute`, whose rows of early exits become a fact of the run.
-        """
+        """Evaluate the model or its average by HeadMetrics; a signal ends the run with the state ``trained`` saved."""
         args, accelerator = self.args, self.accelerator
         if len(self.names) > 1:
             net = utils.unwrap_model(self.task.get_trainable_module(ema=ema))

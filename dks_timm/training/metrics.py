@@ -8,8 +8,6 @@ import torch
 from accelerate import Accelerator
 from torch.nn.functional import softmax
 
-__all__ = ['THRESHOLDS', 'HeadCounts', 'HeadMetrics', 'Totals']
-
 # Confidences from which on an image leaves at a branch; 0 is all of them.
 THRESHOLDS = (0., 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 
@@ -70,7 +68,8 @@ class Totals:
             pairs = list(permutations(self.names, 2))
             names += [*(f'ce_{name}' for name in self.names), 'synergy']
             names += [f'synergy_{teacher}_{student}' for teacher, student in pairs]
-            sums += [self.ce, self.synergy.sum()[None] / len(pairs), _off_diagonal(self.synergy)]
+            beside_diagonal = self.synergy.flatten()[1:].view(len(branches), -1)[:, :-1].flatten()
+            sums += [self.ce, self.synergy.sum()[None] / len(pairs), beside_diagonal]
             counts += [self.count, *branches, self.branch_count, *[self.branch_count] * len(pairs)]
         sums = torch.cat(sums)
         totals = torch.stack([sums, sums.new_tensor(counts)])
@@ -78,12 +77,6 @@ class Totals:
             totals = self.accelerator.reduce(totals)
         means = (totals[0] / totals[1]).tolist()
         return OrderedDict(zip(names, means, strict=True))
-
-
-def _off_diagonal(matrix):
-    """Return the entries of a square matrix beside its diagonal, row by row."""
-    size = len(matrix)
-    return matrix.flatten()[1:].view(size - 1, size + 1)[:, :-1].flatten()
 
 
 class HeadCounts:
@@ -116,12 +109,10 @@ class HeadCounts:
         self.counts += torch.cat([agree.flatten(), leave.sum(dim=1).flatten(), left_right.sum(dim=1).flatten()])
 
     def compute(self, distributed: bool = False) -> Tuple[Dict[str, float], List[Dict[str, Any]]]:
-        """Return the counts, of this process or of all, in percent of the images.
+        """Return the counts of this process or of all, in percent of the images.
 
-        Returns:
-            ``agree_<a>_<b>`` for each pair of classifiers; and for each branch and threshold a row with ``exit`` (the
-            branch's name), ``threshold``, ``leave`` (images whose confidence there reaches the threshold) and ``top1``
-            (accuracy where the backbone answers for the rest).
+        They are ``agree_<a>_<b>`` for each pair of classifiers; and for each branch, ``exit``, and ``threshold`` a row
+        with the images that ``leave`` and ``top1``, the accuracy where the backbone answers for the rest.
         """
         counts = self.counts.clone()
         if distributed:
@@ -139,14 +130,9 @@ class HeadCounts:
 
 
 class HeadMetrics:
-    """Metrics of the heads over an evaluation, as timm's evaluators compute them.
+    """Metrics of the heads over an evaluation, by the evaluators of a timm TrainingTask.
 
-    Args:
-        task: A timm TrainingTask, which creates the evaluators.
-        names: Names of the classifiers, the backbone's first.
-        device: Device of the logits.
-        max_samples: Images to count; those beyond it are padding of a sampler.
-        tta: Augmented images in a row that are one image, whose logits are averaged.
+    Images beyond ``max_samples`` are padding. Of ``tta`` augmented images in a row, which are one, logits are averaged.
     """
 
     def __init__(self, task, names: Sequence[str], device, max_samples: Optional[int] = None, tta: int = 0):
@@ -170,12 +156,10 @@ class HeadMetrics:
             evaluator.update(z, target)
 
     def compute(self, distributed: bool = False) -> Tuple[Dict[str, float], Optional[List[Dict[str, Any]]]]:
-        """Return the metrics, exact for any number of processes.
+        """Return the metrics, exact for any number of processes, and of several heads the rows of early exits.
 
-        Returns:
-            ``loss``, ``top1`` and ``top5`` of the backbone; of several heads also ``top1_<branch>``, ``top1_ensemble``
-            (mean of the probabilities), ``loss_<branch>``, and ``agree_<a>_<b>``, the percentage of images to which
-            two heads give one class. And the rows of early exits, see :meth:`HeadCounts.compute`, or None.
+        The metrics are ``loss``, ``top1`` and ``top5`` of the backbone; of several heads also ``top1_<branch>``,
+        ``loss_<branch>``, ``top1_ensemble`` (mean of the probabilities) and those of :meth:`HeadCounts.compute`.
         """
         results = [evaluator.compute(distributed=distributed) for evaluator in self.evaluators]
         metrics = OrderedDict(results[0])

@@ -63,12 +63,7 @@ class Digits(list):
 class ClassMap(dict):
     """Indices of class names or labels, read from --class-map. Asking for one that it lacks is an error that says so.
 
-    Args:
-        path: A .txt or .pkl file, as timm's readers take it.
-        root: Folder of the images, which the path may start from.
-
-    Raises:
-        OptionError: if it is not there or not a class map.
+    The path, of a .txt or .pkl file as timm's readers take it, may start from the folder of the images.
     """
 
     def __init__(self, path: str, root: str = ''):
@@ -141,16 +136,7 @@ def split_root(root: str, split: str) -> str:
 
 
 def create(args, prefix: str, is_training: bool, **kwargs):
-    """Create the dataset of a split.
-
-    Args:
-        args: The configuration.
-        prefix: "train" or "val", which flags are about the split.
-        is_training: Whether a stream is shuffled and filled up to whole batches.
-        **kwargs: More arguments for timm's create_dataset.
-
-    Returns:
-        :class:`Images`, :class:`Stream` or :class:`Synthetic`.
+    """Create the dataset of the split that the flags of a prefix, "train" or "val", are about.
 
     Raises:
         OptionError: if the data is not there, or not what the flags say.

@@ -7,8 +7,6 @@ from typing import Any, Dict, Mapping, Optional, Sequence
 
 from .checkpoint import Output, write_text
 
-__all__ = ['Records', 'Summary']
-
 
 class Summary(Output):
     """The file summary.csv, whole at any time; rows from ``start_epoch`` on are dropped."""

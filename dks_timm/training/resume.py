@@ -44,13 +44,9 @@ class RunState:
     def collect(self, mark: Dict[str, Any], totals: Optional[Totals], epoch: int, **place: Any) -> Dict[str, Any]:
         """Return the state of all processes, made of numbers, text and tensors. All processes have to call it.
 
-        Args:
-            mark: From :meth:`mark`.
-            totals: Of the epoch's training, while it goes on.
-            epoch: Its number.
-            **place: ``over``: the epoch has been evaluated; ``metric``: the value that ranks it then; ``metrics``: of
-                its training when that is complete; ``batch``, ``done``: its batches and updates so far; ``updates``:
-                those since the beginning of the run.
+        In ``place``, ``over`` says that the epoch has been evaluated, and ``metric`` ranks it then; ``metrics`` are of
+        its training when that is complete; ``batch`` and ``done`` count its batches and updates so far, ``updates``
+        those since the beginning of the run. ``mark`` is from :meth:`mark`, ``totals`` of the epoch's training.
 
         Raises:
             Fault: A weight is not finite, so the state is not to be saved.
@@ -88,15 +84,7 @@ class RunState:
         )
 
     def restore(self, run: Optional[Dict[str, Any]], path: str) -> Optional[Dict[str, Any]]:
-        """Restore a state.
-
-        Args:
-            run: From :meth:`collect`, or None.
-            path: The checkpoint that it is from.
-
-        Returns:
-            The state, or None where the run cannot go on from it exactly; a warning says why.
-        """
+        """Restore a state that :meth:`collect` returned; return None where the run cannot go on from it exactly."""
         if run is None:
             return None
         differ = [

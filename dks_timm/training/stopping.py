@@ -124,11 +124,8 @@ class Guard:
 
     All processes come to the same decision. Gradients are the same in all of them, so those of a process whose loss is
     not finite are made NaN, too, and one norm tells all. A gradient scaler leaves out updates by itself where half
-    precision overflows; there it is the losses that count.
-
-    Attributes:
-        skipped: Updates that were left out.
-        skipped_since: Those of them since the last row of summary.csv.
+    precision overflows; there it is the losses that count. ``skipped`` counts updates that were left out,
+    ``skipped_since`` those since the last row of summary.csv.
     """
 
     def __init__(self, args, accelerator, task, optimizer, names: Sequence[str]):
@@ -196,16 +193,11 @@ class Guard:
 
     def _suspect(self, out) -> str:
         """Name the part of a task's output that is not finite; '' if all of it is."""
-        ce, synergy = out.get('ce', out['loss'][None]).tolist(), out.get('synergy')
-        parts = [
-            f'the loss of {name} is {loss}' for name, loss in zip(self.names, ce, strict=False) if not isfinite(loss)]
-        if synergy is not None and not parts:
-            pairs = (~synergy.isfinite()).nonzero().tolist()
-            parts = [f'the synergy from {self.names[p]} to {self.names[q]} is {synergy[p, q]}' for p, q in pairs]
-        loss = out['loss'].item()
-        if not parts and not isfinite(loss):
-            parts = [f'the loss is {loss}']
-        return ', '.join(parts)
+        ce = out.get('ce', out['loss'][None]).tolist()
+        found = [f'the loss of {n} is {loss}' for n, loss in zip(self.names, ce, strict=False) if not isfinite(loss)]
+        if not found and not isfinite(out['loss']):
+            found = [f'the loss is {out["loss"].item()}']
+        return ', '.join(found)
 
 
 def _bad_gradients(module: nn.Module) -> str:

@@ -10,12 +10,7 @@ class Stream(IterableImageDataset):
 
     In training, timm gives each worker of each process its own shards. The worker reads its part of an epoch from
     them, in whole batches, and starts over where they end. With fewer shards of ``wds/`` than workers, all of them read
-    all shards here, and each keeps its part of the samples. In evaluation every sample is read once.
-
-    Args:
-        reader: A reader of timm for a stream.
-        max_bad: Most unreadable images in a row; ``tfds/`` decodes on its own, and raises.
-    """
+    all shards here, and each keeps its part of the samples. In evaluation every sample is read once."""
 
     def __init__(self, reader, max_bad: int):
         super().__init__('', reader=reader)
