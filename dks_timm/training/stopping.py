@@ -195,8 +195,9 @@ class Guard:
         """Name the part of a task's output that is not finite; '' if all of it is."""
         ce = out.get('ce', out['loss'][None]).tolist()
         found = [f'the loss of {n} is {loss}' for n, loss in zip(self.names, ce, strict=False) if not isfinite(loss)]
-        if not found and not isfinite(out['loss']):
-            found = [f'the loss is {out["loss"].item()}']
+        loss = out['loss'].item()
+        if not found and not isfinite(loss):
+            found = [f'the loss is {loss}']
         return ', '.join(found)
 
 
