@@ -10,12 +10,15 @@ import os
 import sys
 
 from dks_timm import errors
-from dks_timm.publishing import push
 from dks_timm.training import config
 
 
 def train_update(trainer, update):
     """Train on the batches of one update: forward, loss, backward, clip, step.
+
+    A step of your own iterates over the update once and to its end, calls `update.scale_loss` once for each batch and
+    before backward, `update.clip_gradients` once after the last, and steps only where that returns True. With --dks
+    the output keeps 'ce' and 'synergy' of the task, which summary.csv is made of.
 
     Args:
         trainer: The run (dks_timm.training.loop.Trainer).
@@ -27,7 +30,7 @@ def train_update(trainer, update):
             with accelerator.autocast():
                 output = task(images, target)  # 'loss' and 'output'; with --dks also 'logits'
             loss = update.scale_loss(output)
-            accelerator.backward(loss, create_graph=trainer.second_order)
+            accelerator.backward(loss, create_graph=trainer.second_order)  # as for --opt adahessian
     if update.clip_gradients():  # and all of them, and the losses, are finite
         optimizer.step()
     optimizer.zero_grad()
@@ -83,7 +86,8 @@ def create_run(args, given, args_text, argv):
         trainer.open_output(args_text, data_config['input_size'], resume)
         facts.update(
             lr=lr, num_classes=model.num_classes, device=str(accelerator.device), world_size=accelerator.num_processes)
-        facts.update(card.provenance({**vars(args), **facts}, argv, model, label_names))
+        command = [os.path.basename(__file__), *argv]
+        facts.update(card.provenance({**vars(args), **facts}, command, model, label_names))
     return trainer
 
 
@@ -93,6 +97,7 @@ def main(argv=None):
     with errors.exit_on_bad_input():
         args, given, args_text = config.parse_args(argv)
         if args.push_to_hub and int(os.environ.get('RANK', 0)) == 0:
+            from dks_timm.publishing import push
             with errors.naming(f'--push-to-hub {args.push_to_hub}'):
                 push.check_request(args.push_to_hub, args.hub_revision)
         trainer = create_run(args, given, args_text, argv)  # torch is imported here, not for --help

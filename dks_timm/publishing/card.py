@@ -43,17 +43,17 @@ def eval_results(metrics: Mapping[str, float], dataset: str, split: str = 'valid
     ]
 
 
-def provenance(args, argv, model, label_names=None):
+def provenance(args, command, model, label_names=None):
     """Return what a run's checkpoints carry beside their flags, so that each can be exported with a complete card.
 
-    ``args`` are the arguments of the run, with its ``device`` and ``world_size``; ``argv`` is without the program.
+    ``args`` are the arguments of the run, with its ``device`` and ``world_size``; ``command`` is a list of words.
     """
     device, processes = torch.device(args['device']), args['world_size']
     machine = f'{platform.processor() or platform.machine()}, {os.cpu_count()} cores'
     hardware = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{device.type.upper()} ({machine})'
     software = [f'dks_timm {__version__}', *(f'{name} {version(name)}' for name in ('torch', 'timm', 'accelerate'))]
     return dict(
-        command=printable(shlex.join(['train.py', *map(str, argv)])),
+        command=printable(shlex.join(map(str, command))),
         commit=_git_commit(),
         hardware=hardware if processes == 1 else f'{processes} processes, each on {hardware}',
         software=', '.join(software),
