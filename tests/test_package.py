@@ -37,7 +37,7 @@ finally:
     ([], 'COMMAND'),
     (['no-such-command'], "invalid choice: 'no-such-command'"),
     (['export', 'a', 'b', '--no-such-flag'], '--no-such-flag'),
-    (['export', 'no/such/file', 'out'], "'no/such/file', but there is no such file"),
+    (['export', 'no/such/file', 'out'], "'no/such/file' cannot be read: [Errno 2] No such file"),
 ])
 def test_bad_invocation_is_one_line_and_exit_code_2(arguments, message, capsys):
     assert main(arguments) == 2

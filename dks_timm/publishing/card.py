@@ -117,12 +117,11 @@ def describe_run(args, run_dir, epoch, metric, license=None, baseline_dir=None):
 
 
 def baseline(args: Mapping[str, Any], folder: str) -> Dict[str, Any]:
-    """Read the best epoch of another run of the same model on the same data, to show beside this one.
-
-    Raises:
-        ValueError: If it is no such run.
-    """
-    other = read_run(folder)
+    """Read the best epoch of a run of the same model on the same data; raise a ValueError if it is no such run."""
+    try:
+        other = read_run(folder)
+    except InputError as e:
+        raise InputError(f'baseline {str(folder)!r}: {e}') from e
     if not other.best:
         raise InputError(f'baseline {str(folder)!r} is no run with an evaluated epoch: {" ".join(other.notes)}')
     for name, of in (('model', lambda args: args['model']), ('data', dataset_name)):

@@ -123,13 +123,15 @@ def _check_loaders(args, train, data_config, accelerator):
         raise OptionError(f'--aug-repeats {args.aug_repeats:g}: repeats over several processes, and this is one')
     if isinstance(train, Stream):
         check_stream(args, train, accelerator)
-    size = min(data_config['input_size'][1:])
+    channels, *size = data_config['input_size']
+    if args.no_prefetcher and len(data_config['mean']) != channels:
+        raise OptionError(f'--no-prefetcher: needs --mean and --std for images of {channels} channels')
+    size = min(size)
     if args.train_pad is not None and args.train_pad >= size:
         raise OptionError(f'--train-pad {args.train_pad}: must be below the image size {size}')
     if args.aa:
-        transform = partial(create_transform, data_config['input_size'], is_training=True)
         with naming(f'--aa {args.aa}', AssertionError, ValueError):
-            transform(auto_augment=args.aa)
+            create_transform(data_config['input_size'], is_training=True, auto_augment=args.aa)
 
 
 def _train_kwargs(args, data_config):

@@ -41,8 +41,8 @@ def requested(args) -> bool:
     for name, default, unsupported, instead in settings:
         if os.environ.get(name, default).lower() == unsupported:
             raise OptionError(f'accelerate config: {name.lower()} {unsupported} is not supported; {instead}')
-    if os.environ.get('ACCELERATE_DYNAMO_BACKEND', 'NO') != 'NO':
-        raise OptionError('accelerate config: dynamo_backend is not supported with FSDP2; leave it out')
+    if (backend := os.environ.get('ACCELERATE_DYNAMO_BACKEND', 'NO')) != 'NO':
+        raise OptionError(f'accelerate config: dynamo_backend {backend} is not supported with FSDP2; leave it out')
 
     whole = 'it looks at whole weights, and each process holds a part of them'
     flags = (
