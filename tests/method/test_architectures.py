@@ -36,6 +36,8 @@ SLOW = (
 WITH_CONV = {'efficientvim_m1', 'nasnetalarge', 'pnasnet5large'}
 # Over 100 M parameters: attached on the meta device only.
 LARGE = {'deepseek_vit_412m', 'gemma4_vit_167m', 'vgg11'}
+# Attaching to these takes half a minute; -m slow does it.
+SLOW_TO_TRACE = {'coat_tiny', 'mobilenetv5_base', 'nasnetalarge', 'sequencer2d_s'}
 STEPS = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW if name not in LARGE)]
 
 
@@ -44,7 +46,8 @@ def test_the_list_has_one_architecture_of_every_model_file():
     assert sorted(files) == sorted(set(_model_to_module.values()))
 
 
-@pytest.mark.parametrize('name', [*QUICK, *SLOW])
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_TO_TRACE)) for name in (*QUICK, *SLOW)])
 def test_every_model_file_attaches_on_the_meta_device(name):
     found = inspect_model(name, num_classes=7)
     kinds = {c['kind'] for c in found['classifiers'][1:]}
