@@ -31,7 +31,7 @@ def train_update(trainer, update):
                 output = task(images, target)  # 'loss' and 'output'; with --dks also 'logits'
             loss = update.scale_loss(output)
             accelerator.backward(loss, create_graph=trainer.second_order)  # as for --opt adahessian
-    if update.clip_gradients():  # and all of them, and the losses, are finite
+    if update.clip_gradients():  # False where losses or gradients are not finite
         optimizer.step()
     optimizer.zero_grad()
 

@@ -102,7 +102,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command.
 
     Returns:
-        Exit code: 0; 2 for bad input; 3 where a push did not get through; 1 where an exported model was not kept.
+        Exit code: 0; 2 for bad input; 3 if a push failed; 1 if the exported model failed its check.
     """
     try:
         args = _create_parser().parse_args(argv)

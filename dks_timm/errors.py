@@ -22,7 +22,7 @@ _FLAGS = dict(
 
 
 class InputError(ValueError):
-    """A bad argument of a function of this package. The message begins with its name."""
+    """A bad argument of a function of this package; its name begins the message where a flag sets it."""
 
 
 class OptionError(InputError):

@@ -134,7 +134,7 @@ def script_of(words):
 
 
 def check_command(words):
-    """Whether programs, files, flags and values of a command are there."""
+    """Check that programs, files, flags and values of a command exist."""
     words = all_filled_in(words)
     script, arguments = script_of(words)
     if '--help' in words:

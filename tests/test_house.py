@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / 'dks_timm'
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / 'dks_timm'
 # Each folder may use itself and those before it; errors, _compat and models are used by all.
 ORDER = ('errors', '_compat', 'models', 'method', 'training', 'runs', 'publishing', 'cli')
 MODULES = {
@@ -13,17 +14,20 @@ MODULES = {
 
 
 def imports(name):
-    """Modules of the package that one imports, anywhere in its text; names of the package are no modules."""
+    """Yield the modules of the package that one imports, anywhere in its text; names of the package are no modules."""
     parts = [*name.split('.'), 'x'] if MODULES[name].name == '__init__.py' else name.split('.')
     for node in ast.walk(ast.parse(MODULES[name].read_text())):
-        if not isinstance(node, ast.ImportFrom) or not node.level:
+        if isinstance(node, ast.Import):
+            found = [[alias.name.removeprefix('dks_timm.')] for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = (node.module or '').removeprefix('dks_timm.')
+            if node.level:
+                base = '.'.join([*parts[:-node.level], *([base] if base else [])])
+            found = [[f'{base}.{alias.name}'.lstrip('.'), base] for alias in node.names]
+        else:
             continue
-        base = [*parts[:-node.level], *(node.module.split('.') if node.module else [])]
-        for alias in node.names:
-            for candidate in ('.'.join([*base, alias.name]), '.'.join(base)):
-                if candidate in MODULES:
-                    yield candidate
-                    break
+        for candidates in found:
+            yield from [candidate for candidate in candidates if candidate in MODULES][:1]
 
 
 @pytest.mark.parametrize('name', sorted(set(MODULES) - {'__init__'}))
@@ -52,3 +56,11 @@ def test_no_import_goes_in_a_circle():
 @pytest.mark.parametrize('path', sorted(PACKAGE.rglob('*.py')), ids=lambda path: path.stem)
 def test_no_file_is_longer_than_400_lines(path):
     assert len(path.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'tests').rglob('*.py')), ids=lambda path: path.stem)
+def test_no_test_file_is_imported_by_another(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [getattr(node, 'module', None) or '', *(alias.name for alias in node.names)]
+            assert not [name for name in names if name.rpartition('.')[2].startswith('test_')]

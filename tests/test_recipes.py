@@ -128,7 +128,7 @@ def test_its_header_names_a_source_and_what_is_not_measured(path):
 
 @functools.cache
 def inspect(command):
-    """What a dks-timm command prints for machines."""
+    """Return what a dks-timm command prints as JSON."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         assert cli.main([*shlex.split(command)[1:], '--json']) == 0

@@ -220,24 +220,36 @@ def test_the_same_seed_gives_the_same_weights_and_batches_with_dks_and_without(n
         assert torch.equal(x, x_dks) and torch.equal(y, y_dks)
 
 
+def changed_copy(path, old, new):
+    """Return a copy of train.py as a module, in which one part is another."""
+    text = (ROOT / 'train.py').read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
 def test_a_copy_of_train_py_trains_with_a_step_of_its_own(noise, tmp_path):
     """Scaled gradients, between clipping and the step: the loop around it stays as it is."""
-    text, step = (ROOT / 'train.py').read_text(), '        optimizer.step()\n'
-    assert text.count(step) == 1
+    step = '        optimizer.step()\n'
     own = '        for p in task.get_trainable_module().parameters():\n            p.grad.mul_(factor)\n'
     weights = []
     for factor in (1., 0.5):
-        path = tmp_path / f'my_train_{factor:g}.py'
-        path.write_text(text.replace(step, own.replace('factor', str(factor)) + step))
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        script = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(script)
+        script = changed_copy(tmp_path / f'my_train_{factor:g}.py', step, own.replace('factor', str(factor)) + step)
         main(*noise, '--dks', '--output', tmp_path, '--experiment', f'{factor:g}', script=script)
         weights.append(load_checkpoint_metadata(tmp_path / f'{factor:g}/last.pth.tar')['state_dict'])
     main(*noise, '--dks', '--output', tmp_path, '--experiment', 'plain')
     plain = load_checkpoint_metadata(tmp_path / 'plain/last.pth.tar')['state_dict']
     assert all(torch.equal(value, weights[0][name]) for name, value in plain.items())
     assert any(not torch.equal(value, weights[1][name]) for name, value in plain.items())
+
+
+def test_a_step_without_scale_loss_ends_with_an_error_that_names_it(noise, tmp_path):
+    script = changed_copy(tmp_path / 'my_train.py', 'loss = update.scale_loss(output)', "loss = output['loss']")
+    with pytest.raises(RuntimeError, match='update.scale_loss'):
+        main(*noise, '--output', tmp_path, script=script)
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(noise, tmp_path):

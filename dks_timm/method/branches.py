@@ -53,7 +53,7 @@ class Branch(nn.Module):
         raise NotImplementedError
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute activations in the backward pass, where there are enough of them."""
+        """Recompute activations in the backward pass; a kind with few of them does nothing."""
 
     def no_weight_decay(self) -> Set[str]:
         """Return the names of parameters to exempt from weight decay."""

@@ -41,7 +41,7 @@ def create_dks_model(
         batch_fraction: float = 1.0,
         **timm_kwargs: Any,
 ) -> DKSModel:
-    """Create a timm model with supervision branches.
+    """Create a timm model with supervision branches (Sun et al., CVPR 2019, section 3).
 
     Where a published model was exported with its branches, they come back too, unless ``stages``, ``branches``,
     ``branch_kwargs`` or ``budget`` ask for others. With another number of classes, their classifiers are fresh.
@@ -111,7 +111,7 @@ def save_branches(net: nn.Module, folder: Path) -> None:
         raise InputError('keep_branches needs a network made by create_dks_model or DKSModel.from_timm')
     try:
         config = json.dumps(net.layout, indent=2)
-    except TypeError as e:  # json's word for what it has no form for
+    except TypeError as e:  # of a type that JSON does not have
         raise InputError(f'keep_branches cannot write branch_kwargs {net.layout["branch_kwargs"]}: {e}') from e
     save_file(plain_tensors(net.branches.state_dict()), folder / BRANCH_WEIGHTS)
     (folder / BRANCH_CONFIG).write_text(config)

@@ -37,6 +37,8 @@ def synergy_loss(
 ) -> torch.Tensor:
     """Return the weighted sum of the divergences between every two classifiers, each a fixed teacher of the others.
 
+    Source: Sun et al., CVPR 2019, section 3. Weight 1, both directions and temperature 1 are the paper's.
+
     Args:
         logits: One (B, C) tensor per classifier: the backbone's, then the branches' from shallow to deep.
         weight: A number for all pairs, or an M x M matrix (teacher row, student column, diagonal ignored).
@@ -90,7 +92,7 @@ def _synergy(log_probs, weight: Matrix, temperature: float) -> Tuple[torch.Tenso
 
 
 class DKSLoss(nn.Module):
-    """Classification loss of every classifier plus their synergy.
+    """Classification loss of every classifier plus their synergy (Sun et al., CVPR 2019, section 3).
 
     The criterion is called once per classifier. The synergy is the divergence of softmax probabilities whatever the
     criterion, so criteria for independent labels are refused.
@@ -276,7 +278,7 @@ def _parse_weight(name: str, weight: Weight, ndim: int) -> Union[float, Vector, 
         numbers = [w for p, row in enumerate(rows) for q, w in enumerate(row) if depth < 2 or p != q]  # no diagonal
         square = depth < 2 or all(len(row) == len(rows) for row in rows)
         fits = square and all(math.isfinite(w) and w >= 0 for w in numbers)
-    except (TypeError, ValueError):  # Python's words for what is no number and no row of numbers
+    except (TypeError, ValueError):  # from float() and tuple(), of anything but numbers and rows of them
         fits = False
     if not fits:
         accepted = 'one per classifier' if ndim == 1 else 'an M x M matrix (teacher row, student column)'

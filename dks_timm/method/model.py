@@ -359,6 +359,12 @@ def prune(model: nn.Module) -> nn.Module:
     Returns:
         The backbone, the same object, without hooks; its logits equal those of the DKSModel in evaluation mode bit for
         bit (CPU, float32). A plain model comes back as it is.
+
+    Example:
+        >>> import timm, dks_timm
+        >>> model = timm.create_model('test_resnet', num_classes=10)
+        >>> dks_timm.prune(dks_timm.DKSModel.from_timm(model)) is model
+        True
     """
     model = unwrap_model(model)
     if not isinstance(model, DKSModel):

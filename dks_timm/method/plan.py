@@ -31,7 +31,7 @@ WEIGHT_SOURCES = ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'che
 # The paper's branches, as overrides of the template by supervised stage (Sun et al., CVPR 2019, section 4).
 # On ImageNet, after layer2: layer3 at about half depth, two blocks of layer4; after layer3: layer4 at twice the width.
 # On CIFAR, after the first stage: all of the second and half of the third (ResNet-110: half of both), rounded up; after
-# the second: the third at twice the width.
+# the second: the third at twice the width (DenseNet: at three times the growth rate).
 PRESETS: Dict[str, Dict[int, Dict[str, Any]]] = {
     'resnet18': {2: dict(layers=(2, 2, 1, 2)), 3: dict(channels=(64, 128, 256, 1024))},
     'resnet34': {2: dict(layers=(3, 4, 3, 2)), 3: dict(channels=(64, 128, 256, 1024))},

@@ -27,7 +27,7 @@ class TailPlan:
     features: Any  # their shapes, for a batch of TRACE_BATCH
     stubs: Dict[str, Any]  # modules that return uninitialised tensors, with the shapes of their outputs
     skips: Dict[str, int]  # repeated blocks that pass so many inputs on (0: the first one, bare)
-    alive: FrozenSet[str]  # modules that the tail still calls, also where one that it does not call owns them as well
+    alive: FrozenSet[str]  # modules that the tail still calls, also those shared with one that it does not
     unused: Tuple[str, ...] = ()  # parameters that no logit depends on
 
 
@@ -50,7 +50,7 @@ class Feed(threading.local):
         return self.image.new_empty((shape[0] * self.image.shape[0] // TRACE_BATCH, *shape[1:]))
 
 
-# New forwards of modules, as partial functions: torch.compile would take the feed of a bound method for another one.
+# New forwards of modules, as partial functions: torch.compile confuses the feeds of bound methods.
 
 def _hand_on(feed: Feed, *args, **kwargs):
     return feed.features

@@ -13,7 +13,7 @@ from .model import DKSModel
 
 
 class DKSTask(ClassificationTask):
-    """Train all classifiers of a DKSModel; evaluate and save its plain backbone.
+    """Train all classifiers of a DKSModel (Sun et al., CVPR 2019, section 3); evaluate and save its plain backbone.
 
     The trainable module is the DKSModel, the eval model its backbone. So the `state_dict` of a checkpoint is that of
     the timm model, which `timm.create_model(checkpoint_path=...)` loads, and the branches are in its `task_state`.

@@ -47,7 +47,7 @@ def copy_without_weights(model: nn.Module) -> nn.Module:
 
 
 def planning_mode(model: nn.Module) -> nn.Module:
-    """Put a model into training mode, but for what takes most of the time there, or does not run without weights."""
+    """Put a model into training mode, but BatchNorm, which takes most of the time there, into evaluation mode."""
     model.train()
     for module in model.modules():
         if isinstance(module, _BatchNorm):

@@ -80,13 +80,10 @@ class DenseNetCifar(CifarNet):
             stage_chs.append(chs)
 
         stem, norm = create_conv2d(in_chans, stem_width, 3, **dd), BatchNormAct2d(chs, **dd)
-        super().__init__(
-            stem, stem_width, stages, stage_chs, norm, num_classes, in_chans, global_pool, drop_rate, **dd)
+        super().__init__(stem, stem_width, stages, stage_chs, norm, num_classes, in_chans, global_pool, drop_rate, **dd)
 
 
-default_cfgs = generate_default_cfgs({
-    'densenet_40_12_cifar': cifar_cfg(first_conv='stem'),
-})
+default_cfgs = generate_default_cfgs({'densenet_40_12_cifar': cifar_cfg(first_conv='stem')})
 
 
 @register_model

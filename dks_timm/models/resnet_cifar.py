@@ -119,8 +119,7 @@ class ResNetCifar(CifarNet):
                 in_chs = out_chs
             stages.append(nn.Sequential(*blocks))
 
-        super().__init__(
-            stem, stem_width, stages, channels, norm, num_classes, in_chans, global_pool, drop_rate, **dd)
+        super().__init__(stem, stem_width, stages, channels, norm, num_classes, in_chans, global_pool, drop_rate, **dd)
 
 
 class ResNet3x3(ResNet):

@@ -19,7 +19,7 @@ from ..models import ARCHITECTURES
 from ..runs.folder import best_epoch, dataset_name, read_run, read_summary, run_settings
 from ..runs.pictures import curves_svg
 
-# What the template shows of what a card is given; the rest is metadata.
+# Entries of a card that the template shows; the rest is metadata.
 FACTS = ('baseline', 'branches', 'command', 'dks', 'started_from', 'training')
 
 

@@ -33,7 +33,7 @@ from .push import FILES
 _logger = logging.getLogger(__name__)
 
 _LOAD_BACK = Path(__file__).with_name('load_back.py')
-# What timm's pretrained_cfg says about the weights that timm publishes under an architecture's name.
+# Entries of timm's pretrained_cfg about the weights that timm publishes under an architecture's name.
 _SOURCE_FACTS = ('description', 'license', 'notes', 'origin_url', 'paper_ids', 'paper_name', 'tag')
 
 
@@ -98,6 +98,13 @@ def export(
     Raises:
         ValueError: If the folder holds a model already, or an argument does not fit.
         RuntimeError: If the loaded model is not the exported one. Nothing is written or replaced then.
+
+    Example:
+        >>> import timm, dks_timm
+        >>> net = dks_timm.create_dks_model('test_resnet', num_classes=10)
+        >>> folder = dks_timm.export('out/my_net', net)
+        >>> type(timm.create_model(f'local-dir:{folder}', pretrained=True)).__name__  # without dks_timm, too
+        'ResNet'
     """
     out_dir = Path(out_dir)
     check_export_dir(out_dir, overwrite)

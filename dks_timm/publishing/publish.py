@@ -47,7 +47,14 @@ def push_to_hub(
     Raises:
         ValueError: See :func:`dks_timm.export`; also a name that no repository can have, a token that is missing or
             may not write, or another model in the repository without ``overwrite``.
-        PushError: The Hub cannot be reached, or did not take it in time; a RuntimeError.
+        RuntimeError: The export was not kept, or the Hub cannot be reached or did not take it in time.
+
+    Example:
+        >>> import timm, dks_timm
+        >>> net = dks_timm.create_dks_model('test_resnet', num_classes=10)
+        >>> url = dks_timm.push_to_hub('owner/name', net)
+        >>> type(timm.create_model('hf-hub:owner/name', pretrained=True)).__name__
+        'ResNet'
     """
     check_request(repo_id, revision)
     with tempfile.TemporaryDirectory(prefix='dks-timm-') as folder:
@@ -68,8 +75,7 @@ def check_publishing(args: argparse.Namespace, model: nn.Module, label_names: Op
         with naming(f'--push-to-hub {args.push_to_hub}'):
             check_repository(args.push_to_hub, config, args.hub_private, args.hub_revision, args.overwrite_repository)
     except PushError as e:
-        _logger.warning(
-            f'--push-to-hub {args.push_to_hub}: {e}; training goes on, and the push is tried at its end')
+        _logger.warning(f'--push-to-hub {args.push_to_hub}: {e}; training goes on, and the push is tried at its end')
 
 
 class BackgroundPush:

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import ModelCard, get_token
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..errors import InputError, PushError, one_line
 from .upload import FAILED, REFUSED
@@ -28,8 +29,12 @@ def check_request(repo_id, revision=None):
     Raises:
         ValueError: If the name is not one of a repository, or nobody is logged in on this machine.
     """
-    if not re.fullmatch(r'(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*', repo_id):
-        raise InputError(f'repo_id {repo_id!r} is not the name of a repository; give owner/name')
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as e:
+        raise InputError(f'repo_id {repo_id!r} is not the name of a repository; give owner/name ({e})') from e
+    if '/' not in repo_id:
+        raise InputError(f'repo_id {repo_id!r} has no owner; give owner/name')
     if revision is not None and not re.fullmatch(r'(tag:)?[\w.][\w./-]*', revision):
         raise InputError(f'revision {revision!r} is not a name; give a branch, or tag:NAME')
     if not get_token():

@@ -16,7 +16,7 @@ PathLike = Union[str, os.PathLike]
 Epoch = Dict[str, float]  # a row of summary.csv
 
 METHODS = ('baseline', 'DS', 'DKS')  # DS: branches that learn from the labels alone
-# Names of the backbone's columns after the pattern of other heads' -> timm's.
+# Names of the backbone's columns, made like those of other heads -> timm's.
 _OF_BACKBONE = dict(eval_top1_backbone='eval_top1', eval_loss_backbone='eval_loss', train_ce_backbone='train_loss')
 # Flags that say nothing about how a model was trained, or only where its owner keeps things.
 _HOUSEKEEPING = {
@@ -153,7 +153,7 @@ def _checkpoint_args(path: Path) -> Dict[str, Any]:
 def group_runs(runs: Sequence[Run]) -> Dict[str, List[Run]]:
     """Return groups of runs that differ in their seed only, the baseline first, by labels that tell them apart.
 
-    A label is the method and the settings that differ: from other groups of this method all, else those besides DKS.
+    A label is the method and the settings that differ: all between groups of one method, between methods all but DKS's.
     """
     defaults = vars(create_parser().parse_args([]))
     settings = [{**defaults, **run_settings(run.args), 'data': dataset_name(run.args), 'seed': None} for run in runs]

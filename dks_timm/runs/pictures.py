@@ -23,7 +23,7 @@ class Chart(NamedTuple):
 
     Attributes:
         title: What is measured, with its unit.
-        lines: Lines by their labels. Each has the colour of its place among them, which one without points takes, too.
+        lines: Lines by their labels. Each has the colour of its place among them; an empty one keeps its place.
         x_label: What the x-axis measures.
     """
     title: str

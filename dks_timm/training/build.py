@@ -44,7 +44,7 @@ def check_model_name(name: str, flag: str = 'MODEL') -> None:
 
 
 def naming_model(subject: str, model_kwargs=None):
-    """Name a model in what timm raises about its name, its files, its input or, where given, further arguments."""
+    """Raise an OptionError in place of timm's errors about a model's name, files, input or further arguments."""
     return naming(subject, AssertionError, SafetensorError, *UNREADABLE, *([TypeError] if model_kwargs else []))
 
 
@@ -79,7 +79,7 @@ def create_model(args):
 
 
 def _subject(args, *names):
-    """Return those of some flags that were given, to begin a complaint with."""
+    """Return those of some flags that were given, with their values, for the beginning of an error."""
     return ' with '.join(f'{flag(name)} {getattr(args, name)}' for name in names if getattr(args, name))
 
 
@@ -191,7 +191,7 @@ def _create_dks_loss(args, criterion, num_classifiers):
 def create_optimizer(args, module, lr: float):
     """Create the optimizer of the module that is trained."""
     kwargs = {**optimizer_kwargs(cfg=args), 'lr': lr}
-    # Assertions and imports are those of optimizers that need a GPU or a package, look-ups those of --opt-betas.
+    # AssertionError: an optimizer needs a GPU; ImportError: a package; LookupError: --opt-betas are too few.
     errors = [AssertionError, ImportError, LookupError, ValueError] + [TypeError] * bool(args.opt_kwargs)
     with naming(_subject(args, 'opt', 'opt_eps', 'opt_betas', 'opt_kwargs'), *errors):
         return create_optimizer_v2(module, **kwargs, **args.opt_kwargs)

@@ -3,7 +3,6 @@ import argparse
 import io
 import logging
 import os
-import pickle
 import shutil
 import zipfile
 import zlib
@@ -20,14 +19,12 @@ from timm.utils import CheckpointSaver, get_outdir, unwrap_model
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from .._compat import tree_map_only
-from ..errors import InputError, OptionError, naming, out_of_memory, why
+from ..errors import UNREADABLE, InputError, OptionError, naming, out_of_memory, why
 
 _logger = logging.getLogger(__name__)
 
 # Names of the checkpoints of a run.
 _PATTERNS = ('last.pth.tar', 'checkpoint-*.pth.tar', 'recovery-*.pth.tar')
-# Raised by reading a file that is no checkpoint, or not a whole one.
-_DAMAGED = (EOFError, LookupError, RuntimeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)
 
 
 def create_folder(args, args_text: str, input_size: Sequence[int], resume: str) -> str:
@@ -51,7 +48,7 @@ def find_resume(args, args_text: str) -> str:
     --output whose args.yaml is that of this run.
 
     Raises:
-        OptionError: A checkpoint may be complete, but cannot be read.
+        OptionError: The file system does not let a checkpoint be read.
     """
     if args.resume != 'auto':
         return args.resume
@@ -94,7 +91,7 @@ def damage(path) -> str:
         if part:
             return f'the checksum of {part} is wrong'
         load_checkpoint_metadata(path)
-    except (OSError, *_DAMAGED) as e:
+    except (*UNREADABLE, zipfile.BadZipFile, zlib.error) as e:
         if out_of_memory(e):
             raise
         if isinstance(e, OSError):
@@ -173,7 +170,7 @@ def _write(path, write: Callable[[Any], Any]) -> None:
 
 
 def _put(source, path) -> None:
-    """Rename a file to replace another, so that a loss of power finds one of the two there."""
+    """Rename a file to replace another; after a loss of power one of the two is there."""
     os.replace(source, path)
     with suppress(FileNotFoundError):  # two names of one file stay as they are
         os.unlink(source)
@@ -221,7 +218,7 @@ class Saver(Output, CheckpointSaver):
     def state_dict(self, epoch=None, metric=None):
         return {**super().state_dict(epoch, metric), 'run': self.run}
 
-    def _save(self, save_path, epoch, metric=None):
+    def _save(self, save_path, epoch, metric=None):  # private: timm CheckpointSaver._save, _replace, _duplicate
         if self.source:
             self._duplicate(self.source, save_path)
         else:
@@ -250,7 +247,7 @@ class Saver(Output, CheckpointSaver):
         self.attempt('The recovery checkpoint', super().save_recovery, epoch, batch_idx)
 
     def resume(self, path) -> None:
-        """Go on with the files beside a checkpoint, and do what was left to do after it was written."""
+        """Go on with the files beside a checkpoint, and finish the save that it was written in."""
         state = load_checkpoint_metadata(path).get('saver')
         if not state or 'run' not in state:
             self.load_state_dict_from_checkpoint(path)

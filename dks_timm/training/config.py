@@ -133,7 +133,7 @@ def read_recipe(path: str) -> dict:
             recipe = yaml.safe_load(f) or {}
     except OSError as e:
         raise OptionError(f'--config {path}: {e.strerror}; give the path of a YAML file') from None
-    except (yaml.YAMLError, ValueError) as e:  # ValueError: of bytes, numbers or dates that are none
+    except (yaml.YAMLError, ValueError) as e:  # ValueError: of invalid bytes, numbers or dates
         raise OptionError(f'--config {path}: not YAML ({type(e).__name__}: {e})') from None
     if not isinstance(recipe, dict):
         raise OptionError(f'--config {path}: holds a {type(recipe).__name__}; wanted lines of "flag_name: value"')

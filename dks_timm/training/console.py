@@ -24,15 +24,10 @@ class Progress:
         self.main = accelerator.is_main_process
         self.live = self.main and sys.stderr.isatty()
         self.start = time.monotonic()
+        bar_format = '{desc}: {percentage:3.0f}%|{bar:10}| {remaining} left{postfix}'
         self.bar = tqdm(
-            total=total,
-            initial=done,
-            desc=title,
-            bar_format='{desc}: {percentage:3.0f}%|{bar:10}| {remaining} left{postfix}',
-            leave=False,
-            dynamic_ncols=True,
-            disable=not self.live,
-        )
+            total=total, initial=done, desc=title, bar_format=bar_format, leave=False, dynamic_ncols=True,
+            disable=not self.live)
 
     def __enter__(self):
         if self.live:

@@ -60,7 +60,7 @@ def label_names(dataset):
 
 
 def check_num_classes(num_classes, dataset):
-    """Refuse a model with too few classes for the data, and warn of one with more; no number is no check."""
+    """Refuse a model with too few classes for the data, and warn of one with more; None is not checked."""
     present = max(class_to_idx(dataset).values(), default=-1) + 1
     if num_classes is not None and num_classes < present:
         raise OptionError(f'--num-classes {num_classes}: the training data has {present} classes')
@@ -250,10 +250,7 @@ def _create_naflex_loaders(args, train, val, train_kwargs, eval_kwargs, mixup, m
     patch_size = model.get_patch_size() if hasattr(model, 'get_patch_size') else (16, 16)
     patches = dict(patch_size=patch_size)
     if args.naflex_patch_sizes:
-        patches = dict(
-            patch_size_choices=args.naflex_patch_sizes,
-            patch_size_choice_probs=args.naflex_patch_size_probs,
-        )
+        patches = dict(patch_size_choices=args.naflex_patch_sizes, patch_size_choice_probs=args.naflex_patch_size_probs)
     layout = dict(patchify_channels_last=not args.naflex_patchify_channels_first)
     loader_train = create_naflex_loader(
         train,

@@ -32,7 +32,6 @@ class DeviceLoader:
         pad: Pixels of reflection on each side, out of which a crop of the image's own size is taken.
     """
     batch_sampler = None
-    mixup_enabled = False  # the training loop mixes
     start = 0  # batches of the next epoch that are left out
 
     def __init__(
@@ -44,13 +43,9 @@ class DeviceLoader:
             is_training: bool,
             mean: Sequence[float],
             std: Sequence[float],
-            pad: int = 0,
-            hflip: float = 0.,
-            vflip: float = 0.,
+            pad: int = 0, hflip: float = 0., vflip: float = 0.,
             dtype: torch.dtype = torch.float32,
-            seed: int = 0,
-            rank: int = 0,
-            world_size: int = 1,
+            seed: int = 0, rank: int = 0, world_size: int = 1,
     ):
         self.dataset, self.images, self.targets = dataset, images, targets
         self.batch_size, self.is_training = batch_size, is_training

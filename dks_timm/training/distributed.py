@@ -156,7 +156,7 @@ def refuse_together():
 
 
 def share(refusal: str = '', facts: Optional[dict] = None) -> None:
-    """Raise a SharedError where another process refuses, or has other facts (values by name), in all processes."""
+    """Raise a SharedError in all processes if one refuses, or has other facts (values by name)."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return
     told = [None] * torch.distributed.get_world_size()

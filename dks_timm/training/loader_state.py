@@ -38,7 +38,7 @@ def set_random_state(state: tuple, device: Optional[torch.device] = None) -> Non
 
 
 def packed(state: Any) -> Any:
-    """Return a state with tensors for arrays, as a file that holds no code can only have these."""
+    """Return a state with tensors for arrays, as torch.load(weights_only=True) takes no arrays."""
     return tree_map_only(np.ndarray, lambda array: torch.from_numpy(array.copy()), state)
 
 
@@ -86,7 +86,7 @@ class Fetches:
                 replace_batch_sampler(loader, self.order)
         self.resumed: Optional[Dict[str, Any]] = None  # a state to start from
         self.seeds: Optional[torch.Tensor] = None  # torch's state that the workers' seeds were drawn from
-        self.workers_mix = True  # workers keep to what they started with, whatever the loop sets later
+        self.workers_mix = True  # if workers mix, which is settled when they start
         self.workers: Dict[int, tuple] = {}  # random states that each sent with its last batch
         self.workers_before: Dict[int, tuple] = {}  # the same at the beginning of the epoch
         self.turn = 0  # the worker whose batch is the first of the epoch

@@ -73,14 +73,11 @@ class Trainer:
         self.train_images = self.train_seconds = 0.
 
     def _create_averages(self, resume: str):
-        """Set the average up, before DDP wraps the module, as it is of the plain one; and compile."""
+        """Set the average up, of the module before DDP wraps it, and compile."""
         args, task = self.args, self.task
         if args.model_ema:
-            task.setup_ema(
-                decay=args.model_ema_decay,
-                use_warmup=args.model_ema_warmup,
-                device='cpu' if args.model_ema_force_cpu else None,
-            )
+            device = 'cpu' if args.model_ema_force_cpu else None
+            task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=device)
             if resume:
                 load_task_ema_checkpoint(task, resume)
         if args.torchcompile:
@@ -150,7 +147,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def running(self):
-        """Context of the run: signals end it after an update; a Fault is raised where it cannot be saved to its end."""
+        """Context of the run: signals end it after an update; a Fault is raised if its end could not be saved."""
         self.began = time.monotonic()
         if self.accelerator.is_main_process:
             console.warn_of_long_average(self.args, self.num_epochs * self.updates_per_epoch)
@@ -215,7 +212,7 @@ class Trainer:
                     self._stop_as_told(self.state.mark(first), **place)
                 if args.recovery_interval and progress.done % args.recovery_interval == 0:
                     self._save(self.state.mark(first), **place)
-            next(batches, None)  # to its end, where it winds up the epoch
+            next(batches, None)  # the iterator ends the epoch of the loader
         self._end_training(epoch, progress, totals)
 
     def _end_training(self, epoch: int, progress: console.Progress, totals: Totals):
@@ -276,7 +273,7 @@ class Trainer:
         """Evaluate, record, save and step the schedule, where it is time to.
 
         Args:
-            epoch: That has been trained.
+            epoch: The one just trained.
             on_best: Called on the main process when a checkpoint is the best so far.
         """
         if not self._evaluates(epoch):
@@ -299,7 +296,7 @@ class Trainer:
             self.scheduler.step(epoch + 1, metric)
 
     def _evaluate_all(self, epoch: int) -> Dict[str, float]:
-        """Evaluate the weights and, where it is at hand, their average, whose metrics are returned then."""
+        """Evaluate the weights, and their average unless it is kept on the CPU; return the metrics of the last."""
         trained = dict(mark=self.state.mark(len(self.fetches)), epoch=epoch, metrics=self.train_metrics)
         metrics = self.evaluate(trained)
         if self.task.has_ema() and not self.args.model_ema_force_cpu:

@@ -1,5 +1,4 @@
 """Loss and accuracy of every head in training and evaluation, agreement of heads, and early exits."""
-from collections import OrderedDict
 from functools import partial
 from itertools import combinations, permutations
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
@@ -8,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch.nn.functional import softmax
 
-# Confidences from which on an image leaves at a branch; 0 is all of them.
+# Confidences from which on an image leaves at a branch; at 0 all do.
 THRESHOLDS = (0., 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 
 
@@ -76,7 +75,7 @@ class Totals:
         if reduce:
             totals = self.accelerator.reduce(totals)
         means = (totals[0] / totals[1]).tolist()
-        return OrderedDict(zip(names, means, strict=True))
+        return dict(zip(names, means, strict=True))
 
 
 class HeadCounts:
@@ -120,9 +119,9 @@ class HeadCounts:
         agree, leave, right = (part.tolist() for part in counts.split(self.sizes))
         percent = 100 / max(1, agree[0])
         heads = len(self.names)
-        agreement = OrderedDict(
-            (f'agree_{self.names[a]}_{self.names[b]}', percent * agree[a * heads + b])
-            for a, b in combinations(range(heads), 2))
+        agreement = {
+            f'agree_{self.names[a]}_{self.names[b]}': percent * agree[a * heads + b]
+            for a, b in combinations(range(heads), 2)}
         places = [(name, threshold) for name in self.names[1:] for threshold in THRESHOLDS]
         return agreement, [
             dict(exit=name, threshold=threshold, leave=percent * left, top1=percent * correct)
@@ -132,7 +131,7 @@ class HeadCounts:
 class HeadMetrics:
     """Metrics of the heads over an evaluation, by the evaluators of a timm TrainingTask.
 
-    Images beyond ``max_samples`` are padding. Of ``tta`` augmented images in a row, which are one, logits are averaged.
+    Images beyond ``max_samples`` are padding. Logits of ``tta`` views in a row, which are of one image, are averaged.
     """
 
     def __init__(self, task, names: Sequence[str], device, max_samples: Optional[int] = None, tta: int = 0):
@@ -162,7 +161,7 @@ class HeadMetrics:
         ``loss_<branch>``, ``top1_ensemble`` (mean of the probabilities) and those of :meth:`HeadCounts.compute`.
         """
         results = [evaluator.compute(distributed=distributed) for evaluator in self.evaluators]
-        metrics = OrderedDict(results[0])
+        metrics = dict(results[0])
         for name, result in zip(self.names[1:], results[1:], strict=True):
             metrics[f'top1_{name}'] = result['top1']
         if self.counts is None:

@@ -29,10 +29,10 @@ IGNORED = {'': ('target_key',), 'torch': FIELDS, 'digits': FIELDS, 'synthetic': 
 
 IMAGENET_SAMPLES = dict(train=1_281_167, val=50_000)
 
-# What readers raise, and the packages behind them, where the data is not there or other than the flags say.
+# Errors of readers, and of the packages behind them, for data that is missing or other than the flags say.
 ERRORS = (AssertionError, ImportError, LookupError, OSError, RuntimeError, ValueError, tarfile.TarError)
 
-# Part of what they say, and what to do about it.
+# Words in such errors, and what to do about them.
 HINTS = {
     'ModuleNotFoundError': 'pip install "dks-timm[readers]"; for tfds/ tensorflow-cpu and tensorflow-datasets',
     'num_samples': 'give --{prefix}-num-samples',

@@ -2,7 +2,6 @@
 import csv
 import io
 import os
-from collections import OrderedDict
 from typing import Any, Dict, Mapping, Optional, Sequence
 
 from .checkpoint import Output, write_text
@@ -61,7 +60,7 @@ class Records:
             images_per_second: float = 0.,
     ) -> None:
         """Record an epoch: timm's columns, those of several heads, updates left out; the speed for trackers only."""
-        row: Dict[str, Any] = OrderedDict(epoch=epoch, train_loss=train_metrics['loss'])
+        row: Dict[str, Any] = dict(epoch=epoch, train_loss=train_metrics['loss'])
         row.update((f'eval_{name}', eval_metrics[name]) for name in ('loss', 'top1', 'top5') if name in eval_metrics)
         row['lr'] = lr
         if 'synergy' in train_metrics:
@@ -77,5 +76,4 @@ class Records:
 
 def mean_lr(param_groups: Sequence[Mapping[str, Any]]) -> float:
     """Return the mean of the learning rates of an optimizer's parameter groups, as timm notes it."""
-    lrs = [group['lr'] for group in param_groups]
-    return sum(lrs) / len(lrs)
+    return sum(group['lr'] for group in param_groups) / len(param_groups)

@@ -3,6 +3,7 @@ import logging
 from typing import Any, Dict, Optional
 
 import torch
+from accelerate.utils import gather_object
 from timm.utils import unwrap_model
 
 from .._compat import has_started, rounding_generator
@@ -44,7 +45,7 @@ class RunState:
     def collect(self, mark: Dict[str, Any], totals: Optional[Totals], epoch: int, **place: Any) -> Dict[str, Any]:
         """Return the state of all processes, made of numbers, text and tensors. All processes have to call it.
 
-        In ``place``, ``over`` says that the epoch has been evaluated, and ``metric`` ranks it then; ``metrics`` are of
+        In ``place``, ``over`` says that the epoch has been evaluated, by ``metric``; ``metrics`` are of
         its training when that is complete; ``batch`` and ``done`` count its batches and updates so far, ``updates``
         those since the beginning of the run. ``mark`` is from :meth:`mark`, ``totals`` of the epoch's training.
 
@@ -62,10 +63,7 @@ class RunState:
             rounding=None if self.rounding is None else self.rounding.get_state(),
             finite=all_finite([p for module in self.modules.values() for p in module.parameters()]),
         )
-        processes = [process]
-        if self.shape['processes'] > 1:
-            processes = [None] * self.shape['processes']
-            torch.distributed.all_gather_object(processes, process)
+        processes = gather_object([process])
         place = {**dict(over=False, metric=None, metrics=None, batch=0, done=0, updates=0), **place}
         if not all(process.pop('finite') for process in processes):
             raise Fault(
@@ -74,7 +72,7 @@ class RunState:
         plateau = getattr(self.scheduler, 'lr_scheduler', None)
         return dict(
             epoch=epoch,
-            **{**place, 'metrics': place['metrics'] and dict(place['metrics'])},
+            **place,
             skipped=[self.guard.skipped, self.guard.skipped_since],
             shape=self.shape,
             lr=[float(group['lr']) for group in self.optimizer.param_groups],

@@ -11,6 +11,7 @@ from typing import Dict, Iterable, Optional, Sequence
 
 import torch
 import torch.nn as nn
+from accelerate.utils import gather_object
 from timm.utils import dispatch_clip_grad, unwrap_model
 from torch.distributed.tensor import DTensor
 
@@ -142,13 +143,13 @@ class Guard:
     def keep(self) -> None:
         """Remember the statistics, before an update."""
         for tensors, kept in self.statistics:
-            torch._foreach_copy_(kept, tensors)
+            torch._foreach_copy_(kept, tensors)  # private: torch _foreach_copy_
 
     @torch.no_grad()
     def undo(self) -> None:
         """Put the statistics back."""
         for tensors, kept in self.statistics:
-            torch._foreach_copy_(tensors, kept)
+            torch._foreach_copy_(tensors, kept)  # private: torch _foreach_copy_
 
     def skip(self) -> bool:
         """Count an update that is left out; return False if there were too many in a row."""
@@ -158,11 +159,11 @@ class Guard:
         return self.skipped_in_a_row < MOST_SKIPPED
 
     def mark(self, loss: torch.Tensor) -> torch.Tensor:
-        """Return a loss whose gradients are NaN where it is not finite, and its own where it is."""
+        """Return the loss, but make all gradients of one that is not finite NaN. A gradient scaler does that itself."""
         return loss if self.accelerator.scaler is not None else loss * (loss.detach() * 0 + 1)
 
     def clip(self, losses: Sequence[torch.Tensor]) -> bool:
-        """Clip gradients as --clip-grad says; return True if they and the losses are finite in all processes."""
+        """Clip gradients as --clip-grad says; return True if they (but for scaled ones) and the losses are finite."""
         args, norm = self.args, None
         scaled = self.accelerator.scaler is not None
         if scaled:
@@ -186,9 +187,7 @@ class Guard:
         """Name a number of an update that is not finite, by the task's outputs. All processes have to call it."""
         found = next(filter(None, map(self._suspect, outputs)), '')
         if self.accelerator.num_processes > 1:
-            gathered = [None] * self.accelerator.num_processes
-            torch.distributed.all_gather_object(gathered, found)
-            found = next((f'{what} in process {rank}' for rank, what in enumerate(gathered) if what), '')
+            found = next((f'{what} in process {rank}' for rank, what in enumerate(gather_object([found])) if what), '')
         return found or _bad_gradients(unwrap_model(self.task.get_trainable_module()))
 
     def _suspect(self, out) -> str:

@@ -77,7 +77,7 @@ class Update:
         return contextlib.nullcontext() if self.is_last else self.trainer.accelerator.no_sync(module)
 
     def scale_loss(self, output: Dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the loss of the last batch to call backward on: over the number of batches, scaled by its size."""
+        """Return the loss of the last batch for backward: divided by the number of batches, scaled by its size."""
         args = self.trainer.args
         loss, divisor = output['loss'], self.divisor
         if divisor > 1:
@@ -101,6 +101,8 @@ class Update:
 
     def clip_gradients(self) -> bool:
         """Clip gradients as --clip-grad says; return False where the update is left out, as it is not finite."""
+        if len(self.parts) != self.size:
+            raise RuntimeError('the training step has to call update.scale_loss(output) once for each batch')
         guard = self.trainer.guard
         self.finite = guard.clip([loss for _, loss, *_ in self.parts])
         if self.finite:

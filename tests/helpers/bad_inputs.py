@@ -1,6 +1,6 @@
 """Bad inputs, written by hand, and what each gets.
 
-test_bad_data.py and test_hostile.py hold the product to this list, benchmarks/bad_inputs.py shows what it did.
+test_bad_inputs.py and test_hostile.py hold the product to this list, benchmarks/bad_inputs.py shows what it did.
 """
 import argparse
 import io
@@ -79,7 +79,7 @@ def make_data(root: Path, classes=('a', 'b'), counts=(('train', 4), ('validation
 
 
 def write(path: str, content: Union[bytes, str] = b'') -> Callable[[Path], None]:
-    """What writes a file below a case's folder."""
+    """Return a function that writes a file below a case's folder."""
     def make(root):
         file = root / path
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -258,7 +258,7 @@ FOLDERS = [
 # Readers of other kinds.
 
 def tar(name, *members) -> Callable[[Path], None]:
-    """What writes a tar of (name, bytes), or of whole TarInfos."""
+    """Return a function that writes a tar of (name, bytes), or of whole TarInfos."""
     def make(root):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(root / name, 'w') as file:
@@ -276,7 +276,7 @@ def special(name, kind, target='') -> tarfile.TarInfo:
 
 
 def shard(name, *samples, key='png') -> Callable[[Path], None]:
-    """What writes a shard of webdataset; samples are dicts of fields, or labels of good images."""
+    """Return a function that writes a shard of webdataset, of dicts of fields or labels of good images."""
     members = []
     for i, sample in enumerate(samples):
         fields = sample if isinstance(sample, dict) else {key: PNG, 'cls': str(sample).encode()}
@@ -285,7 +285,7 @@ def shard(name, *samples, key='png') -> Callable[[Path], None]:
 
 
 def parquet(labels, names=None, kind=None) -> Callable[[Path], None]:
-    """What writes a Hugging Face dataset of both splits, labels by split."""
+    """Return a function that writes a Hugging Face dataset of both splits, labels by split."""
     def make(root):
         import datasets
         datasets.disable_progress_bars()
@@ -425,7 +425,7 @@ COMMANDS = [
 # Files that would run code, and names that would lead elsewhere. The file PWNED must never be.
 
 class Payload:
-    """What writes a file when it is unpickled."""
+    """An object that writes a file when it is unpickled."""
 
     def __init__(self, root):
         self.file = str(root / 'PWNED')
@@ -439,7 +439,7 @@ def pickled(name) -> Callable[[Path], None]:
 
 
 def saved(name, legacy=False, **content) -> Callable[[Path], None]:
-    """What saves a dictionary with torch; a value may be a function of the folder."""
+    """Return a function that saves a dictionary with torch; a value may be a function of the folder."""
     def make(root):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         state = {key: value(root) if callable(value) else value for key, value in content.items()}

@@ -144,7 +144,7 @@ def parse(*argv):
 
 
 def create_loaders(args, data_config=DATA_CONFIG, device='cpu', rank=0, world_size=1):
-    """What data.create_loaders returns for one of several processes."""
+    """Return the loaders of one of several processes."""
     accelerator = SimpleNamespace(device=torch.device(device), process_index=rank, num_processes=world_size)
     model = SimpleNamespace(num_classes=args.num_classes)
     return data.create_loaders(args, *data.create_datasets(args), data_config, model, accelerator)

@@ -1,4 +1,4 @@
-"""What a Markdown page holds: code blocks with their marks, links, anchors. And what running the blocks takes.
+"""Read code blocks, links and anchors of a Markdown page, and run the blocks.
 
 The blocks of a page run in order, in one folder, as a reader would run them. Python blocks share their variables. An
 HTML comment directly above a block keeps it from being run, and says why::

@@ -53,7 +53,7 @@ class File:
 
     @cached_property
     def oid(self) -> str:
-        """What the client's search for unchanged files goes by: sha256 in LFS, else git's sha1 of a blob."""
+        """The hash by which the client finds unchanged files: sha256 in LFS, else git's sha1 of a blob."""
         if self.lfs:
             return hashlib.sha256(self.content).hexdigest()
         return hashlib.sha1(b'blob %d\0' % len(self.content) + self.content).hexdigest()

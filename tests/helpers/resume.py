@@ -60,7 +60,7 @@ def plain(value):
 
 
 def end(folder):
-    """What a run comes to: everything in its last checkpoint but times and paths, and summary.csv."""
+    """Return the end of a run: its last and best checkpoint without times and paths, summary.csv, file names."""
     found = {}
     for name in ('last', 'model_best'):
         checkpoint = load_checkpoint_metadata(folder / f'{name}.pth.tar')

@@ -34,7 +34,7 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """What an export leaves, among other files."""
+    """Make the files of an export, among others."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('dks_timm.publishing.export.verify', lambda *args: None)  # has its own tests
         dks_timm.export(

@@ -30,7 +30,7 @@ def fresh_accelerate():
 
 
 def moments(text, columns):
-    """What a terminal shows of a text whenever the cursor goes back, and at the end: lists of lines."""
+    """Return the screens of a terminal that prints a text, each time the cursor goes back and at the end, as lines."""
     grid, row, column, found = [[]], 0, 0, []
     for sign in re.findall(r'\x1b\[[A-Z]|[^\x1b]', text):
         if sign in ('\r', '\x1b[A'):

@@ -300,7 +300,7 @@ def test_what_one_process_alone_misses_ends_all_of_them(two, name, words):
 
 
 def launcher_env(*argv):
-    """What `accelerate launch` adds to the environment of a script."""
+    """Return the variables that `accelerate launch` adds to the environment of a script."""
     args, _, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args([*argv, 'train.py']))
     if args.use_fsdp or args.multi_gpu:
         env = {**launchers.prepare_multi_gpu_env(args), 'LOCAL_RANK': '0'}

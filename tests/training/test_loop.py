@@ -1,4 +1,4 @@
-"""What the training loop costs beside the step: values read from the device, operations; and data to time it on."""
+"""The cost of the training loop beside the step: values read from the device, operations; and synthetic data."""
 import csv
 from collections import Counter
 

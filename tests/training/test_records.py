@@ -1,4 +1,4 @@
-"""What a run records of each epoch."""
+"""The records that a run keeps of each epoch."""
 import csv
 
 import pytest

@@ -46,7 +46,7 @@ def code_of(folder, *argv):
 # Checkpoints
 
 def find(folder):
-    """What --resume auto finds in a folder."""
+    """Return the checkpoint that --resume auto finds in a folder."""
     argv = ['--output', str(folder.parent), '--experiment', folder.name, '--resume', 'auto']
     args, _, text = config.parse_args(argv)
     return checkpoint.find_resume(args, text)
