@@ -97,6 +97,8 @@ def described(documented, heading: str) -> list:
         lines += [f'Returns: {plain(doc.returns.description)}\n']
     if raises:
         lines += ['Raises:\n', *(f'* {name}: {plain(text)}' for name, text in raises), '']
+    for example in doc.examples:
+        lines += ['```pycon', example.description, '```', '']
     return [heading + '\n', *lines]
 
 

@@ -58,7 +58,7 @@ LEFT_OUT = ('--torchcompile', '--dks-budget', '--dks-stages', '--dks-branch-kwar
 GIVEN = {page: ['out/resnet50'] for page in ('docs/publishing.md', 'docs/report.md')}
 MARKS = r'slow|needs (a GPU|the Hub|the network|ImageNet|several machines|a file of yours)|takes (minutes|hours|days)'
 RESULTS = ROOT / 'results/cifar100/README.md'
-SHELL, PYTHON, NOT_RUN = ('', 'bash'), 'python', ('text', 'bibtex', 'yaml', 'diff')
+SHELL, PYTHON, NOT_RUN = ('', 'bash'), 'python', ('text', 'bibtex', 'yaml', 'diff', 'pycon')
 
 
 def named(pages):
@@ -92,7 +92,7 @@ def workplace(exported, timms_weights, tmp_path, monkeypatch):
     digits = sklearn.datasets.load_digits()
     few = Bunch(images=digits.images[:200], target=digits.target[:200])
     monkeypatch.setattr(sklearn.datasets, 'load_digits', lambda: few)
-    # tests/test_hub.py has the check of an export, a process that takes seconds to start.
+    # tests/publishing/test_export.py has the check of an export, a process that takes seconds to start.
     monkeypatch.setattr(export, 'verify', lambda *args: None)
     monkeypatch.chdir(tmp_path)
     with HubServer() as server:
