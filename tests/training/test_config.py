@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from dks_timm import errors
+from dks_timm.method.loss import DIRECTIONS
+from dks_timm.method.plan import BRANCH_KINDS
 from dks_timm.training import config, flags
 
 TIMM_FLAGS = Path(__file__).with_name('timm_train_flags.tsv')
@@ -26,6 +28,11 @@ def recipe(tmp_path, text):
     path = tmp_path / 'recipe.yaml'
     path.write_text(text)
     return str(path)
+
+
+def test_the_choices_of_the_methods_flags_are_those_of_the_method():
+    choices = {action.dest: action.choices for action in config.create_parser()._actions}
+    assert (choices['dks_direction'], choices['dks_branches']) == (DIRECTIONS, BRANCH_KINDS)
 
 
 def test_every_flag_of_timm_is_there_with_its_name_type_and_default():
