@@ -43,9 +43,9 @@ def check_model_name(name: str, flag: str = 'MODEL') -> None:
         resolve_model_input_args(name)
 
 
-def naming_model(subject: str, model_kwargs=None):
+def naming_model(subject: str, further=None):
     """Raise an OptionError in place of timm's errors about a model's name, files, input or further arguments."""
-    return naming(subject, AssertionError, SafetensorError, *UNREADABLE, *([TypeError] if model_kwargs else []))
+    return naming(subject, AssertionError, SafetensorError, *UNREADABLE, *([TypeError] if further else []))
 
 
 def create_model(args):
@@ -63,8 +63,9 @@ def create_model(args):
     )
     if args.pretrained_path:
         kwargs['pretrained_cfg_overlay'] = dict(file=args.pretrained_path, num_classes=-1)  # -1 adapts the classifier
-    subject = _subject(args, 'model', 'model_kwargs', 'gp', 'initial_checkpoint', 'pretrained_path')
-    with naming_model(subject, args.model_kwargs):
+    more = 'model_kwargs', 'gp', 'drop_path', 'drop_block', 'bn_momentum', 'bn_eps'
+    subject = _subject(args, 'model', *more, 'initial_checkpoint', 'pretrained_path')
+    with naming_model(subject, _subject(args, *more)):
         model = timm.create_model(args.model, args.pretrained, **kwargs, **args.model_kwargs)
     if args.naflex_loader and not isinstance(model, NaFlexVit):
         raise OptionError(f'--naflex-loader: --model {args.model} does not take patch sequences; use a naflexvit model')
@@ -80,7 +81,7 @@ def create_model(args):
 
 def _subject(args, *names):
     """Return those of some flags that were given, with their values, for the beginning of an error."""
-    return ' with '.join(f'{flag(name)} {getattr(args, name)}' for name in names if getattr(args, name))
+    return ' with '.join(f'{flag(n)} {getattr(args, n)}' for n in names if getattr(args, n) not in (None, '', {}))
 
 
 def _add_branches(args, backbone, kwargs):
@@ -183,9 +184,7 @@ def _create_dks_loss(args, criterion, num_classifiers):
         criterion,
         ce_weight=ce_weight if len(ce_weight) > 1 else ce_weight[0],
         synergy_weight=matrix if len(synergy_weight) > 1 else synergy_weight[0],
-        direction=args.dks_direction,
-        temperature=args.dks_temperature,
-    )
+        direction=args.dks_direction, temperature=args.dks_temperature)
 
 
 def create_optimizer(args, module, lr: float):

@@ -215,7 +215,8 @@ def _values(args, given):
     yield args.aug_splits == 1, f'--aug-splits {args.aug_splits}: must be 0 or at least 2'
     channels = args.in_chans or (args.input_size or [3])[0]
     mode = args.input_img_mode or ('RGB' if channels == 3 else 'L')
-    yield IMAGE_MODES[mode] != channels, f'--in-chans {channels}: not those of --input-img-mode {mode}; give both'
+    told = '--input-size' if args.input_size and not args.in_chans else '--in-chans'
+    yield IMAGE_MODES[mode] != channels, f'{told} {channels}: not the channels of --input-img-mode {mode}; give both'
     for name, counts in dict(
             mean={1, channels}, std={1, channels}, scale={2}, ratio={2}, cutmix_minmax={2}, lr_noise={1, 2}).items():
         values = getattr(args, name)

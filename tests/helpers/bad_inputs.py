@@ -384,6 +384,8 @@ COMMANDS = [
     flags('--gp nosuch', '--gp', 'nosuch'),
     flags('--in-chans 2', '--in-chans 2', '--input-img-mode L'),
     flags('--in-chans 9', '--in-chans 9', '--input-img-mode'),
+    flags('--input-size 2 32 32', '--input-size 2', '--input-img-mode L'),
+    flags('--bn-momentum 0', '--bn-momentum 0.0', 'unexpected'),
     flags('--input-img-mode P', '--input-img-mode', "'P'", "'RGB'"),
     flags('--device nosuch', '--device nosuch'),
     flags('--device-modules no.such.module', '--device-modules no.such.module'),
