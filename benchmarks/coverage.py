@@ -67,7 +67,8 @@ def summarise(rows):
     lines = [
         '# Coverage of timm', '',
         f'`python benchmarks/coverage.py` attached branches to {len(done):,} of {len(rows):,} architectures '
-        f'({versions("timm", "torch")}, {platform.machine()}), each at its own image size. '
+        f'({versions("timm", "torch")}, {platform.machine()}), each at its own image size '
+        f'(once results/coverage.csv is deleted, whose rows it keeps). '
         f'{len(some):,} ({len(some) / len(done):.1%}) got at least one `tail` branch, {len(tails):,} '
         f'({len(tails) / len(done):.1%}) only tails.', '',
         f'CPU time: {sum(float(r["seconds"]) for r in rows) / 60:.0f} minutes in all, {median(rows, "seconds"):.1f} s '

@@ -11,7 +11,8 @@ INTRODUCTION = '''\
 # CIFAR-100
 
 Written by `python benchmarks/paper.py --summarise` from the lines in these folders, one an epoch.
-`python benchmarks/paper.py --list` shows the command of every run.
+`python benchmarks/paper.py --list` shows the command of every run. Runs that are finished here are left out;
+`--results FOLDER` makes them again.
 
 Top-1 accuracy on the validation images, in percent, after the last epoch, as mean and standard deviation over seeds: of
 the backbone, which is what remains; of each branch; and of the ensemble, the mean of all their probabilities. The
