@@ -7,13 +7,13 @@ from typing import Any, Dict, Optional
 import torch
 import torch.nn as nn
 from timm.models._features import feature_take_indices  # timm 1.0.31
-from timm.models._hub import hf_split, save_config_for_hf  # timm 1.0.31
+from timm.models._hub import download_from_hf, save_config_for_hf  # timm 1.0.31
 from torch.utils._pytree import tree_leaves, tree_map_only  # torch 2.6 to 2.14
 from torch.utils.data import DataLoader
 
 __all__ = [
-    'creation_args', 'feature_take_indices', 'has_started', 'hf_split', 'replace_batch_sampler', 'rounding_generator',
-    'save_config_for_hf', 'tree_leaves', 'tree_map_only']
+    'creation_args', 'download_from_hf', 'feature_take_indices', 'has_started', 'replace_batch_sampler',
+    'rounding_generator', 'save_config_for_hf', 'tree_leaves', 'tree_map_only']
 
 
 def replace_batch_sampler(loader: DataLoader, batch_sampler: Any) -> None:

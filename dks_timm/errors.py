@@ -85,6 +85,11 @@ def flag(name: str) -> str:
     return '--' + (name if name == 'local_rank' else name.replace('_', '-'))
 
 
+def given_flags(args, *names: str) -> str:
+    """Return those of some flags that were given, with their values, for the beginning of an error."""
+    return ' with '.join(f'{flag(n)} {getattr(args, n)}' for n in names if getattr(args, n) not in (None, '', {}))
+
+
 @contextlib.contextmanager
 def naming(subject: str, *errors):
     """Raise an OptionError that names flag and value, the subject, in place of the errors of a library for bad input.

@@ -246,6 +246,15 @@ def test_a_copy_of_train_py_trains_with_a_step_of_its_own(noise, tmp_path):
     assert any(not torch.equal(value, weights[1][name]) for name, value in plain.items())
 
 
+@pytest.mark.parametrize('flags', [
+    '--model naflexvit_base_patch16_gap --model-kwargs embed_dim=48 depth=1 num_heads=2 --naflex-loader --in-chans 1 '
+    '--naflex-train-seq-lens 4 --naflex-max-seq-len 4',
+    '--model deit_tiny_distilled_patch16_224 --model-kwargs img_size=32 depth=1 embed_dim=48 --head-init-scale 0.1',
+])
+def test_gray_patch_sequences_and_two_heads_train(noise, tmp_path, flags):
+    main(*noise, '--epochs', '1', *flags.split(), '--output', tmp_path)
+
+
 def test_a_step_without_scale_loss_ends_with_an_error_that_names_it(noise, tmp_path):
     script = changed_copy(tmp_path / 'my_train.py', 'loss = update.scale_loss(output)', "loss = output['loss']")
     with pytest.raises(RuntimeError, match='update.scale_loss'):

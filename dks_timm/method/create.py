@@ -10,17 +10,15 @@ from typing import Any, Dict, Optional, Sequence, Tuple
 import timm
 import torch
 import torch.nn as nn
-from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models import parse_model_name
-from timm.utils import load_checkpoint_metadata
 
-from .._compat import hf_split
+from .._compat import download_from_hf
 from ..errors import InputError
 from .model import DKSModel
-from .plan import WEIGHT_SOURCES
+from .plan import WEIGHT_PLACES
 
 _logger = logging.getLogger(__name__)
 
@@ -90,7 +88,7 @@ def add_branches(
     from_elsewhere = timm_kwargs.get('checkpoint_path') or timm_kwargs.get('pretrained_cfg_overlay')
     if published and pretrained and not from_elsewhere:
         load_branches(net, read_weights(model_name, cache_dir), model_name, adapt=True)
-    elif pretrained or from_elsewhere:
+    elif pretrained or timm_kwargs.get('checkpoint_path'):
         for branch in net.branches:
             if branch.kind == 'tail':
                 branch.start_from(backbone)
@@ -123,9 +121,8 @@ def _find(model_name: str, filename: str, cache_dir: Optional[str] = None) -> Op
     if source == 'local-dir' and Path(name, filename).is_file():
         return Path(name, filename)
     if source == 'hf-hub':
-        repo_id, revision = hf_split(name)
         try:
-            return Path(hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir))
+            return Path(download_from_hf(name, filename, cache_dir))
         except LocalEntryNotFoundError:
             _logger.warning(f'The Hub cannot be asked whether {model_name} has branches: they start fresh.')
         except EntryNotFoundError:
@@ -141,7 +138,7 @@ def read_layout(model_name: str, cache_dir: Optional[str] = None) -> Optional[Di
     try:
         config = json.loads(path.read_text())
         layout = {key: config[key] for key in _LAYOUT}
-        foreign = {*WEIGHT_SOURCES} & {key.rpartition('.')[2] for key in layout['branch_kwargs']}
+        foreign = {*WEIGHT_PLACES} & {key.rpartition('.')[2] for key in layout['branch_kwargs']}
     except (LookupError, TypeError, ValueError) as e:  # not JSON, or other things in it
         raise InputError(f'{BRANCH_CONFIG} of {model_name} is not one of a published network: {e!r}') from e
     if foreign:
@@ -166,20 +163,12 @@ def load_branches(net: nn.Module, weights: Dict[str, torch.Tensor], source: str,
     With ``adapt``, what has another shape stays freshly initialised, above all a classifier for other classes.
     """
     own = net.branches.state_dict()
-    weights = {name: tensor for name, tensor in weights.items() if '.aux_bn.' not in name}
     fresh = [name for name in own if adapt and name in weights and own[name].shape != weights[name].shape]
     if fresh:
         _logger.info(f'{source} was trained with other shapes; in its branches start fresh: {", ".join(fresh)}.')
         weights.update({name: own[name] for name in fresh})
     check_fit(own, weights, f'{source} holds other branches than this model has')
     net.branches.load_state_dict(weights)
-
-
-def load_checkpoint_branches(net: nn.Module, path: str, use_ema: bool = True) -> None:
-    """Load the branches of a training checkpoint, as ``timm.models.load_checkpoint`` does the backbone."""
-    checkpoint = load_checkpoint_metadata(path)
-    state = checkpoint.get('task_state_ema') if use_ema else None
-    load_branches(net, (state or checkpoint.get('task_state') or {}).get('branches', {}), f'checkpoint {path!r}')
 
 
 def check_fit(own: Dict[str, torch.Tensor], given: Dict[str, torch.Tensor], complaint: str) -> None:

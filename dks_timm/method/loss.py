@@ -178,10 +178,10 @@ class DKSLoss(nn.Module):
             synergy_weight = ((0.,) * len(logits),) * len(logits)
         with _no_autocast(logits[0].device):
             logits = _to_float(logits)
-            log_probs = _log_probs(logits)
-            ce = torch.stack([self._label_loss(z, q, target[:len(z)]) for z, q in zip(logits, log_probs, strict=True)])
-            if self.temperature != 1:
-                log_probs = _log_probs(logits, self.temperature)
+            log_probs = plain = _log_probs(logits, self.temperature)
+            if self.criterion is None and self.temperature != 1:
+                plain = _log_probs(logits)
+            ce = torch.stack([self._label_loss(z, q, target[:len(z)]) for z, q in zip(logits, plain, strict=True)])
             log_probs = [q if len(q) == count else q[:count] for q in log_probs]
             loss, synergy = _synergy(log_probs, synergy_weight, self.temperature)
             loss = loss + _weighted_sum(ce, ce_weight)

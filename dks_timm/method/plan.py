@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.layers import BatchNormAct2d, LayerNormAct2d, to_2tuple
+from timm.models import get_model_input_config
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import models  # noqa: F401  (registers its networks with timm)
@@ -25,8 +26,9 @@ _logger = logging.getLogger(__name__)
 
 BRANCH_KINDS = ('auto', 'tail', 'conv')
 
-# Arguments of timm.create_model that name files or addresses of weights; they do not change the layout of a model.
-WEIGHT_SOURCES = ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir')
+# Arguments of timm.create_model that say where weights come from or go to; they do not change the layout of a model.
+WEIGHT_PLACES = (
+    'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir', 'device', 'dtype')
 
 # The paper's branches, as overrides of the template by supervised stage (Sun et al., CVPR 2019, section 4).
 # On ImageNet, after layer2: layer3 at about half depth, two blocks of layer4; after layer3: layer4 at twice the width.
@@ -103,13 +105,11 @@ class BranchBuilder:
         self.backbone = backbone
         self.stages = list_stages(backbone)
         noted = creation_args(backbone)
-        kwargs = {k: v for k, v in {**noted, **(model_kwargs or {})}.items() if k not in WEIGHT_SOURCES}
+        kwargs = {k: v for k, v in {**noted, **(model_kwargs or {})}.items() if k not in WEIGHT_PLACES}
         # The configuration decides about image size and pooling where the arguments do not.
         self.kwargs = {**kwargs, 'pretrained_cfg': cfg, 'num_classes': backbone.num_classes}
-        channels, *size = cfg['input_size']
-        in_chans = kwargs.get('in_chans') or getattr(backbone, 'in_chans', None) or channels
-        own_size = kwargs.get('img_size') or getattr(getattr(backbone, 'patch_embed', None), 'img_size', None)
-        self.input_size = (in_chans, *to_2tuple(image_size or own_size or tuple(size)))
+        in_chans, *own_size = get_model_input_config(backbone)['input_size']
+        self.input_size = (in_chans, *to_2tuple(image_size or tuple(own_size)))
         self.image = torch.zeros(TRACE_BATCH, *self.input_size, device='meta')
         self._templates: Dict[str, Tuple[nn.Module, Trace]] = {}
         self._plans: Dict[Any, TailPlan] = {}

@@ -141,8 +141,9 @@ class DKSTask(ClassificationTask):
             stages = tuple(task_state['stages'])
             if stages != net.stages:
                 raise InputError(f'the checkpoint has branches on stages {stages}, the model on {net.stages}')
-            for name, state in (('backbone', state_dict), ('branches', task_state['branches'])) if strict else ():
-                check_fit(getattr(net, name).state_dict(), state, f"the checkpoint does not fit the model's {name}")
+            given = {**task_state, 'backbone': state_dict}
+            for name, part in {'backbone': net.backbone, **self._saved_parts(net, ema)}.items() if strict else ():
+                check_fit(part.state_dict(), given.get(name, {}), f"the checkpoint does not fit the model's {name}")
         super().load_checkpoint_state(state_dict, task_state, ema=ema, strict=strict)
 
 
@@ -175,11 +176,6 @@ class DKSDistillationTask(DKSTask):
         kd_loss = distilled['kd_loss' if 'kd_loss' in distilled else 'distill_loss'].detach()
         loss = self.distillation.task_loss_weight * result['loss'] + distilled['loss']
         return {**result, 'loss': loss, 'kd_loss': kd_loss}
-
-    def train(self, mode: bool = True) -> 'DKSDistillationTask':
-        super().train(mode)
-        self.distillation.teacher.eval()
-        return self
 
     def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs) -> nn.Module:
         """Compile student and teacher."""

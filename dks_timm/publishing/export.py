@@ -22,7 +22,7 @@ from timm.utils import load_checkpoint_metadata, unwrap_model
 
 from .._compat import save_config_for_hf
 from ..errors import UNREADABLE, ExportError, InputError, naming
-from ..method.create import create_dks_model, load_checkpoint_branches, plain_tensors, save_branches
+from ..method.create import create_dks_model, load_branches, plain_tensors, save_branches
 from ..method.model import DKSModel, prune
 from ..models import ARCHITECTURES
 from ..training.build import check_model_name, create_model
@@ -226,7 +226,8 @@ def export_checkpoint(
         # Without the statistics that split BatchNorm keeps for training only.
         load_checkpoint(prune(net), str(checkpoint), use_ema=use_ema, filter_fn=lambda state, _: plain_tensors(state))
         if keep_branches and isinstance(net, DKSModel):
-            load_checkpoint_branches(net, str(checkpoint), use_ema)
+            task_state = use_ema and state.get('task_state_ema') or state.get('task_state') or {}
+            load_branches(net, plain_tensors(task_state.get('branches', {})), subject)
     is_ema = use_ema and 'state_dict_ema' in state
     if 'state_dict_ema' in state:
         top1 = args.get('top1_by_ema') or {}

@@ -88,9 +88,7 @@ class BackgroundPush:
         flags = ['--push-to-hub', args.push_to_hub, *_export_flags(args)]
         tagged = (args.hub_revision or '').startswith('tag:')  # for the end alone
         flags += hub_flags(args.hub_private, None if tagged else args.hub_revision, args.overwrite_repository)
-        for name in ('hub_timeout', 'card_license', 'card_baseline'):
-            if getattr(args, name) is not None:
-                flags += [flag(name), str(getattr(args, name))]
+        flags += _given(args, 'hub_timeout')
         self.checkpoint, self.flags, self.child = os.path.join(run_dir, 'model_best.pth.tar'), flags, None
 
     def __call__(self) -> None:
@@ -170,7 +168,13 @@ def next_steps(args: argparse.Namespace, run_dir: str) -> str:
 
 def _export_flags(args: argparse.Namespace) -> List[str]:
     """Flags for exporting the weights that were evaluated: an average kept on the CPU was not."""
-    return ['--no-ema'] * args.model_ema_force_cpu + ['--keep-branches'] * args.keep_branches
+    flags = ['--no-ema'] * args.model_ema_force_cpu + ['--keep-branches'] * args.keep_branches
+    return flags + _given(args, 'card_license', 'card_baseline')
+
+
+def _given(args: argparse.Namespace, *names: str) -> List[str]:
+    """Return those of some flags that have a value, as words of a command."""
+    return [word for n in names if getattr(args, n) is not None for word in (flag(n), str(getattr(args, n)))]
 
 
 def _export_line(args: argparse.Namespace, run_dir: str, out_dir: str) -> str:

@@ -125,7 +125,7 @@ def read_run(folder: PathLike) -> Run:
     folder = Path(folder)
     if not (folder / 'args.yaml').is_file():
         raise InputError(f'RUN {folder}: has no args.yaml; give the folder of a run')
-    with naming(f'RUN {folder}', OSError, ValueError, yaml.YAMLError):
+    with naming(f'RUN {folder}', OSError, TypeError, ValueError, yaml.YAMLError):
         settings = dict(yaml.safe_load((folder / 'args.yaml').read_text(encoding='utf-8')))
         settings = check_types(f'RUN {folder}', settings)
     epochs = read_summary(folder / 'summary.csv')
@@ -146,7 +146,7 @@ def read_run(folder: PathLike) -> Run:
 def _checkpoint_args(path: Path) -> Dict[str, Any]:
     try:
         return vars(load_checkpoint_metadata(path)['args'])
-    except UNREADABLE:
+    except (TypeError, *UNREADABLE):
         return {}
 
 

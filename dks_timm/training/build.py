@@ -10,7 +10,7 @@ from timm.loss import create_classification_loss
 from timm.models import NaFlexVit, resolve_model_input_args
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 
-from ..errors import UNREADABLE, OptionError, closest, flag, naming
+from ..errors import UNREADABLE, OptionError, closest, flag, given_flags, naming
 from ..method.cost import training_cost
 from ..method.create import add_branches
 from ..method.loss import DKSLoss
@@ -31,7 +31,7 @@ def check_names(args) -> None:
     if optimizer not in known:
         raise OptionError(f'--opt {args.opt}: timm has no such optimizer{closest(optimizer, known)}')
     if args.torchcompile:
-        with naming(_subject(args, 'torchcompile', 'torchcompile_mode'), RuntimeError):
+        with naming(given_flags(args, 'torchcompile', 'torchcompile_mode'), RuntimeError):
             torch.compile(lambda: None, backend=args.torchcompile, mode=args.torchcompile_mode)  # looked up, not run
 
 
@@ -64,8 +64,8 @@ def create_model(args):
     if args.pretrained_path:
         kwargs['pretrained_cfg_overlay'] = dict(file=args.pretrained_path, num_classes=-1)  # -1 adapts the classifier
     more = 'model_kwargs', 'gp', 'drop_path', 'drop_block', 'bn_momentum', 'bn_eps'
-    subject = _subject(args, 'model', *more, 'initial_checkpoint', 'pretrained_path')
-    with naming_model(subject, _subject(args, *more)):
+    subject = given_flags(args, 'model', *more, 'initial_checkpoint', 'pretrained_path')
+    with naming_model(subject, given_flags(args, *more)):
         model = timm.create_model(args.model, args.pretrained, **kwargs, **args.model_kwargs)
     if args.naflex_loader and not isinstance(model, NaFlexVit):
         raise OptionError(f'--naflex-loader: --model {args.model} does not take patch sequences; use a naflexvit model')
@@ -77,11 +77,6 @@ def create_model(args):
         with naming(f'--grad-checkpointing with --model {args.model}', AssertionError):  # of a model that cannot
             model.set_grad_checkpointing(enable=True)
     return model
-
-
-def _subject(args, *names):
-    """Return those of some flags that were given, with their values, for the beginning of an error."""
-    return ' with '.join(f'{flag(n)} {getattr(args, n)}' for n in names if getattr(args, n) not in (None, '', {}))
 
 
 def _add_branches(args, backbone, kwargs):
@@ -101,7 +96,8 @@ def _add_branches(args, backbone, kwargs):
 @torch.no_grad()
 def _init_heads(args, model):
     """Scale and bias the classifiers as --head-init-scale and --head-init-bias say."""
-    for head in model.get_classifiers() if args.dks else [model.get_classifier()]:
+    heads = model.get_classifiers() if args.dks else model.get_classifier()
+    for head in heads if isinstance(heads, (list, tuple)) else [heads]:  # two of a distilled model
         if args.head_init_scale is not None:
             head.weight.mul_(args.head_init_scale)
             head.bias.mul_(args.head_init_scale)
@@ -124,7 +120,7 @@ def place_model(args, model, input_size, accelerator):
 @torch.no_grad()
 def _check_input_size(args, model, input_size):
     """Refuse images that the model does not take, by evaluating one."""
-    subject = _subject(args, 'model', 'model_kwargs', 'gp')
+    subject = given_flags(args, 'model', 'model_kwargs', 'gp')
     model.eval()
     for size in [input_size, *((input_size[0], size, size) for size in args.train_img_sizes or ())]:
         with naming_model(f'{subject}: input size {size}', args.model_kwargs):
@@ -192,7 +188,7 @@ def create_optimizer(args, module, lr: float):
     kwargs = {**optimizer_kwargs(cfg=args), 'lr': lr}
     # AssertionError: an optimizer needs a GPU; ImportError: a package; LookupError: --opt-betas are too few.
     errors = [AssertionError, ImportError, LookupError, ValueError] + [TypeError] * bool(args.opt_kwargs)
-    with naming(_subject(args, 'opt', 'opt_eps', 'opt_betas', 'opt_kwargs'), *errors):
+    with naming(given_flags(args, 'opt', 'opt_eps', 'opt_betas', 'opt_kwargs'), *errors):
         return create_optimizer_v2(module, **kwargs, **args.opt_kwargs)
 
 

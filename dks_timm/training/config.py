@@ -25,8 +25,11 @@ NEEDS = dict(pretrained_path='pretrained', push_every_best='push_to_hub', keep_b
 # Flag -> flags that cannot be given beside it.
 EXCLUSIVE = dict(
     split_bn=('sync_bn',),
-    aug_splits=('mixup', 'cutmix', 'cutmix_minmax', 'no_prefetcher'),
-    naflex_loader=('train_img_sizes', 'use_multi_epochs_loader', 'aug_splits', 'dks'),
+    aug_splits=('mixup', 'cutmix', 'cutmix_minmax', 'no_prefetcher', 'no_aug'),
+    naflex_loader=(
+        'train_img_sizes', 'use_multi_epochs_loader', 'aug_splits', 'dks', 'no_prefetcher', 'channels_last',
+        'save_images'),
+    train_img_sizes=('use_multi_epochs_loader', 'aug_splits'),
     train_pad=('no_aug', 'train_crop_mode', 'scale', 'ratio', 'train_img_sizes', 'naflex_loader'),
     data_on_device=('aug_repeats', 'aug_splits', 'train_img_sizes', 'naflex_loader', 'no_prefetcher'),
     dks_batch_fraction=('aug_splits', 'split_bn'),
@@ -242,6 +245,8 @@ def _combinations(args, given):
         f'--model-dtype {args.model_dtype}: cannot be combined with --amp; use one of the two')
     yield args.split_bn and not (args.aug_splits or args.resplit), '--split-bn: needs --aug-splits or --resplit'
     yield mixup_active(args) and args.batch_size % 2, f'--batch-size {args.batch_size}: must be even for mixup'
+    yield mixup_active(args) and any(n % 2 for n in args.train_batch_sizes or ()), (
+        f'{_spelled(args, "train_batch_sizes")}: must be even for mixup')
     yield args.tta > 1 and (args.validation_batch_size or args.batch_size) % args.tta, (
         f'--tta {args.tta}: the evaluation batch (-vb) must be a multiple of it')
     yield args.dks and args.dks_start_epoch >= args.epochs, (

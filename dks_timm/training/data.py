@@ -15,7 +15,7 @@ from timm.data import (
 )
 from torchvision.transforms import RandomCrop
 
-from ..errors import OptionError, naming
+from ..errors import OptionError, given_flags, naming
 from . import readers
 from .config import mixup_active
 from .device_data import DeviceLoader, decode
@@ -102,10 +102,14 @@ def create_loaders(args, train, val, data_config, model, accelerator):
     if args.data_on_device:
         create = partial(_create_device_loaders, data_config=data_config, accelerator=accelerator)
     elif args.naflex_loader:
-        create = partial(_create_naflex_loaders, mixup=mixup, model=model, accelerator=accelerator)
+        create = partial(
+            _create_naflex_loaders, data_config=data_config, mixup=mixup, model=model, accelerator=accelerator)
     else:
         create = partial(_create_image_loaders, data_config=data_config, mixup=mixup)
-    loader_train, loader_eval = create(args, train, val, train_kwargs, eval_kwargs)
+    names = 'train_img_sizes', 'train_batch_sizes', 'train_size_probs', 'naflex_patch_sizes', 'naflex_patch_size_probs'
+    sizes = given_flags(args, *names)
+    with naming(sizes, *[AssertionError, ValueError] * bool(sizes)):  # timm's checks of them
+        loader_train, loader_eval = create(args, train, val, train_kwargs, eval_kwargs)
     if not len(loader_train):
         raise OptionError(f'--batch-size {args.batch_size}: the training split does not fill one batch')
     if isinstance(train, Stream):
@@ -246,12 +250,13 @@ def _create_device_loaders(args, train, val, train_kwargs, eval_kwargs, data_con
         val, transform, f'--val-split {args.val_split}', batch_size=eval_kwargs['batch_size'], is_training=False)
 
 
-def _create_naflex_loaders(args, train, val, train_kwargs, eval_kwargs, mixup, model, accelerator):
+def _create_naflex_loaders(args, train, val, train_kwargs, eval_kwargs, data_config, mixup, model, accelerator):
     patch_size = model.get_patch_size() if hasattr(model, 'get_patch_size') else (16, 16)
     patches = dict(patch_size=patch_size)
     if args.naflex_patch_sizes:
         patches = dict(patch_size_choices=args.naflex_patch_sizes, patch_size_choice_probs=args.naflex_patch_size_probs)
-    layout = dict(patchify_channels_last=not args.naflex_patchify_channels_first)
+    layout = dict(
+        patchify_channels_last=not args.naflex_patchify_channels_first, channels=data_config['input_size'][0])
     loader_train = create_naflex_loader(
         train,
         train_seq_lens=args.naflex_train_seq_lens,

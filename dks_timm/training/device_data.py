@@ -71,9 +71,9 @@ class DeviceLoader:
         moves = None
         if self.is_training and (self.pad or self.hflip or self.vflip):
             moves = [m.to(device) for m in self._draw(self.sampler.epoch)]
-        self.batches = order.split(self.batch_size)[:len(self)]  # indices of images
+        batches = order.split(self.batch_size)[:len(self)]  # indices of images
         start, self.start = self.start, 0
-        for index in self.batches[start:]:
+        for index in batches[start:]:
             images = self.images[index] if moves is None else self._move(index, *(m[index] for m in moves))
             yield images.to(self.dtype).sub_(self.mean).div_(self.std), self.targets[index]
 

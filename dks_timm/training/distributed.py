@@ -14,6 +14,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     TorchDynamoPlugin,
+    gather_object,
     parse_flag_from_env,
 )
 from timm import utils
@@ -58,7 +59,7 @@ def create_accelerator(args, given: Set[str]) -> Accelerator:
                 find_unused_parameters=args.dks and args.dks_every > 1,
             )],
         )
-    if sharded and not fsdp2.started(accelerator):  # as on a CPU
+    if sharded and not accelerator.is_fsdp2:  # as on a CPU
         raise OptionError(
             f'accelerate config asks for FSDP2, but Accelerate started {accelerator.distributed_type.value} on '
             f'{accelerator.device}; FSDP2 needs GPUs, and accelerate launch')
@@ -159,8 +160,7 @@ def share(refusal: str = '', facts: Optional[dict] = None) -> None:
     """Raise a SharedError in all processes if one refuses, or has other facts (values by name)."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return
-    told = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(told, (refusal, facts))
+    told = gather_object([(refusal, facts)])
     if refusal:
         return
     for rank, (other, _) in enumerate(told):

@@ -8,7 +8,7 @@ from typing import Any, Dict, Optional
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
+from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -73,11 +73,6 @@ def plugin() -> FullyShardedDataParallelPlugin:
         mixed_precision_policy=MixedPrecisionPolicy(),
         cpu_ram_efficient_loading=False,  # it loads no buffers, and BatchNorm has some
     )
-
-
-def started(accelerator: Accelerator) -> bool:
-    """Return True if Accelerate runs FSDP2."""
-    return accelerator.distributed_type == DistributedType.FSDP
 
 
 class Shards:

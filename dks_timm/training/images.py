@@ -59,13 +59,12 @@ def decode(image, mode: str) -> Image.Image:
         raise BadImage(why(e, 300)) from e
 
 
-def check_label(label, num_classes, name: str = ''):
+def check_label(label, num_classes):
     """Refuse a label that no output of the model stands for; without a number of classes, any will do."""
     if num_classes and not (isinstance(label, numbers.Integral) and 0 <= label < num_classes):
         raise DataError(
-            f'--num-classes {num_classes}: the data holds label {label!r}{name and f" ({printable(name)})"}; '
-            f'wanted: 0 to {num_classes - 1}, or a --class-map to these'
-        )
+            f'--num-classes {num_classes}: the data holds label {label!r}; '
+            f'wanted: 0 to {num_classes - 1}, or a --class-map to these')
 
 
 class Images(ImageDataset):

@@ -90,7 +90,7 @@ class Trainer:
         """Prepare module, optimizer and loaders for the processes, and for going on from a checkpoint."""
         args, accelerator, task = self.args, self.accelerator, self.task
         self.shards = None
-        if fsdp2.started(accelerator):
+        if accelerator.is_fsdp2:
             self.shards = fsdp2.Shards(accelerator, task, optimizer)
             self.optimizer = self.shards.optimizer
         else:
@@ -223,9 +223,8 @@ class Trainer:
             self.train_seconds += progress.seconds
         if not totals.count:
             raise stopping.Fault(f'every update of epoch {epoch} had a non-finite loss or gradient', stopping.NONFINITE)
-        raw_optimizer = getattr(self.optimizer, 'optimizer', self.optimizer)
-        if hasattr(raw_optimizer, 'sync_lookahead'):
-            raw_optimizer.sync_lookahead()
+        if hasattr(self.optimizer.optimizer, 'sync_lookahead'):
+            self.optimizer.optimizer.sync_lookahead()
         self.train_metrics = totals.compute(reduce=True)
         args, processes = self.args, self.accelerator.num_processes
         if processes > 1 and args.dist_bn and not args.sync_bn:  # with --sync-bn statistics are the same already

@@ -103,6 +103,13 @@ def test_tails_start_from_given_weights(tmp_path):
     assert torch.equal(prune(net).fc.weight, source.fc.weight)
 
 
+def test_tails_are_fresh_where_a_configuration_alone_is_given_and_on_the_device_that_is(tmp_path):
+    net = create_dks_model('test_resnet', num_classes=5, pretrained_cfg_overlay=dict(crop_pct=0.9), device='cpu')
+    pairs = list(zip(net.branches[-1].template.layer4.modules(), prune(net).layer4.modules(), strict=True))
+    convolutions = [(a, b) for a, b in pairs if isinstance(a, torch.nn.Conv2d)]
+    assert convolutions and not any(torch.equal(a.weight, b.weight) for a, b in convolutions)
+
+
 def test_a_budget_below_the_cheapest_branches_is_refused_with_the_least_that_works():
     pattern = r'budget is 1.001, but the cheapest branches on stages 2, 3 of resnet10t need (\d\.\d+); give at least'
     with pytest.raises(ValueError, match=pattern) as refusal:

@@ -245,6 +245,12 @@ def make_distillation_task(kind='logit', loss_fn=None, teacher=None, **weights):
     return task.train(), teacher
 
 
+def test_a_checkpoint_without_the_projection_to_a_teachers_features_is_refused():
+    saved = make_distillation_task('logit')[0].get_checkpoint_state()
+    with pytest.raises(ValueError, match="does not fit the model's projection"):
+        make_distillation_task('feature')[0].load_checkpoint_state(**saved)
+
+
 @pytest.mark.parametrize('direction', ['both', 'none'])
 def test_a_teacher_is_one_more_term_of_the_dks_loss(direction):
     loss_fn = DKSLoss(direction=direction)

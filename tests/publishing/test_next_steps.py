@@ -13,6 +13,9 @@ from dks_timm.training import config
     (['--keep-branches', '--model-ema', '--model-ema-force-cpu', '--no-hub-private'], [
         'report a/run', 'export a/run/model_best.pth.tar a/run/export --no-ema --keep-branches',
         'push a/run/export OWNER/NAME --no-hub-private']),
+    (['--card-license', 'mit', '--card-baseline', 'b'], [
+        'report a/run', 'export a/run/model_best.pth.tar a/run/export --card-license mit --card-baseline b',
+        'push a/run/export OWNER/NAME']),
     (['--export-dir', 'out/my net'], ['report a/run', "push 'out/my net' OWNER/NAME"]),
     (['--push-to-hub', 'me/net'], ['report a/run']),
 ])

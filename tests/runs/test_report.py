@@ -191,9 +191,15 @@ def test_a_run_of_which_something_is_missing_or_broken_has_a_page_that_says_so(n
         assert f'{folder}: {note}' in page.text and page.source.count('class="note"') == bool(note)
 
 
+def emptied(folder):
+    (folder / 'args.yaml').write_text('')
+    return folder
+
+
 @pytest.mark.parametrize('make, message', [
     (lambda root: [root / 'none'], r'RUN .*none: has no args.yaml; give the folder of a run'),
     (lambda root: [make_run(root / 'a'), root], r'RUN .*: has no args.yaml; give the folder of a run'),
+    (lambda root: [emptied(make_run(root / 'a'))], r'RUN .*a: TypeError'),
     (lambda root: [make_run(root / 'a', epochs='x')], r'RUN .*a: "epochs: x" is not a whole number'),
     (lambda root: [make_run(root / 'a'), '--output', root / 'a/args.yaml'], r'--output .*args.yaml: .*File exists'),
 ])
