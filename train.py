@@ -63,12 +63,15 @@ def create_run(args, given, args_text, argv):
         if args.num_classes is None:
             data.check_num_classes(model.num_classes, dataset_train)
         data_config = resolve_data_config(vars(args), model=model, verbose=accelerator.is_main_process)
+        if args.in_chans:  # which timm heeds beside --img-size only
+            data_config['input_size'] = (args.in_chans, *data_config['input_size'][1:])
         facts = {}
         if args.dks and accelerator.is_main_process:
             facts['exit_flops'] = exit_flops(model, data_config['input_size'])
         model = build.place_model(args, model, data_config['input_size'], accelerator)
         loaders = data.create_loaders(args, dataset_train, dataset_eval, data_config, model, accelerator)
-        task = build.create_task(args, model, accelerator)
+        class_stats = data.class_stats(args, dataset_train, model.num_classes)
+        task = build.create_task(args, model, accelerator, class_stats)
         lr = build.learning_rate(args, loaders[-1], accelerator.num_processes)
         optimizer = build.create_optimizer(args, task.get_trainable_module(), lr)
         names = ['backbone', *(f'stage{stage}' for stage in model.stages)] if args.dks else ['backbone']

@@ -18,7 +18,8 @@ UNREADABLE = (EOFError, LookupError, OSError, RuntimeError, ValueError, pickle.P
 # Arguments that an InputError begins with -> their flags.
 _FLAGS = dict(
     stages='dks_stages', branches='dks_branches', branch_kwargs='dks_branch_kwargs', budget='dks_budget',
-    batch_fraction='dks_batch_fraction', baseline='card_baseline', repo_id='push_to_hub', revision='hub_revision')
+    batch_fraction='dks_batch_fraction', synergy='dks_synergy', baseline='card_baseline', repo_id='push_to_hub',
+    revision='hub_revision')
 
 
 class InputError(ValueError):

@@ -2,7 +2,9 @@
 
     L = sum_m ce_weight[m] * CE(target, z_m)  +  sum_{p != q} synergy_weight[p, q] * T^2 * KL(stopgrad(Q_p) || Q_q)
 
-for the logits z_m (B, C) of M classifiers, with Q_m = softmax(z_m / T) and every term a mean over the batch.
+for the logits z_m (B, C) of M classifiers, with Q_m = softmax(z_m / T) and every term a mean over the batch. Where an
+image may have several labels, Q_m are C independent distributions, those of Bernoulli(sigmoid(z_m / T)), and their
+divergences are a mean or a sum over the classes, as the classification loss is.
 Sun, Yao, Zhou, Zhao: Deeply-supervised Knowledge Synergy, CVPR 2019, section 3, https://arxiv.org/abs/1906.00675
 """
 import math
@@ -15,12 +17,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm import loss as timm_loss
 
-DIRECTIONS = ('both', 'top-down', 'bottom-up', 'none')
+from ..errors import InputError
 
+DIRECTIONS = ('both', 'top-down', 'bottom-up', 'none')
+SYNERGIES = ('softmax', 'sigmoid')
+
+_WHOLE_SET = (timm_loss.TwoWayLoss, timm_loss.ZlprLoss)  # of all labels of an image at once, no mean over classes
 _MULTI_LABEL = (
-    timm_loss.AsymmetricLossMultiLabel, timm_loss.DistributionBalancedLoss, timm_loss.PolyBinaryCrossEntropy,
-    timm_loss.TwoWayLoss, timm_loss.ZlprLoss, nn.MultiLabelMarginLoss, nn.MultiLabelSoftMarginLoss,
+    *_WHOLE_SET, timm_loss.AsymmetricLossMultiLabel, timm_loss.DistributionBalancedLoss,
+    timm_loss.PolyBinaryCrossEntropy, nn.MultiLabelMarginLoss, nn.MultiLabelSoftMarginLoss,
 )
+_BINARY = (timm_loss.BinaryCrossEntropy, nn.BCEWithLogitsLoss)  # also of single labels
 
 _MASKED = -1e30  # takes the place of -inf: its probability is 0 too, and 0 times it is 0
 
@@ -34,6 +41,7 @@ def synergy_loss(
         weight: Weight = 1.0,
         direction: str = 'both',
         temperature: float = 1.0,
+        synergy: str = 'softmax',
 ) -> torch.Tensor:
     """Return the weighted sum of the divergences between every two classifiers, each a fixed teacher of the others.
 
@@ -44,7 +52,9 @@ def synergy_loss(
         weight: A number for all pairs, or an M x M matrix (teacher row, student column, diagonal ignored).
         direction: Who teaches: 'both', 'top-down' (deeper teaches shallower, the backbone is the deepest),
             'bottom-up', 'none'. Multiplies the weight.
-        temperature: Softens every softmax; the divergences are scaled by its square.
+        temperature: Divides the logits; the divergences are scaled by its square.
+        synergy: What is compared: 'softmax', the distributions over exclusive classes, or 'sigmoid', that of each class
+            by itself (an extension of the paper's to several labels an image), a mean over the classes.
 
     Returns:
         A scalar in nats, a mean over the batch, in float32 at least. Only the students get a gradient. A class whose
@@ -52,7 +62,7 @@ def synergy_loss(
 
     Raises:
         ValueError: Logits of one classifier or of different shapes, a weight that is negative, not finite, or for
-            another number of classifiers, an unknown direction, or a temperature that is not positive.
+            another number of classifiers, an unknown direction or synergy, or a temperature that is not positive.
 
     Example:
         >>> import torch
@@ -66,13 +76,20 @@ def synergy_loss(
         tensor(0.9640)
     """
     _check_logits(logits)
-    _check_options(direction, temperature)
+    _check_options(direction, temperature, synergy)
     matrix = _directed(_resolve_weight('weight', _parse_weight('weight', weight, ndim=2), 2, len(logits)), direction)
     with _no_autocast(logits[0].device):
-        return _synergy(_log_probs(_to_float(logits), temperature), matrix, temperature)[0]
+        log_probs = _log_probs(_to_float(logits), temperature, synergy)
+        return _synergy(log_probs, matrix, _scale(logits, temperature, synergy))[0]
 
 
-def _synergy(log_probs, weight: Matrix, temperature: float) -> Tuple[torch.Tensor, torch.Tensor]:
+def _scale(logits: Sequence[torch.Tensor], temperature: float, synergy: str, sum_classes: bool = False) -> float:
+    """Return the factor of a sum over batch and classes: temperature squared, and what makes it a mean."""
+    count, classes = logits[-1].shape
+    return temperature ** 2 / max(count * (1 if synergy == 'softmax' or sum_classes else classes), 1)
+
+
+def _synergy(log_probs, weight: Matrix, scale: float) -> Tuple[torch.Tensor, torch.Tensor]:
     """Return the weighted sum of all divergences, and every single one (teacher row, student column) without gradient.
 
     Of KL(p || q) = sum p log p - sum p log q only the second part depends on the student, so all teachers of a student
@@ -80,7 +97,6 @@ def _synergy(log_probs, weight: Matrix, temperature: float) -> Tuple[torch.Tenso
     """
     fixed = [q.detach() for q in log_probs]
     teachers = [q.exp() for q in fixed]
-    scale = temperature ** 2 / max(len(fixed[0]), 1)
     divergences = scale * torch.stack([
         torch.stack([(p * (own - q)).sum() for q in fixed]) for p, own in zip(teachers, fixed, strict=True)])
     divergences = divergences.clamp(min=0)
@@ -94,23 +110,25 @@ def _synergy(log_probs, weight: Matrix, temperature: float) -> Tuple[torch.Tenso
 class DKSLoss(nn.Module):
     """Classification loss of every classifier plus their synergy (Sun et al., CVPR 2019, section 3).
 
-    The criterion is called once per classifier. The synergy is the divergence of softmax probabilities whatever the
-    criterion, so criteria for independent labels are refused.
+    The criterion is called once per classifier.
 
     Args:
-        criterion: A function of (logits, target) that returns a scalar. None is softmax cross-entropy,
-            `torch.nn.functional.cross_entropy`, of class indices or dense targets.
+        criterion: A function of (logits, target) that returns a scalar. None is softmax cross-entropy of class indices
+            or dense targets; with synergy 'sigmoid' binary cross-entropy of dense targets, a mean over classes.
         ce_weight: Weight of the classification losses, a number or one per classifier.
         synergy_weight: Weight of the synergy, see `synergy_loss`.
         direction: Who teaches whom, see `synergy_loss`.
         temperature: Of the synergy, see `synergy_loss`.
+        synergy: What classifiers compare, see `synergy_loss`. None goes by the criterion: 'sigmoid' for binary
+            cross-entropy and timm's multi-label losses, else 'softmax'. 'sigmoid' is a sum over the classes where the
+            criterion is one (its `sum_classes`, its `reduction`, and the losses of whole label sets), else a mean.
 
     Attributes:
         synergy_on: True if classifiers teach each other; if not, plain deep supervision is left.
 
     Raises:
-        ValueError: A criterion for multi-label targets, a weight that is negative or not finite, an unknown direction,
-            or a temperature that is not positive.
+        ValueError: A criterion for multi-label targets with 'softmax', which is of exclusive classes; a weight that is
+            negative or not finite, an unknown direction or synergy, or a temperature that is not positive.
 
     Example:
         >>> import torch, dks_timm
@@ -128,14 +146,22 @@ class DKSLoss(nn.Module):
             synergy_weight: Weight = 1.0,
             direction: str = 'both',
             temperature: float = 1.0,
+            synergy: Optional[str] = None,
     ):
         super().__init__()
-        if isinstance(criterion, _MULTI_LABEL) or getattr(criterion, 'smooth_dense', False):
-            raise ValueError(
-                f'criterion {type(criterion).__name__} is for multi-label targets, but synergy is a divergence between '
-                'softmax probabilities of exclusive classes: use a single-label criterion')
-        _check_options(direction, temperature)
+        multi_label = isinstance(criterion, _MULTI_LABEL) or getattr(criterion, 'smooth_dense', False)
+        if synergy is None:
+            synergy = 'sigmoid' if multi_label or isinstance(criterion, _BINARY) else 'softmax'
+        _check_options(direction, temperature, synergy)
+        if multi_label and synergy == 'softmax':
+            raise InputError(
+                f"synergy 'softmax' compares distributions over exclusive classes, and criterion "
+                f"{type(criterion).__name__} is for multi-label targets: use 'sigmoid'")
         self.criterion = criterion
+        self.synergy = synergy
+        self.sum_classes = (
+            isinstance(criterion, _WHOLE_SET) or getattr(criterion, 'sum_classes', False)
+            or getattr(criterion, 'reduction', 'mean') in ('batchmean', 'sum'))
         self.ce_weight = _parse_weight('ce_weight', ce_weight, ndim=1)
         self.synergy_weight = _parse_weight('synergy_weight', synergy_weight, ndim=2)
         self.direction = direction
@@ -159,8 +185,9 @@ class DKSLoss(nn.Module):
             logits: One (B, C) tensor per classifier: the backbone's, then the branches' from shallow to deep. Those of
                 branches may all be (n, C), for the first n samples: their criterion, which has to be a mean, and the
                 synergy are means over n.
-            target: Class indices (B,), where -100 stands for an image without label, a dense distribution (B, C), or
-                what the criterion takes. Images without label learn from the other classifiers alone.
+            target: Class indices (B,), where -100 stands for an image without label, a dense distribution (B, C),
+                labels of each class by itself (B, C), or what the criterion takes. Images without label learn from the
+                other classifiers alone.
 
         Returns:
             'loss', the weighted sum and the only entry with a gradient; 'ce' (M,), the criterion of every classifier;
@@ -178,12 +205,13 @@ class DKSLoss(nn.Module):
             synergy_weight = ((0.,) * len(logits),) * len(logits)
         with _no_autocast(logits[0].device):
             logits = _to_float(logits)
-            log_probs = plain = _log_probs(logits, self.temperature)
+            log_probs = plain = _log_probs(logits, self.temperature, self.synergy)
             if self.criterion is None and self.temperature != 1:
-                plain = _log_probs(logits)
+                plain = _log_probs(logits, 1.0, self.synergy)
             ce = torch.stack([self._label_loss(z, q, target[:len(z)]) for z, q in zip(logits, plain, strict=True)])
             log_probs = [q if len(q) == count else q[:count] for q in log_probs]
-            loss, synergy = _synergy(log_probs, synergy_weight, self.temperature)
+            scale = _scale(logits, self.temperature, self.synergy, self.sum_classes)
+            loss, synergy = _synergy(log_probs, synergy_weight, scale)
             loss = loss + _weighted_sum(ce, ce_weight)
         return {'loss': loss, 'ce': ce.detach(), 'synergy': synergy}
 
@@ -195,13 +223,13 @@ class DKSLoss(nn.Module):
         weight = self.ce_weight[0] if isinstance(self.ce_weight, tuple) else self.ce_weight
         with _no_autocast(logits.device):
             logits = _to_float([logits])
-            ce = self._label_loss(*logits, *_log_probs(logits), target)
+            ce = self._label_loss(*logits, *_log_probs(logits, 1.0, self.synergy), target)
         return {'loss': weight * ce, 'ce': ce.detach()[None]}
 
     def _label_loss(self, logits: torch.Tensor, log_probs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Return the criterion of one classifier."""
         if self.criterion is None:
-            return _cross_entropy(log_probs, target)
+            return (_cross_entropy if self.synergy == 'softmax' else _binary_cross_entropy)(log_probs, target)
         loss = self.criterion(logits, target)
         if loss.ndim:
             raise ValueError(f'criterion must return a scalar, got shape {tuple(loss.shape)}')
@@ -214,8 +242,12 @@ def _weighted_sum(values: Sequence[torch.Tensor], weights: Vector) -> torch.Tens
     return sum(terms[1:], terms[0]) if terms else torch.zeros_like(values[0])
 
 
-def _log_probs(logits: Sequence[torch.Tensor], temperature: float = 1.0) -> List[torch.Tensor]:
-    return [(z if temperature == 1 else z / temperature).log_softmax(1) for z in logits]
+def _log_probs(logits: Sequence[torch.Tensor], temperature: float, synergy: str) -> List[torch.Tensor]:
+    """Return the log-probabilities of C exclusive classes (B, C), or of each class and of its absence (B, 2 C)."""
+    scaled = [z if temperature == 1 else z / temperature for z in logits]
+    if synergy == 'softmax':
+        return [z.log_softmax(1) for z in scaled]
+    return [torch.cat([F.logsigmoid(z), F.logsigmoid(-z)], dim=1) for z in scaled]
 
 
 def _to_float(logits: Sequence[torch.Tensor]) -> List[torch.Tensor]:
@@ -240,6 +272,15 @@ def _cross_entropy(log_probs: torch.Tensor, target: torch.Tensor) -> torch.Tenso
     return F.nll_loss(log_probs, target.long())
 
 
+def _binary_cross_entropy(log_probs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return the binary cross-entropy, a mean over images and classes."""
+    present, absent = log_probs.chunk(2, dim=1)
+    if target.shape != present.shape or not target.is_floating_point():
+        raise ValueError(
+            f'target must be dense, of shape {tuple(present.shape)}, got {target.dtype} of shape {tuple(target.shape)}')
+    return -(target * present + (1 - target) * absent).mean()
+
+
 def _check_logits(logits: Sequence[torch.Tensor], partial: bool = False) -> int:
     """Return how many samples all classifiers have logits of; where partial, the backbone may have more."""
     if isinstance(logits, torch.Tensor):
@@ -257,9 +298,10 @@ def _check_logits(logits: Sequence[torch.Tensor], partial: bool = False) -> int:
     return shape[0]
 
 
-def _check_options(direction: str, temperature: float) -> None:
-    if direction not in DIRECTIONS:
-        raise ValueError(f'direction must be one of {", ".join(DIRECTIONS)}, got {direction!r}')
+def _check_options(direction: str, temperature: float, synergy: str) -> None:
+    for name, value, known in (('direction', direction, DIRECTIONS), ('synergy', synergy, SYNERGIES)):
+        if value not in known:
+            raise ValueError(f'{name} must be one of {", ".join(known)}, got {value!r}')
     if not (isinstance(temperature, (int, float)) and math.isfinite(temperature) and temperature > 0):
         raise ValueError(f'temperature must be a positive number, got {temperature!r}')
 

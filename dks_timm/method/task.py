@@ -3,7 +3,7 @@ from typing import Any, Dict, List, Optional
 
 import torch
 import torch.nn as nn
-from timm.task import ClassificationTask, TrainingTask
+from timm.task import ClassificationEvaluator, ClassificationTask, MultiLabelClassificationEvaluator, TrainingTask
 from timm.utils import unwrap_model
 
 from ..errors import InputError
@@ -25,9 +25,13 @@ class DKSTask(ClassificationTask):
         verbose: Log what the task sets up.
         every: Run the branches in one of so many updates; the others train the backbone by its labels alone.
         start_epoch: First epoch with synergy; before it, every classifier learns from the labels alone.
+        multi_label: Targets are labels of each class by itself, dense and floating (B, num_classes); evaluate as timm's
+            MultiLabelClassificationTask does.
+        threshold: Probability from which on a class counts as predicted, for the F1 scores of `multi_label`.
 
     Raises:
-        ValueError: The weights of the loss are for another number of classifiers, or `every` is below 1.
+        ValueError: The weights of the loss are for another number of classifiers, `every` is below 1, or `multi_label`
+            with synergy between exclusive classes.
 
     Example:
         >>> import torch, dks_timm
@@ -48,14 +52,25 @@ class DKSTask(ClassificationTask):
             verbose: bool = True,
             every: int = 1,
             start_epoch: int = 0,
+            multi_label: bool = False,
+            threshold: float = 0.5,
     ):
-        loss_fn = loss_fn or DKSLoss()
+        loss_fn = loss_fn or DKSLoss(synergy='sigmoid' if multi_label else None)
+        if multi_label and loss_fn.synergy == 'softmax':
+            raise InputError("synergy 'softmax' is of exclusive classes; multi_label needs 'sigmoid'.")
         loss_fn.resolve_weights(1 + len(net.branches))  # refused before training begins, not in its first step
         if every < 1:
             raise InputError(f'every is {every}; it must be at least 1.')
         super().__init__(net, loss_fn, device=device, dtype=dtype, verbose=verbose)
         self.every = every
         self.start_epoch = start_epoch
+        self.multi_label, self.threshold = multi_label, threshold
+
+    def create_evaluator(self, **kwargs: Any) -> ClassificationEvaluator:
+        """Return timm's evaluator of loss and accuracy, or with `multi_label` of loss, mAP and F1."""
+        if self.multi_label:
+            return MultiLabelClassificationEvaluator(device=self.device, threshold=self.threshold, **kwargs)
+        return super().create_evaluator(**kwargs)
 
     def begin_update(self, epoch: int, num_updates: int) -> None:
         """Decide about branches and synergy in the next update, of an epoch and after so many updates of the run.

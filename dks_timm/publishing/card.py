@@ -19,13 +19,19 @@ from ..models import ARCHITECTURES
 from ..runs.folder import best_epoch, dataset_name, read_run, read_summary, run_settings
 from ..runs.pictures import curves_svg
 
+# timm's metrics -> the Hub's name of their kind, and their own.
+METRICS = dict(
+    top1=('accuracy', 'Top-1 accuracy'), top5=('accuracy', 'Top-5 accuracy'),
+    map=('mean_average_precision', 'Mean average precision'), micro_f1=('f1', 'Micro F1'), macro_f1=('f1', 'Macro F1'),
+    sample_f1=('f1', 'Sample F1'))
 # Entries of a card that the template shows; the rest is metadata.
-FACTS = ('baseline', 'branches', 'command', 'dks', 'started_from', 'training')
+FACTS = ('baseline', 'branches', 'command', 'dks', 'multi_label', 'started_from', 'training')
 
 
 def eval_results(metrics: Mapping[str, float], dataset: str, split: str = 'validation') -> List[EvalResult]:
-    """Return timm's metrics of an exported model, ``top1`` and ``top5`` in percent, as entries of a ``model-index``.
+    """Return timm's metrics of an exported model, in percent, as entries of a ``model-index``.
 
+    They are ``top1`` and ``top5``; of several labels an image ``map``, ``micro_f1``, ``macro_f1`` and ``sample_f1``.
     ``dataset`` is the name of the dataset that they were measured on; of a path, its last part is taken.
     """
     dataset = dataset_name(dict(dataset=dataset))
@@ -35,11 +41,11 @@ def eval_results(metrics: Mapping[str, float], dataset: str, split: str = 'valid
             dataset_type=dataset,
             dataset_name=dataset,
             dataset_split=split,
-            metric_type='accuracy',
-            metric_name=f'Top-{k} accuracy of the backbone (%)',
-            metric_value=float(metrics[f'top{k}']),
+            metric_type=kind,
+            metric_name=f'{title} of the backbone (%)',
+            metric_value=float(metrics[name]),
         )
-        for k in (1, 5) if f'top{k}' in metrics
+        for name, (kind, title) in METRICS.items() if name in metrics
     ]
 
 
@@ -105,13 +111,14 @@ def describe_run(args, run_dir, epoch, metric, license=None, baseline_dir=None):
         command=args.get('command'),
         started_from=started_from,
         summary=epochs,
+        multi_label=args['task'] == 'multilabel',
         datasets=[dataset] if dataset else None,
         license=license,
         baseline=baseline(args, baseline_dir) if baseline_dir else None,
         base_model=started_from and started_from.partition('@')[0],
         base_model_relation=started_from and 'finetune',
     )
-    metrics = {k: row[f'eval_{k}'] for row in found for k in ('top1', 'top5')}
+    metrics = {name: row[f'eval_{name}'] for row in found for name in METRICS if f'eval_{name}' in row}
     results = eval_results(metrics, dataset, args['val_split'])
     return dict(card=card, label_names=args.get('label_names'), results=results)
 
@@ -130,8 +137,7 @@ def baseline(args: Mapping[str, Any], folder: str) -> Dict[str, Any]:
     mine, theirs = run_settings(args), run_settings(other.args)
     differ = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k) and not k.startswith('dks'))
     return dict(
-        top1=other.best.get('eval_top1'),
-        top5=other.best.get('eval_top5'),
+        metrics={title: other.best.get(f'eval_{name}') for name, (_, title) in METRICS.items()},
         dks=other.args['dks'],
         differ=[f'{k}: {mine.get(k)}, in the baseline {theirs.get(k)}' for k in differ],
     )

@@ -27,6 +27,8 @@ from ..method.model import DKSModel, prune
 from ..models import ARCHITECTURES
 from ..training.build import check_model_name, create_model
 from ..training.config import check_types, create_parser
+from ..training.console import TITLES
+from ..training.flags import METRICS
 from .card import describe_run, write_card
 from .push import FILES
 
@@ -76,8 +78,8 @@ def export(
         out_dir: Folder to write to, created if need be.
         net_or_model: A DKSModel, or a timm model; may be wrapped (DDP, ``torch.compile``, EMA).
         card: What to say in the card. Facts: ``dks`` (whether it was trained with DKS) and ``branches`` (a table of the
-            branches), both known of a DKSModel, ``command``, ``training`` (a mapping of settings and measurements),
-            ``started_from`` (published weights), ``summary`` (the epochs, from
+            branches), both known of a DKSModel, ``multi_label`` (an image may have several labels), ``command``,
+            ``training`` (a mapping of settings and measurements), ``started_from`` (published weights), ``summary`` (the epochs, from
             :func:`dks_timm.runs.folder.read_summary`), ``baseline`` (from
             :func:`dks_timm.publishing.card.baseline`), ``model_name`` (default: architecture and data), ``repo_id`` on
             the Hub. All else is metadata for ``huggingface_hub.ModelCardData``: ``license``, ``datasets``, ...
@@ -200,14 +202,14 @@ def _logits(model, x):
 
 def export_checkpoint(
         checkpoint, out_dir, use_ema=True, keep_branches=False, license=None, baseline_dir=None, overwrite=False,
-        top1_without_ema=None):
+        without_ema=None):
     """Export a training checkpoint, with the arguments of its run and what its folder says about it.
 
     Args:
         checkpoint: A checkpoint that ``train.py`` (or timm's) has written. It is never unpickled beyond plain data.
         use_ema: Take the averaged weights where the checkpoint has them.
         baseline_dir: Folder of another run to show beside this one in the card.
-        top1_without_ema: Accuracy (%) of the weights themselves in other checkpoints of the run, by path.
+        without_ema: Top-1 accuracy or mAP (%) of the weights themselves in other checkpoints of the run, by path.
 
     Raises:
         ValueError: If the checkpoint is not one of a run, or an argument does not fit.
@@ -230,8 +232,9 @@ def export_checkpoint(
             load_branches(net, plain_tensors(task_state.get('branches', {})), subject)
     is_ema = use_ema and 'state_dict_ema' in state
     if 'state_dict_ema' in state:
-        top1 = args.get('top1_by_ema') or {}
-        _note_weights(is_ema, top1.get(is_ema), is_ema and top1_without_ema or {checkpoint: top1.get(not is_ema)})
+        found = args.get('metric_by_ema') or {}
+        others = is_ema and without_ema or {checkpoint: found.get(not is_ema)}
+        _note_weights(is_ema, found.get(is_ema), others, TITLES[METRICS[args['task']][0]])
     # The run evaluated its average where it had one at hand; a recovery checkpoint lies between two evaluations.
     evaluated_ema = args['model_ema'] and not args['model_ema_force_cpu']
     metric = state.get('metric') if is_ema == evaluated_ema else None
@@ -245,16 +248,16 @@ def export_checkpoint(
     )
 
 
-def _note_weights(is_ema, top1, others):
+def _note_weights(is_ema, metric, others, title):
     """Log which weights of a run with an average are exported, with a warning if the others are better by a point.
 
-    ``top1`` is their accuracy (%) and ``others`` that of the other kind by the path of its checkpoint, where known.
+    ``metric`` is theirs (%) and ``others`` that of the other kind by the path of its checkpoint, where known.
     """
     text = 'the average of the weights (--model-ema)' if is_ema else 'the weights themselves, not their average'
     path, other = max(others.items(), key=lambda item: item[1] or 0)
-    if top1 is not None and other is not None:
-        text += f', with {top1:.2f} % top-1; the other has {other:.2f} %'
-        if other > top1 + 1:
+    if metric is not None and other is not None:
+        text += f', with {metric:.2f} % {title}; the other has {other:.2f} %'
+        if other > metric + 1:
             _logger.warning(f'Exported are {text}: dks-timm export {path} DIR{" --no-ema" * is_ema}')
             return
     _logger.info(f'Exported are {text}.')

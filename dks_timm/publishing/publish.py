@@ -12,6 +12,7 @@ from typing import Any, List, Optional
 import torch.nn as nn
 
 from ..errors import ExportError, InputError, PushError, flag, naming, why
+from ..training.flags import METRICS
 from .card import baseline
 from .export import export, export_checkpoint
 from .push import check_repository, check_request, finishing_line, hub_flags, push_folder
@@ -125,7 +126,7 @@ def publish(args: argparse.Namespace, trainer: Any) -> None:
     """
     run_dir = trainer.output_dir
     out_dir = args.export_dir or os.path.join(run_dir, 'export')
-    without_ema = {os.path.join(run_dir, f'checkpoint-{epoch}.pth.tar'): metrics['top1']
+    without_ema = {os.path.join(run_dir, f'checkpoint-{epoch}.pth.tar'): metrics[METRICS[args.task][0]]
                    for epoch, metrics in trainer.without_ema.items()}
     doing = f'--export-dir {out_dir}'
     left = f'The checkpoints are in {run_dir}. To export the best one:\n    {_export_line(args, run_dir, out_dir)}'
@@ -139,7 +140,7 @@ def publish(args: argparse.Namespace, trainer: Any) -> None:
             baseline_dir=args.card_baseline,
             # Only a run with this very name could have left a model in its folder.
             overwrite=args.overwrite or not args.export_dir,
-            top1_without_ema={path: top1 for path, top1 in without_ema.items() if os.path.exists(path)},
+            without_ema={path: metric for path, metric in without_ema.items() if os.path.exists(path)},
         )
         print(f'Exported to {out_dir}: a fresh process loads it, with bit-identical logits:')
         print(f"    model = timm.create_model('local-dir:{out_dir}', pretrained=True)")

@@ -11,18 +11,21 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from ..errors import UNREADABLE, InputError, naming
 from ..training.config import check_types, create_parser
+from ..training.flags import METRICS
 
 PathLike = Union[str, os.PathLike]
 Epoch = Dict[str, float]  # a row of summary.csv
 
 METHODS = ('baseline', 'DS', 'DKS')  # DS: branches that learn from the labels alone
 # Names of the backbone's columns, made like those of other heads -> timm's.
-_OF_BACKBONE = dict(eval_top1_backbone='eval_top1', eval_loss_backbone='eval_loss', train_ce_backbone='train_loss')
+_OF_BACKBONE = dict(
+    eval_top1_backbone='eval_top1', eval_map_backbone='eval_map', eval_loss_backbone='eval_loss',
+    train_ce_backbone='train_loss')
 # Flags that say nothing about how a model was trained, or only where its owner keeps things.
 _HOUSEKEEPING = {
     'card_baseline', 'card_license', 'checkpoint_hist', 'data', 'data_dir', 'experiment', 'export_dir', 'hub_private',
     'hub_revision', 'hub_timeout', 'keep_branches', 'log_interval', 'log_wandb', 'log_with', 'output', 'overwrite',
-    'push_every_best', 'push_to_hub', 'recovery_interval', 'resume', 'wandb_tags', 'workers',
+    'push_every_best', 'push_to_hub', 'recovery_interval', 'resume', 'save_epochs', 'wandb_tags', 'workers',
 }
 
 
@@ -88,7 +91,7 @@ class Run:
     def heads(self) -> List[str]:
         """Names of the heads, the backbone's first."""
         columns = dict.fromkeys(name for row in self.epochs for name in row)
-        found = [name.removeprefix('train_top1_') for name in columns if name.startswith('train_top1_')]
+        found = [name.removeprefix('train_ce_') for name in columns if name.startswith('train_ce_')]
         return found or ['backbone']
 
     @property
@@ -103,7 +106,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """True if all epochs that were asked for are done."""
-        return bool(self.epochs) and self.epochs[-1]['epoch'] + 1 >= self.args['epochs']
+        return bool(self.epochs) and self.epochs[-1]['epoch'] + 1 >= (self.args['stop_epoch'] or self.args['epochs'])
 
     @property
     def best(self) -> Epoch:
@@ -113,7 +116,12 @@ class Run:
     @property
     def last(self) -> Epoch:
         """The last epoch with an evaluation; {} without one."""
-        return next((row for row in reversed(self.epochs) if 'eval_top1' in row), {})
+        return next((row for row in reversed(self.epochs) if f'eval_{self.metric}' in row), {})
+
+    @property
+    def metric(self) -> str:
+        """Name of the metric that heads are compared by: top1, or map where an image may have several labels."""
+        return METRICS[self.args['task']][0]
 
 
 def read_run(folder: PathLike) -> Run:

@@ -15,6 +15,7 @@ INKS = dict(
 )
 
 
+TITLES = dict(top1='Top-1 accuracy', map='mAP')
 Points = Sequence[Tuple[float, ...]]  # (x, y) along a line, or (x, y, low, high) with a shaded range
 
 
@@ -113,8 +114,9 @@ def curves_svg(epochs: Sequence[Mapping[str, float]]) -> Optional[str]:
     """
     if len(epochs) < 2:
         return None
-    heads = {name.removeprefix('eval_top1_'): name for name in epochs[0] if name.startswith('eval_top1_')}
+    metric = 'eval_map' if 'eval_map' in epochs[0] else 'eval_top1'
+    heads = {name.removeprefix(f'{metric}_'): name for name in epochs[0] if name.startswith(f'{metric}_')}
     return draw([
         Chart('Loss', column_lines(epochs, dict(train='train_loss', eval='eval_loss'))),
-        Chart('Top-1 accuracy, evaluation, %', column_lines(epochs, {'backbone': 'eval_top1', **heads})),
+        Chart(f'{TITLES[metric[5:]]}, evaluation, %', column_lines(epochs, {'backbone': metric, **heads})),
     ])

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from .. import __version__
 from ..errors import InputError, naming, printable
 from .folder import Run, dataset_name, group_runs, read_run, run_settings
-from .pictures import INKS, Chart, Points, column_lines, draw, themed
+from .pictures import INKS, TITLES, Chart, Points, column_lines, draw, themed
 
 PathLike = Union[str, os.PathLike]
 Section = Dict[str, Any]  # of the page: title, and where it has them: text, columns and rows of a table, charts
@@ -34,6 +34,8 @@ def write_report(folders: Sequence[PathLike], out_dir: Optional[PathLike] = None
         ValueError: A folder holds no run, or ``out_dir`` holds another page or cannot be written to.
     """
     runs = [read_run(folder) for folder in {Path(folder).resolve(): folder for folder in folders}.values()]
+    if len({run.metric for run in runs}) > 1:
+        raise InputError('RUN: runs of --task multilabel and others have no metric in common; give them by themselves')
     out_dir = Path(out_dir or (runs[0].folder / 'report' if len(runs) == 1 else 'report'))
     page = out_dir / 'index.html'
     text, pictures = _render(runs)
@@ -80,6 +82,7 @@ def _number(value: Optional[float], digits: int = 2) -> str:
 
 def _sections(run: Run) -> Iterator[Section]:
     heads, together = run.heads, [*run.heads, 'ensemble']
+    metric, title = f'eval_{run.metric}', TITLES[run.metric]
 
     def chart(title: str, column: str, of: Sequence[str] = heads) -> Chart:
         return Chart(title, column_lines(run.epochs, {head: column.format(head) for head in of}))
@@ -87,12 +90,12 @@ def _sections(run: Run) -> Iterator[Section]:
     yield dict(
         title='Heads',
         text='Only the backbone stays after training. The ensemble is the mean of the probabilities of all heads.',
-        columns=['head', 'top-1 in the best epoch, %', 'top-1 in the last epoch, %', 'loss in the last epoch'],
+        columns=['head', f'{title} in the best epoch, %', f'{title} in the last epoch, %', 'loss in the last epoch'],
         rows=[
-            [head, _number(run.best.get(f'eval_top1_{head}')), _number(run.last.get(f'eval_top1_{head}')),
-             _number(run.last.get(f'eval_loss_{head}'), 3)] for head in together if f'eval_top1_{head}' in run.last],
+            [head, _number(run.best.get(f'{metric}_{head}')), _number(run.last.get(f'{metric}_{head}')),
+             _number(run.last.get(f'eval_loss_{head}'), 3)] for head in together if f'{metric}_{head}' in run.last],
         charts=[
-            chart('Top-1 accuracy, evaluation, %', 'eval_top1_{}', together),
+            chart(f'{title}, evaluation, %', f'{metric}_{{}}', together),
             chart('Loss, evaluation', 'eval_loss_{}'),
             chart('Top-1 accuracy, training, %', 'train_top1_{}'),
             chart('Loss of the labels, training', 'train_ce_{}'),
@@ -105,11 +108,12 @@ def _sections(run: Run) -> Iterator[Section]:
         charts=[chart(f'{student} learns from', f'train_synergy_{{}}_{student}') for student in heads],
     )
     pairs = {f'{a}, {b}': f'eval_agree_{a}_{b}' for a, b in itertools.combinations(heads, 2)}
-    yield dict(
-        title='How often heads agree',
-        text='The share of evaluation images to which two heads give the same class, right or wrong.',
-        charts=[Chart('Same class, %', column_lines(run.epochs, pairs))],
-    )
+    if run.metric == 'top1':
+        yield dict(
+            title='How often heads agree',
+            text='The share of evaluation images to which two heads give the same class, right or wrong.',
+            charts=[Chart('Same class, %', column_lines(run.epochs, pairs))],
+        )
     if run.best and run.noted.get('exits'):
         yield _exits(run)
     facts = {key: run.noted.get(key) for key in ('command', 'hardware', 'software', 'commit', 'started_from')}
@@ -150,31 +154,32 @@ def _exits(run: Run) -> Section:
 
 
 def _comparison(groups: Mapping[str, Sequence[Run]]) -> Section:
+    metric, = {run.metric for runs in groups.values() for run in runs}
     # No mean over runs that are finished and others that are not.
     counted = {label: [run for run in runs if run.finished] or runs for label, runs in groups.items()}
     baselines = [runs for runs in counted.values() if runs[0].method == 'baseline']
-    baseline = _top1(baselines[0]) if len(baselines) == 1 and baselines[0][0].finished else []
+    baseline = _metric(baselines[0]) if len(baselines) == 1 and baselines[0][0].finished else []
     rows, lines = [], {}
     for label, runs in counted.items():
         lines[label] = _mean_line(runs)
-        values, best = _top1(runs), [run.best['eval_top1'] for run in runs if run.best]
+        values, best = _metric(runs), [run.best[f'eval_{metric}'] for run in runs if run.best]
         compared = baseline and values and runs[0].finished and runs[0].method != 'baseline'
         rows.append([
             label, ', '.join(str(run.args['seed']) for run in runs), _mean(values),
             _difference(values, baseline) if compared else '', _mean(best)])
     return dict(
         title='Comparison',
-        text='Top-1 accuracy of the backbone alone in %: mean over the seeds and standard deviation; of the difference '
-             'to the baseline, after the last epoch, the standard error. Lines are means, bands reach from the lowest '
-             'to the highest seed. Runs that are not finished are left out where others of their group are.',
+        text=f'{TITLES[metric]} of the backbone alone in %: mean over the seeds and standard deviation; of the '
+             'difference to the baseline, after the last epoch, the standard error. Lines are means, bands reach from '
+             'the lowest to the highest seed. Runs that are not finished are left out where others of their group are.',
         columns=['runs', 'seeds', 'last epoch', 'against baseline', 'best epoch'],
         rows=rows,
-        charts=[Chart('Top-1 accuracy of the backbone, %', lines)],
+        charts=[Chart(f'{TITLES[metric]} of the backbone, %', lines)],
     )
 
 
-def _top1(runs: Sequence[Run]) -> List[float]:
-    return [run.last['eval_top1'] for run in runs if run.last]
+def _metric(runs: Sequence[Run]) -> List[float]:
+    return [run.last[f'eval_{run.metric}'] for run in runs if run.last]
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -192,7 +197,8 @@ def _difference(a: Sequence[float], b: Sequence[float]) -> str:
 
 
 def _mean_line(runs: Sequence[Run]) -> Points:
-    """Return the mean accuracy at the epochs that all runs have, with the lowest and the highest."""
-    tables = [{row['epoch']: row['eval_top1'] for row in run.epochs if 'eval_top1' in row} for run in runs]
+    """Return the mean metric at the epochs that all runs have, with the lowest and the highest."""
+    column = f'eval_{runs[0].metric}'
+    tables = [{row['epoch']: row[column] for row in run.epochs if column in row} for run in runs]
     curve = [(epoch, [table[epoch] for table in tables]) for epoch in sorted(set.intersection(*map(set, tables)))]
     return [(epoch, statistics.fmean(values), min(values), max(values)) for epoch, values in curve]

@@ -6,7 +6,7 @@ import torch
 from safetensors import SafetensorError
 from timm import task as tasks
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
-from timm.loss import create_classification_loss
+from timm.loss import create_classification_loss, resolve_class_weights
 from timm.models import NaFlexVit, resolve_model_input_args
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 
@@ -15,7 +15,7 @@ from ..method.cost import training_cost
 from ..method.create import add_branches
 from ..method.loss import DKSLoss
 from ..method.task import DKSDistillationTask, DKSTask
-from .config import mixup_active
+from .config import LOSSES_WITH_FLAGS, mixup_active
 from .data import model_dtype
 
 _logger = logging.getLogger(__name__)
@@ -128,28 +128,53 @@ def _check_input_size(args, model, input_size):
     model.train()
 
 
-def create_criterion(args):
-    """Create the loss of one classifier."""
-    common = dict(smoothing=args.smoothing, soft_targets=mixup_active(args))
-    if args.jsd_loss:
-        return create_classification_loss('jsd', jsd_splits=args.aug_splits, **common)
-    if args.bce_loss and any(common.values()):  # timm's script takes cross-entropy where there is neither
-        bce = dict(pos_weight=args.bce_pos_weight, bce_target_thresh=args.bce_target_thresh, bce_sum=args.bce_sum)
-        return create_classification_loss('bce', **bce, **common)
-    return create_classification_loss('ce', **common)
+def create_criterion(args, num_classes=None, class_stats=None):
+    """Create the loss of one classifier; ``class_stats`` are those of :func:`dks_timm.training.data.class_stats`."""
+    settings = dict(smoothing=args.smoothing, soft_targets=mixup_active(args))
+    several = args.task == 'multilabel'
+    # Of --bce-loss, timm's script makes cross-entropy where targets are neither smoothed nor mixed.
+    binary = several or args.bce_loss and any(settings.values())
+    loss = args.loss or ('jsd' if args.jsd_loss else 'bce' if binary else 'ce')
+    if args.loss or loss == 'bce':
+        settings.update(bce_target_thresh=args.bce_target_thresh, bce_sum=args.bce_sum, pos_weight=args.bce_pos_weight)
+    if loss == 'jsd':
+        settings.update(jsd_splits=args.aug_splits)
+    if loss == 'db':
+        settings.update(zip(('class_counts', 'num_samples'), class_stats, strict=True))
+    if loss in LOSSES_WITH_FLAGS:
+        settings.update({name: value for name, value in vars(args).items() if name.startswith(f'{loss}_')})
+    for name in ('class_weight', 'pos_weight'):
+        settings.update(_class_weights(args, name, num_classes, class_stats))
+    with naming(given_flags(args, 'loss', 'loss_class_weight', 'loss_pos_weight'), ValueError):
+        return create_classification_loss(loss, multi_label=several, **settings)
 
 
-def create_task(args, model, accelerator):
+def _class_weights(args, name, num_classes, class_stats):
+    """Return the argument of the loss that --loss-class-weight or --loss-pos-weight stands for, {} without it."""
+    given = getattr(args, f'loss_{name}')
+    if given is None:
+        return {}
+    how = dict(power=args.loss_weight_power, beta=args.loss_weight_beta, max_weight=args.loss_weight_max)
+    with naming(f'{flag(f"loss_{name}")} {given}', OSError, TypeError, ValueError):
+        weight = resolve_class_weights(given, name, class_stats, **how)
+    if torch.is_tensor(weight) and len(weight) != num_classes:
+        raise OptionError(f'{flag(f"loss_{name}")} {given}: holds {len(weight)} weights for {num_classes} classes')
+    return {name: weight}
+
+
+def create_task(args, model, accelerator, class_stats=None):
     """Create the task that turns a batch into a loss: DKS, distillation, or plain classification."""
-    criterion = create_criterion(args).to(accelerator.device)
+    criterion = create_criterion(args, model.num_classes, class_stats).to(accelerator.device)
     common = dict(device=accelerator.device, dtype=model_dtype(args), verbose=accelerator.is_main_process)
     distillation = None
     if args.kd_model_name is not None:
         distillation = _create_distillation_task(args, model.backbone if args.dks else model, criterion, common)
+    several = dict(threshold=args.multilabel_threshold) if args.task == 'multilabel' else {}
     if not args.dks:
-        return distillation or tasks.ClassificationTask(model, criterion=criterion, **common)
+        create = tasks.MultiLabelClassificationTask if several else tasks.ClassificationTask
+        return distillation or create(model, criterion=criterion, **several, **common)
     loss_fn = _create_dks_loss(args, criterion, num_classifiers=1 + len(model.branches))
-    common.update(every=args.dks_every, start_epoch=args.dks_start_epoch)
+    common.update(every=args.dks_every, start_epoch=args.dks_start_epoch, multi_label=bool(several), **several)
     if distillation is not None:
         return DKSDistillationTask(model, distillation, loss_fn, **common)
     return DKSTask(model, loss_fn, **common)
@@ -176,11 +201,12 @@ def _create_dks_loss(args, criterion, num_classifiers):
                               f'classifiers; give 1, or {count}')
     ce_weight, synergy_weight = args.dks_ce_weight, args.dks_synergy_weight
     matrix = [synergy_weight[i:i + num_classifiers] for i in range(0, len(synergy_weight), num_classifiers)]
-    return DKSLoss(
-        criterion,
-        ce_weight=ce_weight if len(ce_weight) > 1 else ce_weight[0],
-        synergy_weight=matrix if len(synergy_weight) > 1 else synergy_weight[0],
-        direction=args.dks_direction, temperature=args.dks_temperature)
+    with naming('--dks'):
+        return DKSLoss(
+            criterion,
+            ce_weight=ce_weight if len(ce_weight) > 1 else ce_weight[0],
+            synergy_weight=matrix if len(synergy_weight) > 1 else synergy_weight[0],
+            direction=args.dks_direction, temperature=args.dks_temperature, synergy=args.dks_synergy)
 
 
 def create_optimizer(args, module, lr: float):

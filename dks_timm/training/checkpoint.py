@@ -243,6 +243,9 @@ class Saver(Output, CheckpointSaver):
     def save_checkpoint(self, epoch, metric=None):
         return self.attempt('The checkpoint', super().save_checkpoint, epoch, metric) or (None, None)
 
+    def save_milestone(self, completed_epochs):
+        self.attempt('The milestone', super().save_milestone, completed_epochs)
+
     def save_recovery(self, epoch, batch_idx=0):
         self.attempt('The recovery checkpoint', super().save_recovery, epoch, batch_idx)
 

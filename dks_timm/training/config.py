@@ -17,11 +17,14 @@ import psutil
 import yaml
 
 from ..errors import OptionError, closest, flag
-from .flags import IMAGE_MODES, ParseKwargs, Parser, StoreAction, add_timm_flags, create_parser
+from .flags import IMAGE_MODES, METRICS, ParseKwargs, Parser, StoreAction, add_timm_flags, create_parser
 
 POLICIES = ('rand', 'augmix', 'original', 'originalr', 'v0', 'v0r', '3a')
 # Flag -> the flag without which it has no effect.
 NEEDS = dict(pretrained_path='pretrained', push_every_best='push_to_hub', keep_branches='dks', jsd_loss='aug_splits')
+# Flags that are for images with several labels.
+MULTI_LABEL = ('target_format', 'multilabel_threshold')
+LOSSES_WITH_FLAGS = ('asl', 'poly', 'twoway', 'db')  # which begin with the name of the loss
 # Flag -> flags that cannot be given beside it.
 EXCLUSIVE = dict(
     split_bn=('sync_bn',),
@@ -33,6 +36,7 @@ EXCLUSIVE = dict(
     train_pad=('no_aug', 'train_crop_mode', 'scale', 'ratio', 'train_img_sizes', 'naflex_loader'),
     data_on_device=('aug_repeats', 'aug_splits', 'train_img_sizes', 'naflex_loader', 'no_prefetcher'),
     dks_batch_fraction=('aug_splits', 'split_bn'),
+    loss=('bce_loss', 'jsd_loss'),
 )
 
 
@@ -61,7 +65,8 @@ def parse_args(argv=None):
     given = {**(read_recipe(path) if path else {}), **on_command_line}
     defaults = vars(create_parser().parse_args([]))
     del defaults['config']
-    settings = {**defaults, **launcher_settings(given), **given}
+    given_or_launched = {**launcher_settings(given), **given}
+    settings = {**defaults, **_other_defaults({**defaults, **given_or_launched}), **given_or_launched}
     settings['data_dir'], settings['data'] = settings['data_dir'] or settings['data'], None
     check(Config(**settings), given)
 
@@ -75,6 +80,13 @@ def parse_args(argv=None):
     # A recipe is for many runs: it does not get to replace what one of them has published.
     settings['overwrite_repository'] = 'overwrite' in on_command_line
     return Config(**settings), set(given), yaml.safe_dump(text, default_flow_style=False)
+
+
+def _other_defaults(settings):
+    """Return the defaults that are other ones with other flags, as in timm."""
+    several_labels = dict(smoothing=0., eval_metric='map') if settings['task'] == 'multilabel' else {}
+    decay = dict(decay_epochs=0.2) if settings['sched'] in ('wsd', 'rsqrt') else {}
+    return {**several_labels, **decay}
 
 
 def _read_command_line(argv):
@@ -194,7 +206,7 @@ def mixup_active(args) -> bool:
 
 def check(args, given) -> None:
     """Refuse values and combinations that cannot work, among all settings and those that were given."""
-    for refusals in (_values, _combinations, _data_on_device):
+    for refusals in (_values, _combinations, _task, _data_on_device):
         for refused, message in refusals(args, given):
             if refused:
                 raise OptionError(message)
@@ -251,6 +263,24 @@ def _combinations(args, given):
         f'--tta {args.tta}: the evaluation batch (-vb) must be a multiple of it')
     yield args.dks and args.dks_start_epoch >= args.epochs, (
         f'--dks-start-epoch {args.dks_start_epoch}: not within the {args.epochs} epochs; or use --dks-direction none')
+
+
+def _task(args, given):
+    several = args.task == 'multilabel'
+    yield args.eval_metric not in METRICS[args.task], (
+        f'--eval-metric {args.eval_metric}: not of --task {args.task}; use one of {", ".join(METRICS[args.task])}')
+    for name in MULTI_LABEL:
+        yield given.get(name) and not several, f'{_spelled(args, name)}: needs --task multilabel'
+    yield args.target_key and ',' in args.target_key and not several, (
+        f'--target-key {args.target_key}: several fields need --task multilabel')
+    for name in ('kd_model_name', 'jsd_loss'):
+        yield several and getattr(args, name), f'{_spelled(args, name)}: not with --task multilabel; leave it out'
+    for name in given:
+        loss = name.partition('_')[0]
+        yield loss in LOSSES_WITH_FLAGS and args.loss != loss, f'{flag(name)}: needs --loss {loss}'
+    yield args.loss == 'jsd' and not args.aug_splits, '--loss jsd: needs --aug-splits'
+    yield args.bce_pos_weight is not None and args.loss_pos_weight, (
+        '--loss-pos-weight: cannot be combined with --bce-pos-weight; use one of the two')
 
 
 def _data_on_device(args, given):

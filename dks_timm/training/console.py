@@ -11,6 +11,9 @@ from accelerate.utils import tqdm
 
 _logger = logging.getLogger(__name__)
 
+# The metrics that classifiers are compared by, of one label an image and of several, with their titles.
+TITLES = dict(top1='top-1', map='mAP')
+
 
 class Progress:
     """The steps of an epoch or of an evaluation: a bar on the main process's terminal, lines of the log elsewhere.
@@ -65,18 +68,21 @@ def training_text(means: Mapping[str, float], lr: float, images_per_second: floa
     top1 = ', '.join(
         f'{name[5:]} {value:.1f}' for name, value in means.items()
         if name.startswith('top1_') and not math.isnan(value))  # branches may not have run yet
+    top1 = f'train top-1 {top1}, ' if top1 else ''
     return (
         f'loss {means["loss"]:.4f}, {images_per_second:.0f} images/s, {timedelta(seconds=round(seconds_left))} left, '
-        f'train top-1 {top1}, lr {lr:.3g}')
+        f'{top1}lr {lr:.3g}')
 
 
 def epoch_text(title: str, names: Sequence[str], metrics: Mapping[str, float], **more: float) -> str:
-    """Describe the losses of an epoch and the accuracy of every classifier; ``metrics`` is {} without an evaluation."""
+    """Describe the losses of an epoch and the metric of every classifier; ``metrics`` is {} without an evaluation."""
     parts = [f'{name} {value:.4f}' for name, value in more.items()]
     if metrics:
-        top1 = [f'{names[0]} {metrics["top1"]:.2f}'] + [
-            f'{name[5:]} {value:.2f}' for name, value in metrics.items() if name.startswith('top1_')]
-        parts += [f'eval loss {metrics["loss"]:.4f}', 'top-1 ' + ', '.join(top1)]
+        metric = next(name for name in TITLES if name in metrics)
+        heads = [f'{names[0]} {metrics[metric]:.2f}'] + [
+            f'{name.removeprefix(metric)[1:]} {value:.2f}' for name, value in metrics.items()
+            if name.startswith(f'{metric}_')]
+        parts += [f'eval loss {metrics["loss"]:.4f}', f'{TITLES[metric]} ' + ', '.join(heads)]
     return f'{title}: ' + ', '.join(parts)
 
 
@@ -107,8 +113,10 @@ def outcome_table(
     best = next((row for row in rows if row['epoch'] == str(best_epoch)), last)
     epochs = [('Best epoch', best), ('Last epoch', last)]
     heads = [*names, 'ensemble'] if len(names) > 1 else ['model']
-    columns = {'top-1 %': ('eval_top1', 2), 'loss': ('eval_loss', 4)}
-    if 'eval_top1' not in last:
+    columns = {f'{title} %': (f'eval_{name}', 2) for name, title in TITLES.items() if f'eval_{name}' in last}
+    if columns:
+        columns['loss'] = ('eval_loss', 4)
+    else:
         columns, heads = {'train loss': ('train_loss', 4)}, heads[:1]
 
     def cells(row, head=''):

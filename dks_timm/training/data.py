@@ -13,12 +13,14 @@ from timm.data import (
     create_naflex_loader,
     create_transform,
 )
+from timm.loss import CLASS_WEIGHT_METHODS, load_class_stats
 from torchvision.transforms import RandomCrop
 
 from ..errors import OptionError, given_flags, naming
 from . import readers
 from .config import mixup_active
 from .device_data import DeviceLoader, decode
+from .images import LabelSets, check_label
 from .streams import Stream, check_stream
 
 _logger = logging.getLogger(__name__)
@@ -68,6 +70,48 @@ def check_num_classes(num_classes, dataset):
         _logger.warning(f'The model has {num_classes} classes, the training data {present} (--num-classes).')
 
 
+def encoder(args, num_classes: int):
+    """Return the function that checks the target of an image and encodes it as the task takes it."""
+    if args.task == 'multilabel':
+        return LabelSets(num_classes, dense=args.target_format == 'multihot')
+    return partial(check_label, num_classes=num_classes)
+
+
+def class_stats(args, dataset, num_classes: int):
+    """Return the number of images of each class and of all, or None where the loss asks for neither.
+
+    They are those of --class-stats or, without it, of the training data, where labels can be had without the images.
+
+    Raises:
+        OptionError: There is no such file, or it is of other classes, or the data has to be read for its labels.
+    """
+    asked = [name for name in ('loss_class_weight', 'loss_pos_weight') if getattr(args, name) in CLASS_WEIGHT_METHODS]
+    asked += ['loss'] * (args.loss == 'db')
+    if not asked:
+        return None
+    if args.class_stats:
+        with naming(f'--class-stats {args.class_stats}', LookupError, OSError, TypeError, ValueError):
+            counts, num_samples = load_class_stats(args.class_stats)
+    else:
+        reader = dataset.reader
+        samples = reader if isinstance(reader, list) else getattr(reader, 'samples', None)
+        if hasattr(reader, 'iter_targets'):
+            targets = reader.iter_targets()
+        elif samples is not None:
+            targets = map(dataset.target_transform or int, (sample[1] for sample in samples))
+        else:
+            raise OptionError(
+                f'{given_flags(args, *asked)}: needs counts of classes, and --dataset {args.dataset} does not tell them; '
+                'give --class-stats FILE, from class_weights.py of timm')
+        targets = [encoder(args, num_classes)(target) for target in targets]
+        num_samples = len(targets)
+        counts = torch.stack(targets).sum(0) if args.task == 'multilabel' else torch.tensor(targets).bincount(
+            minlength=num_classes)
+    if len(counts) != num_classes:
+        raise OptionError(f'--class-stats {args.class_stats}: is of {len(counts)} classes, the model of {num_classes}')
+    return counts, num_samples
+
+
 def model_dtype(args):
     """Return the dtype of weights and images, None for torch's own."""
     return getattr(torch, args.model_dtype) if args.model_dtype else None
@@ -86,7 +130,7 @@ def create_loaders(args, train, val, data_config, model, accelerator):
     _check_loaders(args, train, data_config, accelerator)
     for dataset in (train, val):
         if dataset is not None:
-            dataset.num_classes = model.num_classes
+            dataset.encode = encoder(args, model.num_classes)
     common = dict(
         mean=data_config['mean'],
         std=data_config['std'],
@@ -177,6 +221,7 @@ def _create_mixup(args, num_classes: int):
         switch_prob=args.mixup_switch_prob,
         label_smoothing=args.smoothing,
         num_classes=num_classes,
+        multi_label=args.task == 'multilabel',
     )
     if args.naflex_loader:
         return NaFlexMixup(**kwargs)

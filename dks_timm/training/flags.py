@@ -13,6 +13,11 @@ from ..errors import OptionError, flag
 IMAGE_MODES = dict(L=1, LA=2, RGB=3, YCbCr=3, HSV=3, RGBA=4, RGBX=4, CMYK=4)  # Pillow's, with their channels
 SCALES = ('none', 'sqrt', 'linear')
 SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'plateau', 'none')
+TASKS = ('classification', 'multilabel')
+TARGET_FORMATS = ('indices', 'multihot')
+METRICS = dict(classification=('top1', 'top5', 'loss'), multilabel=('map', 'micro_f1', 'macro_f1', 'sample_f1', 'loss'))
+LOSSES = ('ce', 'bce', 'asl', 'poly', 'jsd', 'twoway', 'zlpr', 'db')
+DECAYS = ('linear', '1-sqrt', 'cosine', 'power', 'exp')
 FILTERS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 # Bounds that a flag may declare, with the comparison that a number within them passes.
 BOUNDS = dict(at_least=operator.ge, at_most=operator.le, above=operator.gt, below=operator.lt)
@@ -109,7 +114,10 @@ def _add_data_flags(parser):
     add('--class-map', type=str, default='', metavar='FILENAME', help='file of class name -> index')
     add('--input-img-mode', type=str, choices=IMAGE_MODES, help='PIL mode images are converted to')
     add('--input-key', type=str, help='name of the image field')
-    add('--target-key', type=str, help='name of the label field')
+    add('--target-key', type=str, help='name of the label field; a,b,c of one yes-or-no field for each class')
+    add('--target-format', type=str, choices=TARGET_FORMATS, help='form of multi-label targets, indices if not given')
+    add('--task', type=str, default='classification', choices=TASKS, help='one label an image, or several')
+    add('--multilabel-threshold', type=float, default=0.5, above=0, below=1, help='probability of a label, for F1')
     add('--dataset-trust-remote-code', action='store_true', runs_code=True, help='let a dataset on the Hub run code')
 
 
@@ -178,13 +186,17 @@ def _add_optimizer_flags(parser):
     add('--lr-cycle-decay', type=float, default=0.5, help='decay from cycle to cycle')
     add('--lr-cycle-limit', type=int, default=1, at_least=1, help='number of cycles')
     add('--lr-k-decay', type=float, default=1.0, help='k-decay of cosine and poly')
+    add('--lr-decay-fn', type=str, choices=DECAYS, help='decay of wsd (1-sqrt) and rsqrt (linear)')
+    add('--lr-stable-timescale', type=float, above=0, help='time scale of rsqrt in epochs, the warm-up if not given')
     add('--warmup-lr', type=float, default=1e-5, at_least=0, help='learning rate warm-up starts at')
     add('--min-lr', type=float, default=0, at_least=0, help='learning rate the schedule ends at')
     add('--epochs', type=int, default=300, at_least=1, help='epochs to train')
+    add('--stop-epoch', type=int, at_least=1, help='stop after so many epochs of the schedule')
     add('--epoch-repeats', type=float, default=0., at_least=0, help='times a streamed dataset is read in one epoch')
     add('--start-epoch', type=int, at_least=0, help='epoch to start at, whatever a checkpoint says')
     add('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], at_least=0, help='where multistep decays')
-    add('--decay-epochs', type=float, default=90, above=0, help='epochs between decays')
+    add('--decay-epochs', type=float, default=90, above=0,
+        help='epochs between decays; the decay at the end of wsd and rsqrt, there 0.2 if not given, a share below 1')
     add('--warmup-epochs', type=int, default=5, at_least=0, help='epochs of warm-up')
     add('--warmup-prefix', action='store_true', help='warm up before the schedule, not within it')
     add('--cooldown-epochs', type=int, default=0, at_least=0, help='epochs at --min-lr at the end')
@@ -207,6 +219,7 @@ def _add_augmentation_flags(parser):
     add('--aa', type=str, metavar='NAME', help='AutoAugment, RandAugment, AugMix policy')
     add('--aug-repeats', type=float, default=0, at_least=0, help='times that processes repeat an image in a batch')
     add('--aug-splits', type=int, default=0, at_least=0, at_most=64, help='augmentation splits, 0 or at least 2')
+    _add_loss_flags(add)
     add('--jsd-loss', action='store_true', help='Jensen-Shannon loss over --aug-splits')
     add('--bce-loss', action='store_true', help='binary cross-entropy')
     add('--bce-sum', action='store_true', help='sum binary cross-entropy over the classes')
@@ -223,7 +236,7 @@ def _add_augmentation_flags(parser):
     add('--mixup-switch-prob', type=float, default=0.5, at_least=0, at_most=1, help='probability of cutmix of the two')
     add('--mixup-mode', type=str, default='batch', choices=('batch', 'pair', 'elem', 'half'), help='mix by this unit')
     add('--mixup-off-epoch', type=int, default=0, at_least=0, help='epoch at which mixing stops')
-    add('--smoothing', type=float, default=0.1, at_least=0, below=1, help='label smoothing')
+    add('--smoothing', type=float, default=0.1, at_least=0, below=1, help='label smoothing; of several labels 0')
     add('--train-interpolation', type=str, default='random', choices=('', 'random', *FILTERS), help='resize filter')
     add('--drop', type=float, default=0.0, at_least=0, at_most=1, help='dropout')
     add('--drop-connect', type=float, at_least=0, at_most=1, help='deprecated: use --drop-path')
@@ -243,6 +256,28 @@ def _add_augmentation_flags(parser):
     add('--model-ema-warmup', action='store_true', help='warm the decay up')
 
 
+def _add_loss_flags(add):
+    add('--loss', type=str, choices=LOSSES, help='loss of the labels; ce, or bce for several labels, if not given')
+    add('--asl-gamma-pos', type=float, default=1., at_least=0, help='asl: focus on positives')
+    add('--asl-gamma-neg', type=float, default=4., at_least=0, help='asl: focus on negatives')
+    add('--asl-clip', type=float, default=0.05, at_least=0, below=1, help='asl: margin of negatives, off at 0')
+    add('--asl-reduction', type=str, default='batchmean', choices=('batchmean', 'sum', 'mean'), help='asl: reduction')
+    add('--poly-epsilon', type=float, default=2., help='poly: coefficient of the first polynomial')
+    add('--poly-gamma', type=float, default=0., at_least=0, help='poly: focus, several labels only')
+    add('--poly-alpha', type=float, at_least=0, at_most=1, help='poly: balance of positives, several labels only')
+    add('--twoway-tp', type=float, default=4., above=0, help='twoway: temperature of positives')
+    add('--twoway-tn', type=float, default=1., above=0, help='twoway: temperature of negatives')
+    add('--db-neg-scale', type=float, default=2., above=0, help='db: scale of negatives')
+    add('--db-init-bias', type=float, default=0.05, at_least=0, help='db: shift by the frequency of a class')
+    add('--db-focal-gamma', type=float, default=2., at_least=0, help='db: focus')
+    add('--loss-class-weight', type=str, metavar='WEIGHT', help='inv_freq, effective_num, numbers or a file of them')
+    add('--loss-pos-weight', type=str, metavar='WEIGHT', help='neg_pos, numbers or a file of them')
+    add('--loss-weight-power', type=float, default=1., help='exponent of inv_freq and neg_pos')
+    add('--loss-weight-beta', type=float, default=0.999, above=0, below=1, help='beta of effective_num')
+    add('--loss-weight-max', type=float, above=0, help='most that a computed weight may be')
+    add('--class-stats', type=str, metavar='FILE', help='JSON of class counts; the training data counts if not given')
+
+
 def _add_run_flags(parser):
     add = parser.add_argument_group('Miscellaneous parameters').add_argument
     add('--seed', type=int, default=42, at_least=0, at_most=2 ** 32 - 1, help='random seed')
@@ -250,6 +285,7 @@ def _add_run_flags(parser):
     add('--log-interval', type=int, default=50, at_least=1, help='updates between log lines')
     add('--val-interval', type=int, default=1, at_least=1, help='epochs between evaluations')
     add('--recovery-interval', type=int, default=0, at_least=0, help='updates between recovery checkpoints')
+    add('--save-epochs', type=int, nargs='+', at_least=1, help='keep milestone-N.pth.tar after so many epochs')
     add('--checkpoint-hist', type=int, default=10, at_least=1, help='checkpoints to keep')
     add('-j', '--workers', type=int, default=4, at_least=0, help='loader workers per process')
     add('--save-images', action='store_true', help='write a training batch at every log line')
@@ -257,7 +293,8 @@ def _add_run_flags(parser):
     add('--no-prefetcher', action='store_true', help='normalize on the CPU')
     add('--output', type=str, default='', metavar='PATH', help='root of the output, ./output/train')
     add('--experiment', type=str, default='', metavar='NAME', help='folder of this run in --output')
-    add('--eval-metric', type=str, default='top1', choices=('top1', 'top5', 'loss'), help='metric of the best epoch')
+    add('--eval-metric', type=str, default='top1', choices=tuple(dict.fromkeys(sum(METRICS.values(), ()))),
+        help='metric of the best epoch; of several labels map if not given')
     add('--tta', type=int, default=0, at_least=0, help='views of each image that evaluation averages')
     add('--use-multi-epochs-loader', action='store_true', help='keep the loader running over epochs')
     add('--log-wandb', action='store_true', help='log to Weights & Biases')
@@ -303,6 +340,8 @@ def add_our_flags(parser: Parser) -> None:
         help='weight of synergy, one or a whole matrix (rows teach columns)')
     add('--dks-direction', type=str, default='both', choices=('both', 'top-down', 'bottom-up', 'none'),
         help='who teaches: each other, deeper the shallower, shallower the deeper, nobody')
+    add('--dks-synergy', type=str, choices=('softmax', 'sigmoid'),
+        help='what classifiers compare: exclusive classes, or each by itself; by the loss if not given')
     add('--dks-temperature', type=float, default=1.0, above=0, help='temperature of synergy')
     add('--dks-start-epoch', type=int, default=0, at_least=0, help='first epoch with synergy, after labels alone')
     add = parser.add_argument_group('Small images').add_argument

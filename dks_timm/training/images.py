@@ -5,7 +5,7 @@ import tarfile
 
 import numpy as np
 from PIL import Image
-from timm.data import ImageDataset
+from timm.data import ImageDataset, MultiLabelTarget
 from torch.utils.data import Dataset
 
 from ..errors import DataError, printable, why
@@ -59,12 +59,28 @@ def decode(image, mode: str) -> Image.Image:
         raise BadImage(why(e, 300)) from e
 
 
-def check_label(label, num_classes):
-    """Refuse a label that no output of the model stands for; without a number of classes, any will do."""
-    if num_classes and not (isinstance(label, numbers.Integral) and 0 <= label < num_classes):
+def check_label(label, num_classes: int):
+    """Return a label, and refuse one that no output of the model stands for."""
+    if isinstance(label, (list, tuple)):
+        raise DataError(f'--task classification: the data holds the labels {label!r} of one image; give multilabel')
+    if not (isinstance(label, numbers.Integral) and 0 <= label < num_classes):
         raise DataError(
             f'--num-classes {num_classes}: the data holds label {label!r}; '
             f'wanted: 0 to {num_classes - 1}, or a --class-map to these')
+    return label
+
+
+class LabelSets(MultiLabelTarget):
+    """timm's encoder of several labels as (num_classes,), whose refusals name the flags."""
+
+    def __call__(self, target):
+        try:
+            return super().__call__(target)
+        except (RuntimeError, TypeError, ValueError) as e:  # torch's of what is no list of numbers, and timm's
+            form = 'multihot' if self.dense else 'indices'
+            raise DataError(
+                f'--target-format {form} with --num-classes {self.num_classes}: the data holds {target!r}: {why(e)}'
+            ) from e
 
 
 class Images(ImageDataset):
@@ -77,7 +93,7 @@ class Images(ImageDataset):
     def __init__(self, reader, input_img_mode: str, max_bad: int, target_transform=None):
         super().__init__('', reader=reader, input_img_mode=input_img_mode, target_transform=target_transform)
         self.bad_images = BadImages(max_bad, 'the next one takes its place')
-        self.num_classes = None  # set once the model is known
+        self.encode = None  # checks and encodes targets; set once the model is known
 
     def __getitem__(self, index):
         while True:
@@ -91,7 +107,8 @@ class Images(ImageDataset):
         self.bad_images.in_a_row = 0
         if self.target_transform is not None:
             target = self.target_transform(target)
-        check_label(target, self.num_classes)
+        if self.encode is not None:
+            target = self.encode(target)
         return image if self.transform is None else self.transform(image), target
 
     def _name(self, index):

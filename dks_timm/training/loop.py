@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset
 from ..errors import naming
 from . import checkpoint, console, distributed, fsdp2, stopping
 from .data import model_dtype
+from .flags import METRICS
 from .loader_state import Fetches, begin_epoch
 from .metrics import HeadMetrics, Totals
 from .records import Records, mean_lr
@@ -63,6 +64,7 @@ class Trainer:
                 **scheduler_kwargs(args, decreasing_metric=self.eval_metric == 'loss'),
                 updates_per_epoch=self.updates_per_epoch,
             )
+        self.num_epochs = min(self.num_epochs, args.stop_epoch or self.num_epochs)
         self.signals = stopping.Signals(accelerator, args.grad_accum_steps)
         self.guard = stopping.Guard(args, accelerator, task, self.optimizer, names)
         self.state = RunState(
@@ -182,7 +184,7 @@ class Trainer:
         begin_epoch(args, self.loader_train, self.mixup_fn, epoch)
         self.task.get_trainable_module().train()
         first, done, updates = 0, 0, epoch * self.updates_per_epoch
-        totals = Totals(accelerator, self.names)
+        totals = Totals(accelerator, self.names, args.task == 'multilabel')
         if run is not None:
             first, done, updates = run['batch'], run['done'], run['updates']
             totals.load_state_dict(run['processes'][accelerator.process_index]['totals'])
@@ -266,7 +268,8 @@ class Trainer:
         _logger.warning(f'{text}; left out.')
 
     def _evaluates(self, epoch: int) -> bool:
-        return not (epoch + 1) % self.args.val_interval or epoch + 1 == self.num_epochs
+        done = epoch + 1
+        return not done % self.args.val_interval or done == self.num_epochs or done in (self.args.save_epochs or ())
 
     def end_epoch(self, epoch: int, on_best: Optional[Callable[[], None]] = None) -> None:
         """Evaluate, record, save and step the schedule, where it is time to.
@@ -275,6 +278,7 @@ class Trainer:
             epoch: The one just trained.
             on_best: Called on the main process when a checkpoint is the best so far.
         """
+        args = self.args
         if not self._evaluates(epoch):
             if self.scheduler is not None:
                 self.scheduler.step(epoch + 1, metric=None)
@@ -284,11 +288,13 @@ class Trainer:
         _logger.info(console.epoch_text(
             f'Epoch {epoch}', self.names, eval_metrics, train_loss=self.train_metrics['loss']))
         if self.saver is not None:
-            skipped = self.guard.skipped_since if self.args.on_nonfinite == 'skip' else None
+            skipped = self.guard.skipped_since if args.on_nonfinite == 'skip' else None
             lr = mean_lr(self.optimizer.param_groups)
             self.records.write(epoch, self.train_metrics, eval_metrics, lr, skipped, self.images_per_second)
         self.guard.skipped_since = 0
         best_epoch = self._save(self.state.mark(len(self.fetches)), epoch=epoch, metric=metric, over=True)
+        if self.saver is not None and epoch + 1 in (args.save_epochs or ()):
+            self.saver.save_milestone(epoch + 1)
         if on_best is not None and best_epoch == epoch:
             on_best()
         if self.scheduler is not None:
@@ -302,7 +308,8 @@ class Trainer:
             _logger.info(console.epoch_text(f'Epoch {epoch} without EMA', self.names, metrics))
             self.without_ema[epoch] = metrics
             metrics = self.evaluate(trained, ema=True)
-            self.facts['top1_by_ema'] = {False: self.without_ema[epoch]['top1'], True: metrics['top1']}
+            self.facts['metric_by_ema'] = {
+                ema: found[METRICS[self.args.task][0]] for ema, found in enumerate((self.without_ema[epoch], metrics))}
         return metrics
 
     @torch.inference_mode()

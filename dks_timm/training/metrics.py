@@ -5,18 +5,21 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from accelerate import Accelerator
-from torch.nn.functional import softmax
+from torch.nn.functional import logsigmoid, softmax
 
 # Confidences from which on an image leaves at a branch; at 0 all do.
 THRESHOLDS = (0., 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 
 
 class Totals:
-    """Sums over the training samples of an epoch, kept on the device until they are asked for; ``count`` of them."""
+    """Sums over the training samples of an epoch, kept on the device until they are asked for; ``count`` of them.
 
-    def __init__(self, accelerator: Accelerator, names: Sequence[str]):
+    Of ``multi_label`` targets, predictions are not counted.
+    """
+
+    def __init__(self, accelerator: Accelerator, names: Sequence[str], multi_label: bool = False):
         self.accelerator = accelerator
-        self.names = names
+        self.names, self.multi_label = names, multi_label
         self.count = self.branch_count = 0  # samples
         zeros = partial(torch.zeros, device=accelerator.device)
         dtype = torch.float32 if accelerator.device.type == 'mps' else torch.float64  # as timm's evaluator
@@ -32,14 +35,9 @@ class Totals:
         logits = out.get('logits') or [out['output']]
         if isinstance(logits[0], (tuple, list)):
             logits = logits[0][:1]
-        if target.ndim > 1:
-            target = target.argmax(dim=-1)
         running, part = len(logits), len(logits[-1])  # branches may rest, or run on the first samples only
-        predicted = [z.argmax(dim=-1) for z in logits]
-        hits = (torch.stack([p[:part] for p in predicted]) == target[:part]).sum(dim=1)
-        if part < len(logits[0]):
-            hits[0].add_((predicted[0][part:] == target[part:]).sum())
-        self.hits[:running].add_(hits)
+        if not self.multi_label:
+            self._count_hits([z.argmax(dim=-1) for z in logits], target, part)
         self.loss.add_(loss, alpha=batch_size)
         self.count += batch_size
         if len(self.names) > 1:
@@ -49,9 +47,18 @@ class Totals:
             self.synergy.add_(out['synergy'], alpha=part)
             self.branch_count += part
 
+    def _count_hits(self, predicted, target, part):
+        if target.ndim > 1:
+            target = target.argmax(dim=-1)
+        hits = (torch.stack([p[:part] for p in predicted]) == target[:part]).sum(dim=1)
+        if part < len(predicted[0]):
+            hits[0].add_((predicted[0][part:] == target[part:]).sum())
+        self.hits[:len(predicted)].add_(hits)
+
     def state_dict(self) -> Dict[str, Any]:
         """Return the sums and counts so far, of this process."""
-        state = {name: value for name, value in vars(self).items() if name not in ('accelerator', 'names')}
+        own = 'accelerator', 'names', 'multi_label'
+        state = {name: value for name, value in vars(self).items() if name not in own}
         return {name: value.to('cpu', copy=True) if torch.is_tensor(value) else value for name, value in state.items()}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
@@ -61,8 +68,10 @@ class Totals:
     def compute(self, reduce: bool = False) -> Dict[str, float]:
         """Return the means so far, of this process or of all; a branch's are over the samples that it ran on."""
         branches = [self.branch_count] * (len(self.names) - 1)
-        names, sums = ['loss', *(f'top1_{name}' for name in self.names)], [self.loss[None], 100 * self.hits]
-        counts = [self.count, self.count, *branches]
+        names, sums, counts = ['loss'], [self.loss[None]], [self.count]
+        if not self.multi_label:
+            names += [f'top1_{name}' for name in self.names]
+            sums, counts = [*sums, 100 * self.hits], [*counts, self.count, *branches]
         if branches:
             pairs = list(permutations(self.names, 2))
             names += [*(f'ce_{name}' for name in self.names), 'synergy']
@@ -128,10 +137,19 @@ class HeadCounts:
             for (name, threshold), left, correct in zip(places, leave, right, strict=True)]
 
 
+def ensemble(logits: Sequence[torch.Tensor], multi_label: bool = False) -> torch.Tensor:
+    """Return logits (B, num_classes) of the mean of the probabilities of several classifiers."""
+    if not multi_label:
+        return sum(softmax(z, dim=-1) for z in logits).log()
+    stacked = torch.stack(list(logits))
+    return logsigmoid(stacked).logsumexp(dim=0) - logsigmoid(-stacked).logsumexp(dim=0)
+
+
 class HeadMetrics:
     """Metrics of the heads over an evaluation, by the evaluators of a timm TrainingTask.
 
     Images beyond ``max_samples`` are padding. Logits of ``tta`` views in a row, which are of one image, are averaged.
+    Agreement of heads and early exits are of tasks with one label an image.
     """
 
     def __init__(self, task, names: Sequence[str], device, max_samples: Optional[int] = None, tta: int = 0):
@@ -139,10 +157,13 @@ class HeadMetrics:
         self.names = (*names, 'ensemble') if len(names) > 1 else tuple(names)
         self.tta = tta
         self.evaluators = [task.create_evaluator(max_samples=max_samples) for _ in self.names]
-        self.counts = HeadCounts(names, device, max_samples) if len(names) > 1 else None
+        self.metric = self.evaluators[0].default_metric  # the one that heads are compared by
+        self.several = len(names) > 1
+        count = self.several and self.metric == 'top1'
+        self.counts = HeadCounts(names, device, max_samples) if count else None
 
     def update(self, logits: Union[torch.Tensor, Sequence[torch.Tensor]], target: torch.Tensor) -> None:
-        """Count a batch, by the model's output, (B, num_classes) or a list of these, and class indices (B,)."""
+        """Count a batch, by the model's output, (B, num_classes) or a list of these, and targets of the task."""
         logits = list(logits) if isinstance(logits, (tuple, list)) else [logits]
         logits = [z.float() for z in logits[:self.classifiers]]
         if self.tta > 1:
@@ -150,7 +171,8 @@ class HeadMetrics:
             target = target[::self.tta]
         if self.counts is not None:
             self.counts.update(logits, target)
-            logits.append(sum(softmax(z, dim=-1) for z in logits).log())
+        if self.several:
+            logits.append(ensemble(logits, multi_label=self.metric == 'map'))
         for evaluator, z in zip(self.evaluators, logits, strict=True):
             evaluator.update(z, target)
 
@@ -158,15 +180,17 @@ class HeadMetrics:
         """Return the metrics, exact for any number of processes, and of several heads the rows of early exits.
 
         The metrics are ``loss``, ``top1`` and ``top5`` of the backbone; of several heads also ``top1_<branch>``,
-        ``loss_<branch>``, ``top1_ensemble`` (mean of the probabilities) and those of :meth:`HeadCounts.compute`.
+        ``loss_<branch>``, ``top1_ensemble`` and those of :meth:`HeadCounts.compute`. With several labels an image, they
+        are ``loss``, ``map``, ``micro_f1``, ``macro_f1`` and ``sample_f1``; ``map_<branch>``, ``loss_<branch>`` and
+        ``map_ensemble``, and there are no rows.
         """
         results = [evaluator.compute(distributed=distributed) for evaluator in self.evaluators]
         metrics = dict(results[0])
         for name, result in zip(self.names[1:], results[1:], strict=True):
-            metrics[f'top1_{name}'] = result['top1']
+            metrics[f'{self.metric}_{name}'] = result[self.metric]
+        metrics.update((f'loss_{n}', r['loss']) for n, r in zip(self.names[1:-1], results[1:-1], strict=True))
         if self.counts is None:
             return metrics, None
-        metrics.update((f'loss_{n}', r['loss']) for n, r in zip(self.names[1:-1], results[1:-1], strict=True))
         agreement, exits = self.counts.compute(distributed=distributed)
         metrics.update(agreement)
         return metrics, exits

@@ -5,8 +5,9 @@ import re
 import tarfile
 from functools import partial
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from timm.data import create_dataset
 from timm.data.readers import create_reader
 from timm.data.readers.class_map import load_class_map
@@ -22,10 +23,11 @@ _logger = logging.getLogger(__name__)
 SPLITS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
 
 PREFIXES = ('torch', 'hfds', 'hfids', 'wds', 'tfds')
-BUILT_IN = ('digits', 'synthetic')
+BUILT_IN = ('digits', 'multidigits', 'synthetic')
+SINGLE_LABEL = ('', 'torch', 'digits', 'synthetic')
 # Flags that kinds of dataset know nothing of; '' is folders and tars.
 FIELDS = ('class_map', 'input_key', 'target_key')
-IGNORED = {'': ('target_key',), 'torch': FIELDS, 'digits': FIELDS, 'synthetic': FIELDS}
+IGNORED = {'': ('target_key',), **dict.fromkeys(('torch', *BUILT_IN), FIELDS)}
 
 IMAGENET_SAMPLES = dict(train=1_281_167, val=50_000)
 
@@ -58,6 +60,36 @@ class Digits(list):
         indices = (held_out if split in SPLITS[1] else ~held_out).nonzero().flatten().tolist()
         pixels = (digits.images * (255 / 16)).round().astype('uint8')
         super().__init__((Image.fromarray(pixels[i]), int(digits.target[i])) for i in indices)
+
+
+class MultiDigits(list):
+    """Two or three different digits at random places of a gray canvas of 32x32 pixels, 8 to 16 pixels high.
+
+    4,000 canvases for training and 1,000 for validation, the same ones every time, are made of the :class:`Digits` of
+    their split. Digits may overlap; the brighter pixel is seen.
+    """
+    class_to_idx = Digits.class_to_idx
+    size = 32
+
+    def __init__(self, split: str):
+        digits = Digits(split)
+        training = split in SPLITS[0]
+        rng = np.random.default_rng(len(digits))
+        super().__init__(self._draw(digits, rng) for _ in range(4000 if training else 1000))
+
+    def _draw(self, digits, rng):
+        canvas, labels = Image.new('L', (self.size, self.size)), []
+        count = rng.integers(2, 4)
+        while len(labels) < count:
+            image, label = digits[rng.integers(len(digits))]
+            if label not in labels:
+                labels.append(label)
+                height = int(rng.integers(8, 17))
+                left, top = rng.integers(self.size - height + 1, size=2).tolist()
+                layer = Image.new('L', canvas.size)
+                layer.paste(image.resize((height, height), Image.Resampling.BILINEAR), (left, top))
+                canvas = ImageChops.lighter(canvas, layer)
+        return canvas, labels
 
 
 class ClassMap(dict):
@@ -99,13 +131,18 @@ def check_dataset(args):
     if name not in ('', *PREFIXES, *BUILT_IN):
         known = [f'{prefix}/' for prefix in PREFIXES]
         raise OptionError(
-            f'--dataset {args.dataset}: no reader "{name}/"; there are {", ".join(known)}, "digits", "synthetic", and '
+            f'--dataset {args.dataset}: no reader "{name}/"; there are {", ".join(known)}, {", ".join(BUILT_IN)}, and '
             f'for folders and tars --data-dir alone{closest(f"{name}/", known)}'
         )
+    data = f'--dataset {args.dataset}' if name else f'--data-dir {root}'
+    if args.task == 'multilabel' and name in SINGLE_LABEL:
+        raise OptionError(
+            f'--task multilabel: {data} has one label for each image; give hfds/, hfids/, wds/, tfds/ or multidigits')
+    if args.task != 'multilabel' and name == 'multidigits':
+        raise OptionError('--dataset multidigits: has several labels for each image; give --task multilabel')
     is_tar = not name and (root or '').endswith('.tar')
     for dest in IGNORED.get(name, ()) + (('input_key',) if is_tar else ()):
         if getattr(args, dest):
-            data = f'--dataset {args.dataset}' if name else f'--data-dir {root}'
             raise OptionError(f'{flag(dest)} {getattr(args, dest)}: means nothing to {data}; leave it out')
     if not root and name in ('', 'torch', 'wds'):
         data = f'the folder of --dataset {args.dataset}' if args.dataset else 'a folder of images, or --dataset'
@@ -147,8 +184,9 @@ def create(args, prefix: str, is_training: bool, **kwargs):
     if name == 'synthetic':
         count = getattr(args, f'{prefix}_num_samples') or IMAGENET_SAMPLES[prefix]
         return Synthetic(count, args.num_classes or 1000, img_mode, args.seed)
-    if name == 'digits':
-        return Images(Digits(split), img_mode, args.max_bad_images)
+    if name in ('digits', 'multidigits'):
+        digits = (Digits if name == 'digits' else MultiDigits)(split)
+        return Images(digits, img_mode, args.max_bad_images)
     if not name:
         return _create_folder(args, split, img_mode)
     reader = _create_reader(args, prefix, is_training=is_training, input_img_mode=img_mode, **kwargs)
@@ -172,6 +210,7 @@ def _create_reader(args, prefix: str, **kwargs):
             batch_size=args.batch_size,
             input_key=args.input_key,
             target_key=args.target_key,
+            target_format=args.target_format,
             num_samples=getattr(args, f'{prefix}_num_samples'),
             trust_remote_code=args.dataset_trust_remote_code,
             **kwargs,
@@ -202,17 +241,17 @@ def _check_shards(reader):
 def _check_fields(reader):
     """Refuse fields that a dataset of ``hfds/``, ``hfids/`` or ``tfds/`` lacks; give ``hfids/`` its class names."""
     if hasattr(reader, 'dataset'):  # to which timm adds an empty field for images where there is none
-        input_key, target_key = reader.image_key, reader.label_key
+        input_key, target_keys = reader.image_key, reader.target_keys or [reader.label_key]
         fields = {name: value for name, value in reader.dataset[0].items() if value is not None}
     else:
-        input_key, target_key = reader.input_key, reader.target_key
+        input_key, target_keys = reader.input_key, reader.target_keys or [reader.target_key]
         if hasattr(reader.builder, 'as_streaming_dataset'):
             reader.builder.as_streaming_dataset(split=reader.split)  # finds out the fields of files without a card
         fields = reader.builder.info.features or {}
-    for name, key in (('--input-key', input_key), ('--target-key', target_key)):
+    for name, key in (('--input-key', input_key), *(('--target-key', key) for key in target_keys)):
         if fields and not has_field(fields, key):
             raise OptionError(f'{name} {key}: the data has no such field; it has {", ".join(sorted(fields))}')
-    names = getattr(get_field(fields, target_key), 'names', None) if fields else None
+    names = getattr(get_field(fields, target_keys[0]), 'names', None) if fields and len(target_keys) == 1 else None
     if names and not reader._source_names:  # private: timm ReaderHfids, which looks for names in the card alone
         reader._source_names = dict(enumerate(names))
         if not reader.remap_class:

@@ -6,6 +6,9 @@ from typing import Any, Dict, Mapping, Optional, Sequence
 
 from .checkpoint import Output, write_text
 
+# Columns of timm's script, in its order: of one label an image, and of several.
+TIMM_METRICS = ('loss', 'top1', 'top5', 'map', 'micro_f1', 'macro_f1', 'sample_f1')
+
 
 class Summary(Output):
     """The file summary.csv, whole at any time; rows from ``start_epoch`` on are dropped."""
@@ -61,7 +64,7 @@ class Records:
     ) -> None:
         """Record an epoch: timm's columns, those of several heads, updates left out; the speed for trackers only."""
         row: Dict[str, Any] = dict(epoch=epoch, train_loss=train_metrics['loss'])
-        row.update((f'eval_{name}', eval_metrics[name]) for name in ('loss', 'top1', 'top5') if name in eval_metrics)
+        row.update((f'eval_{name}', eval_metrics[name]) for name in TIMM_METRICS if name in eval_metrics)
         row['lr'] = lr
         if 'synergy' in train_metrics:
             for prefix, metrics in (('train', train_metrics), ('eval', eval_metrics)):

@@ -2,7 +2,7 @@
 from timm.data import IterableImageDataset
 
 from ..errors import DataError, OptionError, flag, why
-from .images import BadImages, check_label
+from .images import BadImages
 
 
 class Stream(IterableImageDataset):
@@ -15,7 +15,7 @@ class Stream(IterableImageDataset):
     def __init__(self, reader, max_bad: int):
         super().__init__('', reader=reader)
         self.bad_images = BadImages(max_bad, 'passed over')
-        self.num_classes = None  # set once the model is known
+        self.encode = None  # checks and encodes targets; set once the model is known
         self.shuffler_state = None  # to start from
 
     def __iter__(self):
@@ -25,8 +25,7 @@ class Stream(IterableImageDataset):
         empty = True
         for image, target in super().__iter__():
             empty, self.bad_images.in_a_row = False, 0
-            check_label(target, self.num_classes)
-            yield image, target
+            yield image, target if self.encode is None else self.encode(target)
         if empty and self.reader.is_training:
             raise DataError('--train-split: a worker found no image that can be read in its shards')
 
