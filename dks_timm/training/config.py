@@ -267,15 +267,17 @@ def _combinations(args, given):
 
 def _task(args, given):
     several = args.task == 'multilabel'
+    parser = create_parser()
+    changed = [name for name in given if given[name] != parser.get_default(name)]  # args.yaml gives all flags
     yield args.eval_metric not in METRICS[args.task], (
         f'--eval-metric {args.eval_metric}: not of --task {args.task}; use one of {", ".join(METRICS[args.task])}')
     for name in MULTI_LABEL:
-        yield given.get(name) and not several, f'{_spelled(args, name)}: needs --task multilabel'
+        yield name in changed and not several, f'{_spelled(args, name)}: needs --task multilabel'
     yield args.target_key and ',' in args.target_key and not several, (
         f'--target-key {args.target_key}: several fields need --task multilabel')
     for name in ('kd_model_name', 'jsd_loss'):
         yield several and getattr(args, name), f'{_spelled(args, name)}: not with --task multilabel; leave it out'
-    for name in given:
+    for name in changed:
         loss = name.partition('_')[0]
         yield loss in LOSSES_WITH_FLAGS and args.loss != loss, f'{flag(name)}: needs --loss {loss}'
     yield args.loss == 'jsd' and not args.aug_splits, '--loss jsd: needs --aug-splits'

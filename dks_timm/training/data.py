@@ -94,16 +94,19 @@ def class_stats(args, dataset, num_classes: int):
             counts, num_samples = load_class_stats(args.class_stats)
     else:
         reader = dataset.reader
-        samples = reader if isinstance(reader, list) else getattr(reader, 'samples', None)
+        samples = getattr(reader, 'samples', reader if isinstance(reader, list) else None)
         if hasattr(reader, 'iter_targets'):
             targets = reader.iter_targets()
+        elif hasattr(reader, 'targets'):  # of tars and of torchvision, a tensor, an array or a list
+            targets = torch.as_tensor(reader.targets).tolist()
         elif samples is not None:
-            targets = map(dataset.target_transform or int, (sample[1] for sample in samples))
+            targets = [sample[1] for sample in samples]
         else:
             raise OptionError(
                 f'{given_flags(args, *asked)}: needs counts of classes, and --dataset {args.dataset} does not tell them; '
                 'give --class-stats FILE, from class_weights.py of timm')
-        targets = [encoder(args, num_classes)(target) for target in targets]
+        encode = encoder(args, num_classes)
+        targets = [encode(dataset.target_transform(t) if dataset.target_transform else t) for t in targets]
         num_samples = len(targets)
         counts = torch.stack(targets).sum(0) if args.task == 'multilabel' else torch.tensor(targets).bincount(
             minlength=num_classes)

@@ -251,7 +251,10 @@ def _check_fields(reader):
     for name, key in (('--input-key', input_key), *(('--target-key', key) for key in target_keys)):
         if fields and not has_field(fields, key):
             raise OptionError(f'{name} {key}: the data has no such field; it has {", ".join(sorted(fields))}')
-    names = getattr(get_field(fields, target_keys[0]), 'names', None) if fields and len(target_keys) == 1 else None
+    feature = get_field(fields, target_keys[0]) if fields and len(target_keys) == 1 else None
+    while hasattr(feature, 'feature'):  # of a list
+        feature = feature.feature
+    names = getattr(feature, 'names', None)
     if names and not reader._source_names:  # private: timm ReaderHfids, which looks for names in the card alone
         reader._source_names = dict(enumerate(names))
         if not reader.remap_class:

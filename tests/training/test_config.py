@@ -2,13 +2,19 @@
 import argparse
 import copy
 import csv
+import inspect
 import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from timm.data.readers.targets import TARGET_FORMATS
+from timm.loss import LOSS_TYPES, create_classification_loss, resolve_class_weights
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 
 from dks_timm import errors
 from dks_timm.method.loss import DIRECTIONS
@@ -16,6 +22,12 @@ from dks_timm.method.plan import BRANCH_KINDS
 from dks_timm.training import config, flags
 
 TIMM_FLAGS = Path(__file__).with_name('timm_train_flags.tsv')
+# What timm's script has gained since that list was made, by timm's release notes; docs/training.md has the sources.
+NEWER = {
+    'task', 'target_format', 'multilabel_threshold', 'lr_decay_fn', 'lr_stable_timescale', 'stop_epoch', 'save_epochs',
+    'loss', 'asl_gamma_pos', 'asl_gamma_neg', 'asl_clip', 'asl_reduction', 'poly_epsilon', 'poly_gamma', 'poly_alpha',
+    'twoway_tp', 'twoway_tn', 'db_neg_scale', 'db_init_bias', 'db_focal_gamma', 'loss_class_weight', 'loss_pos_weight',
+    'loss_weight_power', 'loss_weight_beta', 'loss_weight_max', 'class_stats'}
 
 
 def refusal(*argv):
@@ -51,6 +63,66 @@ def test_every_flag_of_timm_is_there_with_its_name_type_and_default():
             default=str(action.default),
             group=group,
         )
+
+
+def test_newer_flags_have_the_choices_and_defaults_of_timms_library():
+    actions = {action.dest: action for action in config.create_parser()._actions}
+    assert tuple(actions['loss'].choices) == LOSS_TYPES
+    assert tuple(actions['target_format'].choices) == TARGET_FORMATS
+    assert flags.METRICS == {
+        task: (*evaluator.metric_names[1:], 'loss') for task, evaluator in dict(
+            classification=ClassificationEvaluator, multilabel=MultiLabelClassificationEvaluator).items()}
+    for task, evaluator in (('classification', ClassificationEvaluator), ('multilabel', MultiLabelClassificationEvaluator)):
+        assert config.parse_args(['--task', task])[0].eval_metric == evaluator.default_metric
+    parameters = inspect.signature(create_classification_loss).parameters
+    of_losses = [name for name in NEWER if name.partition('_')[0] in config.LOSSES_WITH_FLAGS]
+    assert len(of_losses) == 12
+    for name in of_losses:
+        assert actions[name].default == parameters[name].default
+    weights = inspect.signature(resolve_class_weights).parameters
+    for name in ('power', 'beta', 'max_weight'):
+        flag = f'loss_weight_{name.removesuffix("_weight")}'
+        assert actions[flag].default == weights[name].default
+
+
+@pytest.mark.parametrize('decay', flags.DECAYS)
+def test_schedules_take_the_newer_flags(decay):
+    args, *_ = config.parse_args([
+        '--sched', 'rsqrt', '--lr-decay-fn', decay, '--lr-stable-timescale', '4', '--epochs', '20', '--warmup-epochs', '2'])
+    kwargs = scheduler_kwargs(args)
+    assert (kwargs['decay_fn'], kwargs['stable_timescale'], kwargs['decay_epochs']) == (decay, 4., 0.2)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.)
+    scheduler, epochs = create_scheduler_v2(optimizer, **kwargs)
+    assert epochs == 20 and scheduler._get_lr(6)[0] == pytest.approx(2 ** -0.5)  # 4 epochs after the warm-up
+
+
+def test_defaults_that_hang_on_another_flag_give_way_to_what_is_said():
+    def settings(*argv):
+        args, *_ = config.parse_args(list(argv))
+        return args.smoothing, args.eval_metric, args.decay_epochs
+
+    assert settings() == (0.1, 'top1', 90)
+    assert settings('--task', 'multilabel') == (0., 'map', 90)
+    assert settings('--sched', 'wsd') == (0.1, 'top1', 0.2)
+    said = ('--task', 'multilabel', '--sched', 'wsd', '--smoothing', '0.2', '--eval-metric', 'loss', '--decay-epochs', '5')
+    assert settings(*said) == (0.2, 'loss', 5)
+
+
+def test_a_whole_configuration_of_timms_script_is_a_recipe(tmp_path):
+    """As timm's sweep.py gives each of its jobs: every flag with its value, one of them swept."""
+    job = {}
+    with open(TIMM_FLAGS, newline='') as f:
+        for row in csv.DictReader(f, delimiter='\t'):
+            read = yaml.safe_load if row['nargs'] != 'None' else dict(int=int, float=float).get(row['type'], str)
+            job[row['dest']] = None if row['default'] == 'None' else read(row['default'])
+    job.update(
+        data_dir='images', model='resnet18', lr=5e-4, sched='wsd', lr_decay_fn='linear', decay_epochs=4, epochs=20,
+        stop_epoch=16, save_epochs=[8, 16], experiment='lr_0.0005', resume='auto')
+    args, given, _ = config.parse_args(['--config', recipe(tmp_path, yaml.safe_dump(job))])
+    assert given == set(job) - {'config'}
+    for name, value in job.items():
+        if name not in ('data', 'opt_kwargs', 'model_kwargs'):
+            assert getattr(args, name) == value, name
 
 
 def test_an_abbreviation_names_one_flag():
@@ -166,6 +238,7 @@ def test_command_line_wins_over_recipe_and_recipe_over_default(tmp_path):
 
 def test_args_text_holds_what_timm_writes_and_our_flags_only_where_set():
     timm_names = {row.split('\t')[1] for row in TIMM_FLAGS.read_text().splitlines()[1:]}
+    timm_names |= NEWER
     assert set(yaml.safe_load(config.parse_args([])[2])) == timm_names
     _, _, text = config.parse_args(['--dks', '--dks-stages', '2', '--export-dir', 'x'])
     assert set(yaml.safe_load(text)) - timm_names == {'dks', 'dks_stages', 'export_dir'}
