@@ -131,7 +131,7 @@ def carried_recipes() -> dict:
     # They lie at the top of the project; a wheel carries them inside the package.
     for folder in (Path(__file__).parents[i] / 'recipes' for i in (1, 2)):
         recipes = {path.relative_to(folder).with_suffix('').as_posix(): path for path in folder.rglob('*.yaml')}
-        if 'quickstart' in recipes:
+        if 'quickstart' in recipes:  # not the folder of another package
             return {name: path for name, path in recipes.items() if not name.startswith('accelerate/')}
     return {}
 
@@ -151,9 +151,10 @@ def read_recipe(path: str) -> dict:
         with open(path if is_file else recipes.get(name, path)) as f:
             recipe = yaml.safe_load(f) or {}
     except OSError as e:
-        hint = closest(name, recipes) or '; give the path of a YAML file' + ', or a name such as quickstart' * bool(recipes)
-        known = 'and no recipe has that name' if recipes else 'and this installation of dks_timm has no recipes'
-        raise OptionError(f'--config {path}: {e.strerror}, {known}{hint}') from None
+        why = f'{e.strerror}, and ' + ('no recipe has that name' if recipes else 'this dks_timm has no recipes')
+        whole = next((recipe for recipe in recipes if recipe.endswith(f'/{name}')), name)
+        hint = closest(whole, recipes) or '; give the path of a YAML file'
+        raise OptionError(f'--config {path}: {why}{hint}') from None
     except (yaml.YAMLError, ValueError) as e:  # ValueError: of invalid bytes, numbers or dates
         raise OptionError(f'--config {path}: not YAML ({type(e).__name__}: {e})') from None
     if not isinstance(recipe, dict):
