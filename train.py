@@ -4,6 +4,7 @@
     accelerate launch train.py --config recipes/quickstart.yaml
     accelerate launch train.py --model resnet18 --dks --data-dir DIR --num-classes 100 --export-dir out/resnet18
 
+Where dks_timm is installed, `dks-timm train` and `accelerate launch -m dks_timm.train` are this program, too.
 This file is made to be copied: change `train_update` for a training step of your own.
 """
 import os

@@ -1,4 +1,4 @@
-"""Console script ``dks-timm``: export, push, inspect, report."""
+"""Console script ``dks-timm``: train, export, push, inspect, report."""
 import argparse
 import json
 import sys
@@ -9,13 +9,17 @@ from .training.flags import Parser, add_branch_flags, add_card_flags, add_hub_fl
 
 
 def _create_parser() -> Parser:
-    parser = Parser(prog='dks-timm', description='Export, publish and look into models trained with DKS.')
+    parser = Parser(prog='dks-timm', description='Train models with DKS, publish and look into them.')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
 
     def add_command(run, description):
         command = commands.add_parser(run.__name__.lstrip('_'), help=description, description=description)
         command.set_defaults(run=run)
         return command.add_argument
+
+    # Listed here for --help; main hands its flags to train.py.
+    description = 'train a model; the flags are those of train.py, see dks-timm train --help'
+    commands.add_parser('train', help=description, description=description, add_help=False)
 
     add = add_command(_export, 'turn a checkpoint into a folder that timm.create_model loads, and check that it does')
     add('checkpoint', metavar='CKPT', help='a checkpoint of a run, such as model_best.pth.tar')
@@ -103,7 +107,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
     Returns:
         Exit code: 0; 2 for bad input; 3 if a push failed; 1 if the exported model failed its check.
+
+    Raises:
+        SystemExit: with an exit code of train.py, for ``train``.
     """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ['train']:
+        from . import train
+        train.main(argv[1:])
+        return 0
     try:
         args = _create_parser().parse_args(argv)
         args.run(args)

@@ -170,7 +170,8 @@ def flags_page() -> str:
     lines += ['## Other parameters', '', *flags_table(ungrouped)]
     commands = next(a for a in cli._create_parser()._actions if isinstance(a, argparse._SubParsersAction))
     for name, command in commands.choices.items():
-        lines += [f'## dks-timm {name}', '', command.description, '', *flags_table(command._actions)]
+        rows = flags_table(command._actions) if command._actions else []  # train's are above
+        lines += [f'## dks-timm {name}', '', command.description, '', *rows]
     return '\n'.join(lines).rstrip() + '\n'
 
 

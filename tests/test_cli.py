@@ -6,6 +6,15 @@ import pytest
 from dks_timm.cli import main
 
 
+def test_train_is_listed_and_has_the_help_of_train_py(capsys):
+    for arguments, words in ((['--help'], ['usage: dks-timm', '\n    train ']),
+                             (['train', '--help'], ['usage: train.py', '--dks-synergy-weight'])):
+        with pytest.raises(SystemExit) as e:
+            main(arguments)
+        out = capsys.readouterr().out
+        assert not e.value.code and all(word in out for word in words)
+
+
 def test_inspect_prints_tables(capsys):
     assert main(['inspect', 'resnet10t', '--num-classes', '7', '--img-size', '64', '--dks-stages', '3']) == 0
     out = capsys.readouterr().out

@@ -123,14 +123,18 @@ def small_model(name):
 
 def script_of(words):
     """Script and arguments of a command that starts one, after the launcher has read its own; (None, []) of others."""
+    for program in (['dks-timm', 'train'], ['python', '-m', 'dks_timm.train']):
+        if words[:len(program)] == program:
+            return 'train.py', words[len(program):]
     if words[:2] == ['accelerate', 'launch']:
         launched = launch_command_parser().parse_args(words[2:])
         assert not launched.config_file or Path(launched.config_file).is_file(), f'no {launched.config_file}'
-        return launched.training_script, launched.training_script_args
-    if words[0] == 'torchrun':
+    elif words[0] == 'torchrun':
         launched = torch.distributed.run.get_args_parser().parse_args(words[1:])
-        return launched.training_script, launched.training_script_args
-    return (words[1], words[2:]) if words[0] == 'python' else (None, [])
+    else:
+        return (words[1], words[2:]) if words[0] == 'python' else (None, [])
+    is_module = launched.module and launched.training_script == 'dks_timm.train'
+    return 'train.py' if is_module else launched.training_script, launched.training_script_args
 
 
 def check_command(words):
@@ -141,6 +145,8 @@ def check_command(words):
         return
     if script == 'train.py':
         config.parse_args(arguments)
+    elif [script, *arguments] == ['-m', 'build']:
+        pass  # tests/test_wheel.py
     elif script is not None:
         text = (ROOT / script).read_text()
         assert all(f"'{word}'" in text for word in arguments if word.startswith('--')), f'{script} has no such flag'
@@ -149,6 +155,7 @@ def check_command(words):
     elif words[0] == 'pip':
         extras = re.findall(r'^(\w+) = \[', (ROOT / 'pyproject.toml').read_text(), re.MULTILINE)
         assert all(name in extras for names in re.findall(r'\[(.+?)\]', ' '.join(words)) for name in names.split(','))
+        assert all(version == dks_timm.__version__ for version in re.findall(r'dks_timm-([\d.]+)-', ' '.join(words)))
     elif words[0] == 'pytest':
         assert all((ROOT / word).exists() for word in words[1:] if '/' in word)
     else:
@@ -270,7 +277,8 @@ def test_commands_in_running_text_are_right(page, monkeypatch):
         words = shlex.split(text) if text.startswith(('accelerate ', 'torchrun ', 'python ', 'dks-timm ')) else []
         # Without an argument it is the name of a command, with a flag perhaps.
         named_only = words[:1] == ['dks-timm'] and (len(words) < 3 or words[2].startswith('-'))
-        if len(words) > 2 and not named_only and (words[0] in ('python', 'dks-timm') or 'train.py' in words):
+        if len(words) > 2 and not named_only and (
+                words[0] in ('python', 'dks-timm') or {'train.py', 'dks_timm.train'} & set(words)):
             check_command(words)
 
 

@@ -7,7 +7,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / 'dks_timm'
 # Each folder may use itself and those before it; errors, _compat and models are used by all.
-ORDER = ('errors', '_compat', 'models', 'method', 'training', 'runs', 'publishing', 'cli')
+ORDER = ('errors', '_compat', 'models', 'method', 'training', 'runs', 'publishing', 'train', 'cli')
 MODULES = {
     '.'.join(path.relative_to(PACKAGE).with_suffix('').parts).removesuffix('.__init__'): path
     for path in PACKAGE.rglob('*.py')}
@@ -20,7 +20,7 @@ def imports(name):
         if isinstance(node, ast.Import):
             found = [[alias.name.removeprefix('dks_timm.')] for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = (node.module or '').removeprefix('dks_timm.')
+            base = (node.module or '').removeprefix('dks_timm').lstrip('.')
             if node.level:
                 base = '.'.join([*parts[:-node.level], *([base] if base else [])])
             found = [[f'{base}.{alias.name}'.lstrip('.'), base] for alias in node.names]

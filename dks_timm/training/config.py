@@ -12,6 +12,7 @@ Nothing here imports torch or timm when it is loaded: ``--help`` and a mistyped 
 import argparse
 import os
 import sys
+from pathlib import Path, PurePath
 
 import psutil
 import yaml
@@ -137,17 +138,35 @@ def _launch_command():
     return launch_command_parser().parse_known_args(words[words.index('launch') + 1:])[0]
 
 
+def carried_recipes() -> dict:
+    """Return the recipes that come with this package: name, such as cifar100/resnet20 -> path."""
+    # They lie at the top of the project; a wheel carries them inside the package.
+    for folder in (Path(__file__).parents[i] / 'recipes' for i in (1, 2)):
+        recipes = {path.relative_to(folder).with_suffix('').as_posix(): path for path in folder.rglob('*.yaml')}
+        if 'quickstart' in recipes:  # not the folder of another package
+            return {name: path for name, path in recipes.items() if not name.startswith('accelerate/')}
+    return {}
+
+
 def read_recipe(path: str) -> dict:
     """Read a YAML file of flag names and values, with the types that the command line would give them.
+
+    Where there is no such file, it is the name of a carried recipe, with or without ``recipes/`` and ``.yaml``.
 
     Raises:
         OptionError: if it is no such file, or sets a flag that runs code from elsewhere.
     """
+    name, recipes = PurePath(path).as_posix().removeprefix('recipes/').removesuffix('.yaml'), carried_recipes()
+    # A folder of that name does not hide a recipe: output/quickstart is one.
+    is_file = os.path.exists(path) and not os.path.isdir(path)
     try:
-        with open(path) as f:
+        with open(path if is_file else recipes.get(name, path)) as f:
             recipe = yaml.safe_load(f) or {}
     except OSError as e:
-        raise OptionError(f'--config {path}: {e.strerror}; give the path of a YAML file') from None
+        why = f'{e.strerror}, and ' + ('no recipe has that name' if recipes else 'this dks_timm has no recipes')
+        whole = next((recipe for recipe in recipes if recipe.endswith(f'/{name}')), name)
+        hint = closest(whole, recipes) or '; give the path of a YAML file'
+        raise OptionError(f'--config {path}: {why}{hint}') from None
     except (yaml.YAMLError, ValueError) as e:  # ValueError: of invalid bytes, numbers or dates
         raise OptionError(f'--config {path}: not YAML ({type(e).__name__}: {e})') from None
     if not isinstance(recipe, dict):

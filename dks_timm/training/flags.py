@@ -331,7 +331,8 @@ def _add_run_flags(parser):
 
 def add_our_flags(parser: Parser) -> None:
     """Add the flags that timm's train.py does not have."""
-    parser.add_argument('-c', '--config', default='', metavar='FILE', help='YAML recipe: flags by name, - as _')
+    parser.add_argument('-c', '--config', default='', metavar='FILE',
+        help='YAML recipe (flags by name, - as _), or the name of one of this package, such as quickstart')
     add = parser.add_argument_group('Deeply-supervised Knowledge Synergy').add_argument
     add('--dks', action=argparse.BooleanOptionalAction, default=False, help='train with branches and synergy')
     add_branch_flags(add)

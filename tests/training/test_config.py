@@ -205,17 +205,20 @@ def test_a_flag_wins_over_a_precision_that_cannot_be_had(launcher):
     assert config.parse_args(['--amp', '--amp-dtype', 'bfloat16'])[0].amp
 
 
+@pytest.mark.parametrize('program', ['train.main(argv)', 'dks_timm.train.main(argv)', 'cli.main(["train", *argv])'])
 @pytest.mark.parametrize('argv, code', [
     (['--help'], 0),
     (['--epoch', 'ten'], 2),
     (['--no-such-flag'], 2),
     (['--config', 'no-such.yaml'], 2),
 ])
-def test_help_and_typos_are_answered_without_torch(argv, code):
+def test_help_and_typos_are_answered_without_torch(argv, code, program):
     script = (
-        'import sys, train\n'
+        'import sys, train, dks_timm.train\n'
+        'from dks_timm import cli\n'
+        'argv = sys.argv[1:]\n'
         'try:\n'
-        '    train.main(sys.argv[1:])\n'
+        f'    {program}\n'
         'finally:\n'
         '    assert not {"torch", "timm", "huggingface_hub"} & set(sys.modules)\n'
     )
@@ -234,6 +237,34 @@ def test_command_line_wins_over_recipe_and_recipe_over_default(tmp_path):
     assert args.model_kwargs == {'depth': 2} and args.batch_size == 128
     assert given == {'epochs', 'opt', 'lr', 'opt_betas', 'model_kwargs', 'img_size'}
     assert not hasattr(args, 'config')
+
+
+@pytest.mark.parametrize('name', sorted(config.carried_recipes()))
+def test_a_recipe_is_found_by_its_name_from_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole = Path(__file__).parents[2] / f'recipes/{name}.yaml'
+    wanted = config.parse_args(['--config', str(whole)])
+    for spelled in (name, f'{name}.yaml', f'recipes/{name}.yaml', f'./recipes/{name}'):
+        assert config.parse_args(['--config', spelled]) == wanted
+
+
+def test_a_file_of_the_name_of_a_recipe_comes_first_and_a_folder_does_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'quickstart').mkdir()
+    assert config.read_recipe('quickstart')['dataset'] == 'digits'
+    (tmp_path / 'quickstart.yaml').write_text('epochs: 7\n')
+    assert config.read_recipe('quickstart.yaml') == {'epochs': 7}
+
+
+@pytest.mark.parametrize('name, words', [
+    ('quikstart', ['--config quikstart: No such file', 'no recipe has that name; closest: quickstart']),
+    ('resnet20', ['closest: cifar100/resnet20']),
+    ('a/b.yaml', ['--config a/b.yaml: No such file', 'give the path of a YAML file']),
+    ('accelerate/fsdp2', ['no recipe has that name']),  # of the launcher, not of train.py
+])
+def test_an_unknown_recipe_is_refused_with_the_closest_names(name, words):
+    message = refusal('--config', name)
+    assert all(word in message for word in words), message
 
 
 def test_args_text_holds_what_timm_writes_and_our_flags_only_where_set():
