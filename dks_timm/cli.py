@@ -23,6 +23,7 @@ def _create_parser() -> Parser:
     add('--no-ema', action='store_true', help='take the trained weights where there are averaged ones')
     add('--overwrite', action='store_true', help='replace a model that the folder or the repository already holds')
     add_card_flags(add)
+    add('--onnx', action='store_true', help='write model.onnx, too: float32, for batches of any size')
     add('--push-to-hub', metavar='OWNER/NAME', help='push the folder to this repository, too')
     add_hub_flags(add)
 
@@ -79,6 +80,7 @@ def _export(args: argparse.Namespace):
         keep_branches=args.keep_branches,
         license=args.card_license,
         baseline_dir=args.card_baseline,
+        onnx=args.onnx,
         overwrite=args.overwrite,
     )
     print(f"Exported and checked, bit for bit: timm.create_model('local-dir:{out_dir}', pretrained=True)")

@@ -162,5 +162,6 @@ def write_card(model, model_dir, card, results, folder_name):
         title=title,
         curves=curves and 'curves.svg',
         has_branches=(model_dir / 'dks_config.json').exists(),
+        has_onnx=(model_dir / 'model.onnx').exists(),
         **{name: card.get(name) for name in FACTS},
     ).save(model_dir / 'README.md')
