@@ -20,7 +20,7 @@ from ..runs.folder import best_epoch, dataset_name, read_run, read_summary, run_
 from ..runs.pictures import curves_svg
 
 # Entries of a card that the template shows; the rest is metadata.
-FACTS = ('baseline', 'branches', 'command', 'dks', 'started_from', 'training')
+FACTS = ('baseline', 'branches', 'command', 'converted_from', 'dks', 'started_from', 'training')
 
 
 def eval_results(metrics: Mapping[str, float], dataset: str, split: str = 'validation') -> List[EvalResult]:

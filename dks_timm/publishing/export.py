@@ -80,7 +80,7 @@ def export(
         net_or_model: A DKSModel, or a timm model; may be wrapped (DDP, ``torch.compile``, EMA).
         card: What to say in the card. Facts: ``dks`` (whether it was trained with DKS) and ``branches`` (a table of the
             branches), both known of a DKSModel, ``command``, ``training`` (a mapping of settings and measurements),
-            ``started_from`` (published weights), ``summary`` (the epochs, from
+            ``started_from`` (published weights), ``converted_from`` (name of a file), ``summary`` (the epochs, from
             :func:`dks_timm.runs.folder.read_summary`), ``baseline`` (from
             :func:`dks_timm.publishing.card.baseline`), ``model_name`` (default: architecture and data), ``repo_id`` on
             the Hub. All else is metadata for ``huggingface_hub.ModelCardData``: ``license``, ``datasets``, ...
@@ -242,6 +242,18 @@ def _logits(model, x):
         return copy.exits(x) if isinstance(copy, DKSModel) else [copy(x)]
 
 
+def read_checkpoint(checkpoint: Union[str, Path]) -> Any:
+    """Return what a checkpoint holds, its tensors memory-mapped where it can be, without running code of it."""
+    with naming(f'checkpoint {str(checkpoint)!r} cannot be read', *UNREADABLE):
+        try:
+            return load_checkpoint_metadata(str(checkpoint))
+        except RuntimeError as e:
+            if 'mmap can only be used' not in str(e):
+                raise
+            with torch.serialization.safe_globals([argparse.Namespace]):  # as timm does
+                return torch.load(checkpoint, 'cpu', weights_only=True)  # written by torch before 1.6
+
+
 def export_checkpoint(
         checkpoint, out_dir, use_ema=True, keep_branches=False, license=None, baseline_dir=None, onnx=False,
         overwrite=False, top1_without_ema=None):
@@ -258,11 +270,9 @@ def export_checkpoint(
     """
     check_export_dir(out_dir, overwrite)
     check_onnx(onnx)
-    subject = f'checkpoint {str(checkpoint)!r}'
-    with naming(f'{subject} cannot be read', *UNREADABLE):
-        state = load_checkpoint_metadata(str(checkpoint))
+    subject, state = f'checkpoint {str(checkpoint)!r}', read_checkpoint(checkpoint)
     if not isinstance(state, dict) or not isinstance(state.get('args'), argparse.Namespace):
-        raise InputError(f'{subject} does not say how its model was made; give one of a run')
+        raise InputError(f'{subject} does not say how its model was made; give one of a run, or --model NAME')
     args = {**vars(create_parser().parse_args([])), **check_types(subject, vars(state['args']))}
     check_model_name(args['model'], f'{subject}: model')
     net = create_model(argparse.Namespace(**{
