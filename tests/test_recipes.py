@@ -225,9 +225,9 @@ def tiny_run(tmp_path_factory):
                 (root / split / label).mkdir(parents=True, exist_ok=True)
                 image.save(root / split / label / f'{i}.png')
     return [
-        '--dataset', '', '--data-dir', root, '--val-split', 'validation', '--num-classes', 2,
-        '--img-size', 64, '--device', 'cpu', '--workers', 0, '-b', 4,
-        '--epochs', 1, '--warmup-epochs', 0, '--aug-repeats', 0, '--grad-accum-steps', 1, '--dks-budget', 9,
+        '--dataset', '', '--data-dir', root, '--val-split', 'validation', '--num-classes', 2, '--img-size', 64,
+        '--device', 'cpu', '--workers', 0, '-b', 4, '--epochs', 1, '--warmup-epochs', 0, '--aug-repeats', 0,
+        '--grad-accum-steps', 1, '--dks-budget', 9,
     ]
 
 
@@ -282,8 +282,8 @@ def test_pets_train_from_pretrained_weights_and_leave_a_model_with_their_names(p
     torch.save(weights, tmp_path / 'weights.pth')
     run('--config', ROOT / 'recipes/finetune_pets.yaml', '--dataset', f'hfds/{pets}', '--data-dir', tmp_path / 'cache',
         '--model', 'test_convnext', '--pretrained-path', tmp_path / 'weights.pth', '--img-size', 32, '--epochs', 1,
-        '--lr', 1e-9, '--min-lr', 0, '--device', 'cpu', '--workers', 0, '-b', 8, '--dks-budget', 9, '--output', tmp_path,
-        '--experiment', 'run', '--export-dir', tmp_path / 'net')
+        '--lr', 1e-9, '--min-lr', 0, '--device', 'cpu', '--workers', 0, '-b', 8, '--dks-budget', 9,
+        '--output', tmp_path, '--experiment', 'run', '--export-dir', tmp_path / 'net')
     row, = summary(tmp_path / 'run')
     assert math.isfinite(float(row['eval_loss'])) and sum(name.startswith('train_top1_stage') for name in row) == 2
     exported = json.loads((tmp_path / 'net/config.json').read_text())
