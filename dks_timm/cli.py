@@ -4,7 +4,7 @@ import json
 import sys
 from typing import Optional, Sequence
 
-from .errors import ExportError, InputError, PushError, naming, one_line
+from .errors import ExportError, InputError, OptionError, PushError, given_flags, naming, one_line
 from .training.flags import Parser, add_branch_flags, add_card_flags, add_hub_flags, add_input_flags
 
 
@@ -22,11 +22,14 @@ def _create_parser() -> Parser:
     commands.add_parser('train', help=description, description=description, add_help=False)
 
     add = add_command(_export, 'turn a checkpoint into a folder that timm.create_model loads, and check that it does')
-    add('checkpoint', metavar='CKPT', help='a checkpoint of a run, such as model_best.pth.tar')
+    add('checkpoint', metavar='CKPT', help='a checkpoint of a run, such as model_best.pth.tar, or any with --model')
     add('out_dir', metavar='DIR', help='folder to write to')
+    add('--model', metavar='NAME', help='timm model that weights from elsewhere are of, as of torchvision\'s script')
+    add('--num-classes', type=int, at_least=1, help='its classes, if not those of the classifier in the file')
     add('--no-ema', action='store_true', help='take the trained weights where there are averaged ones')
     add('--overwrite', action='store_true', help='replace a model that the folder or the repository already holds')
     add_card_flags(add)
+    add('--onnx', action='store_true', help='write model.onnx, too: float32, for batches of any size')
     add('--push-to-hub', metavar='OWNER/NAME', help='push the folder to this repository, too')
     add_hub_flags(add)
 
@@ -71,20 +74,23 @@ def _inspect(args: argparse.Namespace):
 
 
 def _export(args: argparse.Namespace):
+    from .publishing.convert import convert_checkpoint
     from .publishing.export import export_checkpoint
     from .publishing.push import check_request, finishing_line
 
+    of_runs = '--keep-branches' if args.keep_branches else given_flags(args, 'card_baseline')
+    if args.model and of_runs:
+        raise OptionError(f'{of_runs}: only for a checkpoint of a run, not with --model {args.model}')
+    if args.num_classes and not args.model:
+        raise OptionError(f'--num-classes {args.num_classes}: only with --model; a run knows its classes')
     if args.push_to_hub:
         check_request(args.push_to_hub, args.hub_revision)
-    out_dir = export_checkpoint(
-        args.checkpoint,
-        args.out_dir,
-        use_ema=not args.no_ema,
-        keep_branches=args.keep_branches,
-        license=args.card_license,
-        baseline_dir=args.card_baseline,
-        overwrite=args.overwrite,
-    )
+    common = dict(use_ema=not args.no_ema, license=args.card_license, onnx=args.onnx, overwrite=args.overwrite)
+    if args.model:
+        out_dir = convert_checkpoint(args.checkpoint, args.out_dir, args.model, args.num_classes, **common)
+    else:
+        out_dir = export_checkpoint(
+            args.checkpoint, args.out_dir, keep_branches=args.keep_branches, baseline_dir=args.card_baseline, **common)
     print(f"Exported and checked, bit for bit: timm.create_model('local-dir:{out_dir}', pretrained=True)")
     if args.push_to_hub:
         try:

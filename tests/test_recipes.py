@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from accelerate.state import AcceleratorState
@@ -21,6 +22,7 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 import train
 from dks_timm import cli
+from dks_timm.publishing import export
 from dks_timm.training import build, config
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +89,7 @@ def test_its_commands_name_this_recipe_and_parse(path):
         assert Path(argv[argv.index('--config') + 1]) == path.relative_to(ROOT)
         args, given, _ = config.parse_args(argv)
         assert set(yaml.safe_load(path.read_text())) <= given
-        assert args.dataset.endswith('digits') or args.data_dir == 'DIR'
+        assert args.dataset.startswith(('digits', 'hfds/', 'multidigits')) or args.data_dir == 'DIR'
 
 
 @pytest.mark.parametrize('path', named(RECIPES))
@@ -225,8 +227,9 @@ def tiny_run(tmp_path_factory):
                 (root / split / label).mkdir(parents=True, exist_ok=True)
                 image.save(root / split / label / f'{i}.png')
     return [
-        '--data-dir', root, '--num-classes', 2, '--img-size', 64, '--device', 'cpu', '--workers', 0, '-b', 4,
-        '--epochs', 1, '--warmup-epochs', 0, '--aug-repeats', 0, '--grad-accum-steps', 1, '--dks-budget', 9,
+        '--dataset', '', '--data-dir', root, '--val-split', 'validation', '--num-classes', 2, '--img-size', 64,
+        '--device', 'cpu', '--workers', 0, '-b', 4, '--epochs', 1, '--warmup-epochs', 0, '--aug-repeats', 0,
+        '--grad-accum-steps', 1, '--dks-budget', 9,
     ]
 
 
@@ -254,3 +257,39 @@ def test_an_imagenet_recipe_trains_its_own_model(tiny_run, tmp_path):
     assert math.isfinite(float(summary(tmp_path / 'run')[0]['eval_loss']))
     checkpoint = load_checkpoint_metadata(tmp_path / 'run/last.pth.tar')
     assert checkpoint['arch'] == 'efficientnet_b0' and checkpoint['args'].dks_budget == 9
+
+
+@pytest.fixture
+def pets(tmp_path):
+    """A data set with the fields and splits of timm/oxford-iiit-pet, in its form: files of Parquet."""
+    datasets = pytest.importorskip('datasets', reason='hfds/ needs the package datasets')
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=[f'breed {i}' for i in range(37)]),
+        image_id=datasets.Value('string'), label_cat_dog=datasets.ClassLabel(names=['cat', 'dog']))
+    rng = np.random.default_rng(0)
+    for split, count in dict(train=37, test=5).items():
+        rows = [
+            dict(image=Image.fromarray(rng.integers(0, 256, (50, 40, 3), dtype=np.uint8)), label=i,
+                 image_id=f'pet_{i}', label_cat_dog=i % 2) for i in range(count)]
+        datasets.Dataset.from_list(rows, features=features).to_parquet(
+            tmp_path / f'pets/data/{split}-00000-of-00001.parquet')
+    return tmp_path / 'pets'
+
+
+def test_pets_train_from_pretrained_weights_and_leave_a_model_with_their_names(pets, tmp_path, monkeypatch):
+    """Without a network: a small data set of the same form stands for the Hub's, and a file for the weights."""
+    monkeypatch.setattr('datasets.config.HF_DATASETS_OFFLINE', True)
+    monkeypatch.setattr(export, 'verify', lambda *args: None)  # has its own tests
+    weights = timm.create_model('test_convnext').state_dict()
+    torch.save(weights, tmp_path / 'weights.pth')
+    run('--config', ROOT / 'recipes/finetune_pets.yaml', '--dataset', f'hfds/{pets}', '--data-dir', tmp_path / 'cache',
+        '--model', 'test_convnext', '--pretrained-path', tmp_path / 'weights.pth', '--img-size', 32, '--epochs', 1,
+        '--lr', 1e-9, '--min-lr', 0, '--device', 'cpu', '--workers', 0, '-b', 8, '--dks-budget', 9,
+        '--output', tmp_path, '--experiment', 'run', '--export-dir', tmp_path / 'net')
+    row, = summary(tmp_path / 'run')
+    assert math.isfinite(float(row['eval_loss'])) and sum(name.startswith('train_top1_stage') for name in row) == 2
+    exported = json.loads((tmp_path / 'net/config.json').read_text())
+    assert exported['num_classes'] == 37 and exported['label_names'] == [f'breed {i}' for i in range(37)]
+    trained = timm.create_model(f'local-dir:{tmp_path}/net', pretrained=True).state_dict()
+    for name, tensor in trained.items():  # the classifier is for other classes
+        assert name.startswith('head.fc.') or torch.allclose(tensor, weights[name], atol=1e-6), name

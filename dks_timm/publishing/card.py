@@ -25,7 +25,8 @@ METRICS = dict(
     map=('mean_average_precision', 'Mean average precision'), micro_f1=('f1', 'Micro F1'), macro_f1=('f1', 'Macro F1'),
     sample_f1=('f1', 'Sample F1'))
 # Entries of a card that the template shows; the rest is metadata.
-FACTS = ('baseline', 'branches', 'command', 'dks', 'multi_label', 'started_from', 'training')
+FACTS = (
+    'baseline', 'branches', 'command', 'converted_from', 'dks', 'multi_label', 'started_from', 'training')
 
 
 def eval_results(metrics: Mapping[str, float], dataset: str, split: str = 'validation') -> List[EvalResult]:
@@ -168,5 +169,6 @@ def write_card(model, model_dir, card, results, folder_name):
         title=title,
         curves=curves and 'curves.svg',
         has_branches=(model_dir / 'dks_config.json').exists(),
+        has_onnx=(model_dir / 'model.onnx').exists(),
         **{name: card.get(name) for name in FACTS},
     ).save(model_dir / 'README.md')

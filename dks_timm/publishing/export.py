@@ -1,5 +1,6 @@
 """A trained network as a folder that plain timm loads, with its model card and, if asked, its branches."""
 import argparse
+import importlib.util
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Mapping, Optional, Sequence, Union
 
+import timm
 import torch
 import torch.nn as nn
 from huggingface_hub import EvalResult
@@ -21,7 +23,7 @@ from timm.models import load_checkpoint
 from timm.utils import load_checkpoint_metadata, unwrap_model
 
 from .._compat import save_config_for_hf
-from ..errors import UNREADABLE, ExportError, InputError, naming
+from ..errors import UNREADABLE, ExportError, InputError, naming, why
 from ..method.create import create_dks_model, load_branches, plain_tensors, save_branches
 from ..method.model import DKSModel, prune
 from ..models import ARCHITECTURES
@@ -65,6 +67,7 @@ def export(
         label_names: Optional[Sequence[str]] = None,
         results: Optional[Sequence[EvalResult]] = None,
         keep_branches: bool = False,
+        onnx: bool = False,
         overwrite: bool = False,
 ) -> Path:
     """Write a network's backbone as a folder for ``timm.create_model('local-dir:...', pretrained=True)``.
@@ -79,7 +82,8 @@ def export(
         net_or_model: A DKSModel, or a timm model; may be wrapped (DDP, ``torch.compile``, EMA).
         card: What to say in the card. Facts: ``dks`` (whether it was trained with DKS) and ``branches`` (a table of the
             branches), both known of a DKSModel, ``multi_label`` (an image may have several labels), ``command``,
-            ``training`` (a mapping of settings and measurements), ``started_from`` (published weights), ``summary`` (the epochs, from
+            ``training`` (a mapping of settings and measurements), ``started_from`` (published weights),
+            ``converted_from`` (name of a file), ``summary`` (the epochs, from
             :func:`dks_timm.runs.folder.read_summary`), ``baseline`` (from
             :func:`dks_timm.publishing.card.baseline`), ``model_name`` (default: architecture and data), ``repo_id`` on
             the Hub. All else is metadata for ``huggingface_hub.ModelCardData``: ``license``, ``datasets``, ...
@@ -92,14 +96,17 @@ def export(
         keep_branches: Write a DKSModel's branches beside the backbone, ``branches.safetensors`` and
             ``dks_config.json``: :func:`dks_timm.create_dks_model` then brings the whole network back. For timm the
             folder is the same.
+        onnx: Write ``model.onnx``, too: images (B, C, H, W) to the backbone's logits in float32, for any B. If the
+            package onnxruntime is installed, its logits are compared with timm's.
         overwrite: Replace a model that is already in the folder.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If the folder holds a model already, or an argument does not fit.
-        RuntimeError: If the loaded model is not the exported one. Nothing is written or replaced then.
+        ValueError: If the folder holds a model already, an argument does not fit, or ``onnx`` needs missing packages.
+        RuntimeError: If the loaded model is not the exported one, or torch has no ONNX of the architecture. Nothing is
+            written or replaced then.
 
     Example:
         >>> import timm, dks_timm
@@ -110,6 +117,7 @@ def export(
     """
     out_dir = Path(out_dir)
     check_export_dir(out_dir, overwrite)
+    check_onnx(onnx)
     net, model = unwrap_model(net_or_model), prune(net_or_model)
     card = dict(card or {})
     if label_names is not None and len(label_names) > model.num_classes:
@@ -125,6 +133,8 @@ def export(
         if keep_branches:
             save_branches(net, work_dir)
         verify(net if keep_branches else model, work_dir)
+        if onnx:
+            _write_onnx(work_dir)
         write_card(model, work_dir, card, results, out_dir.resolve().name)
         out_dir.mkdir(parents=True, exist_ok=True)
         for name in reversed(FILES):  # config.json first, without which there is no model to load
@@ -188,6 +198,41 @@ def verify(net_or_model: nn.Module, folder: Path) -> None:
             raise ExportError('The exported model was not kept, because its branches load with other logits')
 
 
+def check_onnx(onnx: bool = True) -> None:
+    """Raise ValueError where ONNX is wanted and a package that torch writes it with is missing."""
+    missing = [name for name in ('onnx', 'onnxscript') if onnx and importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"--onnx needs {' and '.join(missing)}, not installed here; pip install 'dks-timm[onnx]'")
+
+
+def _write_onnx(folder):
+    """Write ``model.onnx``, for batches of any size, of what timm loads from a folder; compare it with onnxruntime."""
+    with torch.random.fork_rng(devices=[]):
+        model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    # Beside it, torch writes model.onnx.data for weights of more than 1.5 GB.
+    path, generator = folder / 'model.onnx', torch.Generator().manual_seed(0)
+    images = torch.randn(3, *model.pretrained_cfg['input_size'], generator=generator)
+    try:
+        torch.onnx.export(
+            model, (images,), path, input_names=['images'], output_names=['logits'], dynamo=True, verbose=False,
+            dynamic_shapes=({0: torch.export.Dim('batch')},), external_data=False)
+    except RuntimeError as e:
+        reason = why(e.__cause__ or e)
+        raise ExportError(f'The exported model was not kept, because torch has no ONNX of it: {reason}') from e
+    if importlib.util.find_spec('onnxruntime') is None:
+        _logger.warning('model.onnx was not compared with the model: that needs the package onnxruntime')
+        return
+    from onnxruntime import InferenceSession
+
+    session = InferenceSession(path, providers=['CPUExecutionProvider'])
+    for batch in (images, images[:1]):
+        found = torch.from_numpy(session.run(None, {'images': batch.numpy()})[0])
+        with torch.inference_mode():
+            expected = model(batch)
+        if not (found - expected).abs().max() <= 1e-3 * expected.abs().max():  # not <=: NaN is other, too
+            raise ExportError('The exported model was not kept, because model.onnx has other logits')
+
+
 def _logits(model, x):
     """Return the logits (B, num_classes) of every classifier of a copy of the model, on the CPU and in float32."""
     copy = deepcopy(model).to('cpu', torch.float32).eval()
@@ -200,9 +245,21 @@ def _logits(model, x):
         return copy.exits(x) if isinstance(copy, DKSModel) else [copy(x)]
 
 
+def read_checkpoint(checkpoint: Union[str, Path]) -> Any:
+    """Return what a checkpoint holds, its tensors memory-mapped where it can be, without running code of it."""
+    with naming(f'checkpoint {str(checkpoint)!r} cannot be read', *UNREADABLE):
+        try:
+            return load_checkpoint_metadata(str(checkpoint))
+        except RuntimeError as e:
+            if 'mmap can only be used' not in str(e):
+                raise
+            with torch.serialization.safe_globals([argparse.Namespace]):  # as timm does
+                return torch.load(checkpoint, 'cpu', weights_only=True)  # written by torch before 1.6
+
+
 def export_checkpoint(
-        checkpoint, out_dir, use_ema=True, keep_branches=False, license=None, baseline_dir=None, overwrite=False,
-        without_ema=None):
+        checkpoint, out_dir, use_ema=True, keep_branches=False, license=None, baseline_dir=None, onnx=False,
+        overwrite=False, without_ema=None):
     """Export a training checkpoint, with the arguments of its run and what its folder says about it.
 
     Args:
@@ -215,11 +272,10 @@ def export_checkpoint(
         ValueError: If the checkpoint is not one of a run, or an argument does not fit.
     """
     check_export_dir(out_dir, overwrite)
-    subject = f'checkpoint {str(checkpoint)!r}'
-    with naming(f'{subject} cannot be read', *UNREADABLE):
-        state = load_checkpoint_metadata(str(checkpoint))
+    check_onnx(onnx)
+    subject, state = f'checkpoint {str(checkpoint)!r}', read_checkpoint(checkpoint)
     if not isinstance(state, dict) or not isinstance(state.get('args'), argparse.Namespace):
-        raise InputError(f'{subject} does not say how its model was made; give one of a run')
+        raise InputError(f'{subject} does not say how its model was made; give one of a run, or --model NAME')
     args = {**vars(create_parser().parse_args([])), **check_types(subject, vars(state['args']))}
     check_model_name(args['model'], f'{subject}: model')
     net = create_model(argparse.Namespace(**{
@@ -243,6 +299,7 @@ def export_checkpoint(
         net,
         data_config=resolve_input_data_config(prune(net), args),
         keep_branches=keep_branches,
+        onnx=onnx,
         overwrite=overwrite,
         **describe_run(args, Path(checkpoint).parent, state.get('epoch'), metric, license, baseline_dir),
     )

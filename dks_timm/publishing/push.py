@@ -20,7 +20,9 @@ CHECK_SECONDS = 8  # a Hub that takes longer to answer does not hold training up
 
 # The files of an export, in the order in which they are put in place: timm does not load a folder without config.json,
 # so an interrupted replacement never looks like a model.
-FILES = ('model.safetensors', 'branches.safetensors', 'dks_config.json', 'curves.svg', 'README.md', 'config.json')
+FILES = (
+    'model.safetensors', 'branches.safetensors', 'dks_config.json', 'model.onnx', 'model.onnx.data', 'curves.svg',
+    'README.md', 'config.json')
 
 
 def check_request(repo_id, revision=None):

@@ -83,3 +83,24 @@ def test_what_an_exit_costs_is_what_its_forward_computes(name, fast_norm, monkey
 def test_an_early_exit_needs_evaluation_mode(net):
     with pytest.raises(ValueError, match='evaluation mode; call eval'):
         create_dks_model('test_resnet', num_classes=4).early_exit(torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize('name, size, branches', [
+    ('test_resnet', 64, 'auto'), ('test_vit', 160, 'auto'), ('test_convnext', 64, 'conv')])
+def test_a_graph_of_all_exits_takes_a_batch_of_any_size(name, size, branches):
+    class Exits(torch.nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return tuple(self.net.exits(x))
+
+    exits = Exits(create_dks_model(name, num_classes=4, branches=branches)).eval()
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        exits(x)
+        graph = torch.export.export(exits, (x,), dynamic_shapes=({0: torch.export.Dim('batch')},)).module()
+        for count in (1, 5):
+            x = torch.randn(count, 3, size, size)
+            torch.testing.assert_close(graph(x), exits(x))

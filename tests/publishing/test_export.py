@@ -1,4 +1,5 @@
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -50,7 +51,10 @@ def load(folder):
 
 
 def logits(model, size=64):
-    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    return logits_of(model, torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1)))
+
+
+def logits_of(model, x):
     with torch.no_grad():
         return deepcopy(model).float().eval()(x)
 
@@ -367,6 +371,60 @@ def test_checkpoint_is_exported_with_what_its_run_noted_and_its_branches(run, tm
     for fact in ('| lr | 0.25 |', '| model | test_efficientnet |', 'branch 1', 'weights (from 0) | 1 |'):
         assert fact in card.text
     assert (tmp_path / 'net/curves.svg').read_text().startswith('<svg')
+
+
+def onnx_session(folder):
+    onnxruntime = pytest.importorskip('onnxruntime', reason='pip install -e ".[test]"')
+    return onnxruntime.InferenceSession(folder / 'model.onnx')
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
+def test_onnx_has_the_logits_of_the_backbone_for_a_batch_of_any_size(run, tmp_path, unverified, name):
+    folder, _, _ = run('run', dks=True, model=name)
+    command = ['export', str(folder / 'model_best.pth.tar'), str(tmp_path / 'net')]
+    assert main([*command, '--onnx']) == 0
+    session, model = onnx_session(tmp_path / 'net'), load(tmp_path / 'net')
+    for count in (1, 5):
+        x = torch.randn(count, *model.pretrained_cfg['input_size'])
+        found, = session.run(['logits'], {'images': x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), logits_of(model, x), rtol=1e-3, atol=1e-4)
+    assert 'model.onnx' in (tmp_path / 'net/README.md').read_text()
+    assert main([*command, '--overwrite']) == 0
+    assert not (tmp_path / 'net/model.onnx').exists()
+    assert 'model.onnx' not in (tmp_path / 'net/README.md').read_text()
+
+
+def test_onnx_of_a_large_model_keeps_its_weights_in_a_second_file(tmp_path, unverified, monkeypatch):
+    monkeypatch.setattr('torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD', 0)
+    model = tiny().to(torch.bfloat16)
+    random_state = torch.get_rng_state()
+    export(tmp_path / 'net', model, onnx=True)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    x = torch.randn(2, *model.pretrained_cfg['input_size'])
+    found, = onnx_session(tmp_path / 'net').run(None, {'images': x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), logits_of(load(tmp_path / 'net'), x), rtol=1e-3, atol=1e-4)
+    assert (tmp_path / 'net/model.onnx.data').stat().st_size > (tmp_path / 'net/model.onnx').stat().st_size
+
+
+@pytest.mark.parametrize('broken, message', [
+    (('torch.onnx.export', lambda *args, **kwargs: exec('raise RuntimeError("no such operation")')),
+     'torch has no ONNX of it: no such operation'),
+    (('onnxruntime.InferenceSession.run', lambda *args: [torch.ones(1).numpy()]), 'model.onnx has other logits'),
+])
+def test_onnx_that_is_not_the_model_is_not_kept(broken, message, tmp_path, unverified, monkeypatch):
+    pytest.importorskip('onnxruntime', reason='pip install -e ".[test]"')
+    monkeypatch.setattr(*broken)
+    with pytest.raises(RuntimeError, match=message):
+        export(tmp_path / 'net', tiny(), onnx=True)
+    assert not (tmp_path / 'net').exists()
+
+
+def test_onnx_without_its_packages_is_refused_before_the_checkpoint_is_read(tmp_path, monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'onnxscript' else find_spec(name))
+    assert main(['export', 'nowhere.pth.tar', str(tmp_path / 'net'), '--onnx']) == 2
+    said = capsys.readouterr().err
+    assert said.count('\n') == 1 and '--onnx needs onnxscript' in said and "pip install 'dks-timm[onnx]'" in said
 
 
 def test_checkpoint_is_exported_and_pushed_in_one_go(run, tmp_path, unverified, monkeypatch, capfd):

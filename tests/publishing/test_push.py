@@ -61,6 +61,15 @@ def test_a_push_is_one_commit_of_the_exports_files_to_a_private_repository(hub, 
     assert not hub.requests_to(None)  # nothing was asked that the test Hub does not know
 
 
+def test_onnx_goes_along_and_does_not_stay_beside_new_weights(hub, folder):
+    (folder / 'model.onnx').write_bytes(b'graph')
+    push_folder(folder, 'alice/net')
+    assert hub.files('alice/net')['model.onnx'] == b'graph'
+    (folder / 'model.onnx').unlink()
+    push_folder(folder, 'alice/net')
+    assert 'model.onnx' not in hub.files('alice/net')
+
+
 def test_the_card_on_the_hub_says_how_to_load_from_there(hub, folder):
     push_folder(folder, 'alice/net', private=False)
     assert not hub.repos['alice/net'].private
