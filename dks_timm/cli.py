@@ -1,21 +1,34 @@
-"""Console script ``dks-timm``: export, push, inspect, report."""
+"""Console script ``dks-timm``: validate, export, push, inspect, report."""
 import argparse
 import json
 import sys
 from typing import Optional, Sequence
 
 from .errors import ExportError, InputError, PushError, naming, one_line
-from .training.flags import Parser, add_branch_flags, add_card_flags, add_hub_flags, add_input_flags
+from .training.flags import (
+    Parser,
+    add_branch_flags,
+    add_card_flags,
+    add_hub_flags,
+    add_input_flags,
+    add_validation_flags,
+)
 
 
 def _create_parser() -> Parser:
-    parser = Parser(prog='dks-timm', description='Export, publish and look into models trained with DKS.')
+    parser = Parser(prog='dks-timm', description='Evaluate, export, publish and look into models trained with DKS.')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
 
     def add_command(run, description):
         command = commands.add_parser(run.__name__.lstrip('_'), help=description, description=description)
         command.set_defaults(run=run)
         return command.add_argument
+
+    add = add_command(_validate, 'evaluate a model as timm\'s validate.py, and the early exits of one with branches')
+    add('model', metavar='MODEL', help='exported folder, checkpoint, hf-hub:owner/name, or name of a timm model')
+    add('--no-ema', action='store_true', help='take the trained weights where a checkpoint has averaged ones')
+    add('--json', action='store_true', help='print it for machines')
+    add_validation_flags(add)
 
     add = add_command(_export, 'turn a checkpoint into a folder that timm.create_model loads, and check that it does')
     add('checkpoint', metavar='CKPT', help='a checkpoint of a run, such as model_best.pth.tar')
@@ -42,6 +55,15 @@ def _create_parser() -> Parser:
     add('runs', metavar='RUN', nargs='+', help='folder of a run, with its args.yaml and summary.csv')
     add('--output', metavar='DIR', help='where to write; if not given, RUN/report, and ./report for several runs')
     return parser
+
+
+def _validate(args: argparse.Namespace):
+    from .training.validate import format_validation, validate
+
+    apart = ('command', 'run', 'model', 'no_ema', 'json')
+    given = {name: value for name, value in vars(args).items() if name not in apart}
+    found = validate(args.model, given, use_ema=not args.no_ema)
+    print(json.dumps(found, indent=2) if args.json else format_validation(found))
 
 
 def _report(args: argparse.Namespace):

@@ -1,5 +1,4 @@
 """A trained network as a folder that plain timm loads, with its model card and, if asked, its branches."""
-import argparse
 import json
 import logging
 import os
@@ -17,16 +16,14 @@ import torch.nn as nn
 from huggingface_hub import EvalResult
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_input_data_config
-from timm.models import load_checkpoint
-from timm.utils import load_checkpoint_metadata, unwrap_model
+from timm.utils import unwrap_model
 
 from .._compat import save_config_for_hf
-from ..errors import UNREADABLE, ExportError, InputError, naming
-from ..method.create import create_dks_model, load_branches, plain_tensors, save_branches
+from ..errors import ExportError, InputError
+from ..method.create import create_dks_model, plain_tensors, save_branches
 from ..method.model import DKSModel, prune
 from ..models import ARCHITECTURES
-from ..training.build import check_model_name, create_model
-from ..training.config import check_types, create_parser
+from ..training.trained import load_trained
 from .card import describe_run, write_card
 from .push import FILES
 
@@ -204,8 +201,7 @@ def export_checkpoint(
     """Export a training checkpoint, with the arguments of its run and what its folder says about it.
 
     Args:
-        checkpoint: A checkpoint that ``train.py`` (or timm's) has written. It is never unpickled beyond plain data.
-        use_ema: Take the averaged weights where the checkpoint has them.
+        checkpoint, use_ema: See :func:`dks_timm.training.trained.load_trained`.
         baseline_dir: Folder of another run to show beside this one in the card.
         top1_without_ema: Accuracy (%) of the weights themselves in other checkpoints of the run, by path.
 
@@ -213,21 +209,7 @@ def export_checkpoint(
         ValueError: If the checkpoint is not one of a run, or an argument does not fit.
     """
     check_export_dir(out_dir, overwrite)
-    subject = f'checkpoint {str(checkpoint)!r}'
-    with naming(f'{subject} cannot be read', *UNREADABLE):
-        state = load_checkpoint_metadata(str(checkpoint))
-    if not isinstance(state, dict) or not isinstance(state.get('args'), argparse.Namespace):
-        raise InputError(f'{subject} does not say how its model was made; give one of a run')
-    args = {**vars(create_parser().parse_args([])), **check_types(subject, vars(state['args']))}
-    check_model_name(args['model'], f'{subject}: model')
-    net = create_model(argparse.Namespace(**{
-        **args, 'pretrained': False, 'pretrained_path': None, 'initial_checkpoint': ''}))
-    with naming(subject, RuntimeError):  # what torch raises for weights of another model
-        # Without the statistics that split BatchNorm keeps for training only.
-        load_checkpoint(prune(net), str(checkpoint), use_ema=use_ema, filter_fn=lambda state, _: plain_tensors(state))
-        if keep_branches and isinstance(net, DKSModel):
-            task_state = use_ema and state.get('task_state_ema') or state.get('task_state') or {}
-            load_branches(net, plain_tensors(task_state.get('branches', {})), subject)
+    net, args, state = load_trained(checkpoint, use_ema, with_branches=keep_branches)
     is_ema = use_ema and 'state_dict_ema' in state
     if 'state_dict_ema' in state:
         top1 = args.get('top1_by_ema') or {}

@@ -144,12 +144,18 @@ def read_recipe(path: str) -> dict:
     for key, value in recipe.items():
         if key not in actions:
             raise OptionError(f'--config {path}: no flag for "{key}: {value}"{closest(str(key), actions)}')
-        runs_code = getattr(actions[key], 'runs_code', False) and value
-        if runs_code or isinstance(value, str) and value.startswith('pipe:'):
-            raise OptionError(
-                f'--config {path}: "{key}: {value}" runs code from elsewhere; if you trust it, give it on the '
-                f'command line, as {flag(key)}')
+    check_harmless(f'--config {path}', recipe)
     return check_types(f'--config {path}', recipe)
+
+
+def check_harmless(source: str, values: dict) -> None:
+    """Refuse values from a file that would run code from elsewhere; who trusts them gives them as flags."""
+    dangerous = {action.dest for action in create_parser()._actions if getattr(action, 'runs_code', False)}
+    for key, value in values.items():
+        if key in dangerous and value or isinstance(value, str) and value.startswith('pipe:'):
+            raise OptionError(
+                f'{source}: "{key}: {value}" runs code from elsewhere; if you trust it, give it on the '
+                f'command line, as {flag(key)}')
 
 
 def check_types(source: str, values: dict) -> dict:

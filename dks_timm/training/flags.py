@@ -99,18 +99,11 @@ def add_timm_flags(parser: Parser) -> None:
 def _add_data_flags(parser):
     add = parser.add_argument_group('Dataset parameters').add_argument
     parser.add_argument('data', nargs='?', metavar='DIR', help='dataset folder (older spelling of --data-dir)')
-    add('--data-dir', metavar='DIR', help='dataset folder, or a .tar of class folders')
-    add('--dataset', metavar='NAME', default='', help='torch/, hfds/, hfids/, wds/ or tfds/NAME; digits; synthetic')
+    add_source_flags(add)
     add('--train-split', metavar='NAME', default='train', help='split to train on')
     add('--val-split', metavar='NAME', default='validation', help='split to evaluate on, "" for none')
     add('--train-num-samples', type=int, at_least=1, help='length of a streamed or synthetic split')
     add('--val-num-samples', type=int, at_least=1, help='length of a streamed or synthetic split')
-    add('--dataset-download', action='store_true', help='let torch/ and tfds/ datasets download')
-    add('--class-map', type=str, default='', metavar='FILENAME', help='file of class name -> index')
-    add('--input-img-mode', type=str, choices=IMAGE_MODES, help='PIL mode images are converted to')
-    add('--input-key', type=str, help='name of the image field')
-    add('--target-key', type=str, help='name of the label field')
-    add('--dataset-trust-remote-code', action='store_true', runs_code=True, help='let a dataset on the Hub run code')
 
 
 def _add_model_flags(parser):
@@ -123,14 +116,9 @@ def _add_model_flags(parser):
     add('--no-resume-opt', action='store_true', help='resume the weights, not the optimizer')
     add('--gp', type=str, metavar='POOL', help='global pooling: fast, avg, max, avgmax, catavgmax')
     add_input_flags(add)
-    add('--input-size', type=int, nargs=3, at_least=1, at_most=16384, help='channels, height and width')
-    add('--crop-pct', type=float, at_least=0.05, at_most=2, help='share of the image that evaluation keeps')
-    add('--mean', type=float, nargs='+', help='pixel mean for normalization')
-    add('--std', type=float, nargs='+', above=0, help='standard deviation of pixels for normalization')
-    add('--interpolation', type=str, default='', choices=('', *FILTERS), help='resize filter for evaluation')
+    add_preprocessing_flags(add)
     add('-b', '--batch-size', type=int, default=128, at_least=1, help='images per process and step')
     add('-vb', '--validation-batch-size', type=int, at_least=1, help='batch size for evaluation')
-    add('--channels-last', action='store_true', help='keep tensors in channels_last layout')
     add('--fuser', type=str, default='', help='TorchScript fuser (refused: use --torchcompile)')
     add('--grad-accum-steps', type=int, default=1, help='batches per optimizer update')
     add('--grad-checkpointing', action='store_true', help='recompute activations to save memory')
@@ -141,9 +129,7 @@ def _add_model_flags(parser):
     add('--torchscript', action='store_true', help='script the model (refused: use --torchcompile)')
     add('--torchcompile', nargs='?', type=str, const='inductor', help='compile the model')
     add = parser.add_argument_group('Device parameters').add_argument
-    add('--device', type=str, default='cuda', help='device to train on; where not given, the best one present')
-    add('--amp', action='store_true', help='mixed precision')
-    add('--amp-dtype', type=str, default='float16', choices=('float16', 'bfloat16'), help='on a CPU bfloat16')
+    add_device_flags(add)
     add('--model-dtype', type=str, choices=('float32', 'float16', 'bfloat16'), help='dtype of the weights')
     add('--no-ddp-bb', action='store_true', help='do not broadcast buffers between processes')
     add('--synchronize-step', action='store_true', help='wait for the device after each step')
@@ -251,7 +237,7 @@ def _add_run_flags(parser):
     add('--val-interval', type=int, default=1, at_least=1, help='epochs between evaluations')
     add('--recovery-interval', type=int, default=0, at_least=0, help='updates between recovery checkpoints')
     add('--checkpoint-hist', type=int, default=10, at_least=1, help='checkpoints to keep')
-    add('-j', '--workers', type=int, default=4, at_least=0, help='loader workers per process')
+    add_loader_flags(add)
     add('--save-images', action='store_true', help='write a training batch at every log line')
     add('--pin-mem', action='store_true', help='pin host memory')
     add('--no-prefetcher', action='store_true', help='normalize on the CPU')
@@ -323,11 +309,63 @@ def add_our_flags(parser: Parser) -> None:
 
 
 def add_input_flags(add) -> None:
-    """Add the flags of a model's input and output, which train.py and ``dks-timm inspect`` share."""
+    """Add the flags of a model's input and output."""
     add('--num-classes', type=int, at_least=1, help='number of classes, the model\'s if not given')
     add('--img-size', type=int, at_least=1, at_most=16384, help='height and width of the input')
     add('--in-chans', type=int, at_least=1, help='input channels')
     add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help='more model arguments')
+
+
+def add_source_flags(add) -> None:
+    """Add the flags of a dataset, whatever its splits."""
+    add('--data-dir', metavar='DIR', help='dataset folder, or a .tar of class folders')
+    add('--dataset', metavar='NAME', default='', help='torch/, hfds/, hfids/, wds/ or tfds/NAME; digits; synthetic')
+    add('--dataset-download', action='store_true', help='let torch/ and tfds/ datasets download')
+    add('--class-map', type=str, default='', metavar='FILENAME', help='file of class name -> index')
+    add('--input-img-mode', type=str, choices=IMAGE_MODES, help='PIL mode images are converted to')
+    add('--input-key', type=str, help='name of the image field')
+    add('--target-key', type=str, help='name of the label field')
+    add('--dataset-trust-remote-code', action='store_true', runs_code=True, help='let a dataset on the Hub run code')
+
+
+def add_preprocessing_flags(add) -> None:
+    """Add the flags that say how evaluation makes a model's input of an image."""
+    add('--input-size', type=int, nargs=3, at_least=1, at_most=16384, help='channels, height and width')
+    add('--crop-pct', type=float, at_least=0.05, at_most=2, help='share of the image that evaluation keeps')
+    add('--mean', type=float, nargs='+', help='pixel mean for normalization')
+    add('--std', type=float, nargs='+', above=0, help='standard deviation of pixels for normalization')
+    add('--interpolation', type=str, default='', choices=('', *FILTERS), help='resize filter for evaluation')
+    add('--channels-last', action='store_true', help='keep tensors in channels_last layout')
+
+
+def add_device_flags(add) -> None:
+    """Add the flags of device and precision."""
+    add('--device', type=str, default='cuda', help='device to run on; where not given, the best one present')
+    add('--amp', action='store_true', help='mixed precision')
+    add('--amp-dtype', type=str, default='float16', choices=('float16', 'bfloat16'), help='on a CPU bfloat16')
+
+
+def add_loader_flags(add) -> None:
+    """Add the flags of the processes that load images."""
+    add('-j', '--workers', type=int, default=4, at_least=0, help='loader workers per process')
+
+
+def add_validation_flags(add) -> None:
+    """Add the flags of ``dks-timm validate``; stored are those that are given, as a checkpoint's run has others."""
+    def add_without_default(*names, **kwargs):
+        add(*names, **kwargs).default = argparse.SUPPRESS
+
+    add_source_flags(add_without_default)
+    # Errors about data name flags of train.py, and so they are flags here, too.
+    add_without_default('--split', '--val-split', dest='val_split', type=str, metavar='NAME',
+                        help='split to evaluate on, validation if not given; "" for --data-dir itself')
+    add_without_default('--num-samples', '--val-num-samples', dest='val_num_samples', type=int, at_least=1,
+                        help='length of a streamed or synthetic split')
+    add_input_flags(add_without_default)
+    add_preprocessing_flags(add_without_default)
+    add_without_default('-b', '--batch-size', type=int, at_least=1, help='images at a time, 256 if not given')
+    add_loader_flags(add_without_default)
+    add_device_flags(add_without_default)
 
 
 def add_branch_flags(add) -> None:

@@ -114,7 +114,7 @@ def check_dataset(args):
         return
     if not os.path.isdir(root) and not (is_tar and os.path.exists(root)):
         raise OptionError(f'--data-dir {root}: no such folder or .tar file')
-    if is_tar and args.val_split:
+    if is_tar and args.val_split and args.train_split:
         _logger.warning(f'--data-dir {root} has no splits: evaluation is on the training images (--val-split "").')
     for dest in ('train_split', 'val_split'):
         split = getattr(args, dest)
