@@ -96,14 +96,15 @@ def exit_flops(net: DKSModel, input_size: Sequence[int]) -> Dict[str, Any]:
     the branch alone.
     """
     net = copy_without_weights(net)
-    net._tap()  # whoever pruned the network has removed its hooks
     image = torch.zeros(1, *input_size, device='meta')
     features, to_stage, branches = {}, {}, []
 
     def note(source, output):
         features[source], to_stage[source] = output, counter.get_total_flops()
 
-    with flop_counter(net) as counter:
+    counter = flop_counter(net)
+    net.exits(image)  # puts hooks back that pruning has removed; tails plan for this size, which is not to be counted
+    with counter:
         run(net.backbone, image, note)
         whole = counter.get_total_flops()
         for branch in net.branches:

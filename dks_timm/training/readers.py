@@ -121,7 +121,8 @@ def check_dataset(args):
         whole = is_tar or dest == 'train_split' and not args.val_split  # timm then trains on the folder itself
         if split and not whole and split_root(root, split) == root:
             there = ', '.join(sorted(os.listdir(root))[:8]) or 'nothing'
-            raise OptionError(f'{flag(dest)} {split}: --data-dir {root} has no such folder; it has {there}')
+            itself = '' if args.train_split else '; "" is the folder itself'
+            raise OptionError(f'{flag(dest)} {split}: --data-dir {root} has no such folder; it has {there}{itself}')
 
 
 def split_root(root: str, split: str) -> str:

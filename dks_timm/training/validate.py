@@ -7,7 +7,7 @@ import torch
 from timm.data import resolve_data_config
 from timm.task import ClassificationTask
 
-from ..errors import OptionError, closest, naming
+from ..errors import OptionError, closest, flag, given_flags, naming
 from ..method.cost import exit_flops, mean_exit_cost
 from ..method.create import create_dks_model, read_layout
 from ..method.model import DKSModel, format_table
@@ -52,17 +52,20 @@ def validate(model: str, given: Mapping[str, Any], use_ema: bool = True) -> Dict
     readers.check_dataset(args)
     accelerator = create_accelerator(args, set(given))
     # As timm's validate.py, at the size that a model is published for; a run evaluates at the one it trains at.
-    with naming(f'MODEL {model}', AssertionError):  # --mean and --std for other channels
+    with naming(given_flags(args, 'in_chans', 'input_size', 'mean', 'std'), AssertionError):  # of other channels
         data_config = resolve_data_config(vars(args), model=net, use_test_size=not of_run)
-    args = Config(**{**vars(args), 'in_chans': data_config['input_size'][0]})  # the images are to have as many
+    channels, *size = data_config['input_size']
+    channels = args.in_chans or channels
+    data_config['input_size'] = (channels, *size)
+    args = Config(**{**vars(args), 'in_chans': channels, 'num_classes': net.num_classes})
     dataset = readers.create(args, 'val', is_training=False)
     _check_classes(model, net.num_classes, given, dataset)
     has_branches = isinstance(net, DKSModel)
-    flops = exit_flops(net, data_config['input_size']) if has_branches else None
     net = place_model(args, net, data_config['input_size'], accelerator, f'MODEL {model}').eval()
+    flops = exit_flops(net, data_config['input_size']) if has_branches else None
     loader = data.create_eval_loader(args, dataset, data_config, net, accelerator, crop_mode=data_config['crop_mode'])
     names = ['backbone', *(f'stage{stage}' for stage in net.stages)] if has_branches else ['backbone']
-    task = ClassificationTask(net, device=accelerator.device, verbose=False)  # it brings timm's evaluator
+    task = ClassificationTask(net, device=accelerator.device, verbose=False)  # which brings timm's evaluator
     metrics, halves = evaluate(args, net, task, names, loader, accelerator)
     found = [evaluator.compute() for evaluator in metrics.evaluators]
     return dict(
@@ -84,21 +87,22 @@ def _load(model, given, use_ema):
     """Return the network, the arguments of its run ({} where it is none of a checkpoint), and if it is an average."""
     path = Path(model.removeprefix('local-dir:'))
     if path.is_file():
-        for name in {'num_classes', 'in_chans', 'model_kwargs'} & given.keys():
-            raise OptionError(f'--{name.replace("_", "-")} {given[name]}: MODEL {model} is a checkpoint, whose run '
-                              'says how its model is made; leave it out')
+        for name in {'in_chans', 'model_kwargs'} & given.keys():
+            raise OptionError(f'{flag(name)} {given[name]}: MODEL {model} is a checkpoint, whose run says how its '
+                              'model is made; leave it out')
         net, of_run, state = load_trained(path, use_ema)
         return net, of_run, use_ema and 'state_dict_ema' in state
     if path.is_dir():
         if not (path / 'config.json').is_file():
-            raise OptionError(f'MODEL {model}: has no config.json; give an exported folder, or the file of a checkpoint')
+            raise OptionError(f'MODEL {model}: has no config.json; give an exported folder, or a checkpoint file')
         model = f'local-dir:{path}'
     elif ':' not in model and not timm.is_model(model.partition('.')[0]):
         raise OptionError(f'MODEL {model}: no such folder or checkpoint, and timm has no such model'
                           f'{closest(model, timm.list_models())}; a name on the Hub begins with hf-hub:')
     check_model_name(model)
     further = given.get('model_kwargs')
-    kwargs = {**{key: given[key] for key in ('in_chans',) if key in given}, **(further or {})}
+    channels = given.get('in_chans') or given.get('input_size', [None])[0]
+    kwargs = {**(dict(in_chans=channels) if channels else {}), **(further or {})}
     with naming_model(f'MODEL {model}' + (f' with --model-kwargs {further}' if further else ''), further):
         create = create_dks_model if read_layout(model) else timm.create_model
         return create(model, pretrained=True, **kwargs), {}, False
@@ -112,13 +116,16 @@ def _settings(given, of_run):
     settings = {**vars(create_parser().parse_args([])), 'train_split': '', 'batch_size': 256, **of_run, **given}
     if 'img_size' in given and of_run.get('input_size'):  # which would win
         settings['input_size'] = [of_run['input_size'][0], *[given['img_size']] * 2]
+    if 'input_size' in given and 'in_chans' not in given:
+        settings['in_chans'] = None
     check(Config(**settings), given)
     return Config(**settings, prefetcher=True)
 
 
 def _check_classes(model, num_classes, given, dataset):
     if given.get('num_classes', num_classes) != num_classes:
-        raise OptionError(f'--num-classes {given["num_classes"]}: MODEL {model} has {num_classes} classes; leave it out')
+        raise OptionError(
+            f'--num-classes {given["num_classes"]}: MODEL {model} has {num_classes} classes; leave it out')
     classes = data.class_to_idx(dataset)
     if num_classes <= max(classes.values(), default=-1):
         raise OptionError(f'MODEL {model}: has {num_classes} classes, the data {max(classes.values()) + 1}; wanted: '
@@ -165,7 +172,7 @@ def choose_exits(halves: Sequence[HeadMetrics], flops: Mapping[str, Any]) -> Dic
 
     Returns:
         By branch, 'threshold' (None where none is accurate enough, and the backbone answers for all), and on the second
-        half: 'leave' (% of images), 'top1', 'backbone_top1', and 'cost', a mean over images, FLOPs over the backbone's.
+        half: 'leave' (% of images), 'top1', 'backbone_top1', and 'cost', FLOPs over the backbone's, a mean over images.
     """
     (whole, rows), (other_whole, other_rows) = (half.compute() for half in halves)
     found = {}
@@ -173,12 +180,12 @@ def choose_exits(halves: Sequence[HeadMetrics], flops: Mapping[str, Any]) -> Dic
         good = [
             (row['leave'], row['threshold'], other) for row, other in zip(rows, other_rows, strict=True)
             if row['exit'] == name and row['top1'] >= whole['top1']]
-        chosen = dict(threshold=None, leave=0., top1=other_whole['top1'], cost=1.)
+        threshold, leave, top1, cost = None, 0., other_whole['top1'], 1.
         if good:  # the more images leave, the cheaper; where as many leave, the surest
             _, threshold, other = max(good, key=lambda entry: entry[:2])
-            cost = mean_exit_cost(flops, branch, other['leave'] / 100)
-            chosen = dict(threshold=threshold, leave=other['leave'], top1=other['top1'], cost=cost)
-        found[name] = {**chosen, 'backbone_top1': other_whole['top1']}
+            leave, top1, cost = other['leave'], other['top1'], mean_exit_cost(flops, branch, other['leave'] / 100)
+        found[name] = dict(
+            threshold=threshold, leave=leave, top1=top1, backbone_top1=other_whole['top1'], cost=cost)
     return found
 
 
@@ -208,7 +215,7 @@ def format_validation(found: Mapping[str, Any]) -> str:
     size = 'x'.join(map(str, found['input_size']))
     text = (
         f'{found["model"]}{", average of the weights" * found["ema"]}: {found["images"]:,} images of '
-        f'{found["dataset"]}, split {found["split"] or "none"}\n'
+        f'{found["dataset"]}{", split " * bool(found["split"])}{found["split"]}\n'
         f'input {size}, crop {found["crop_pct"]:g}, {found["interpolation"]}\n\n' + _table('head', found['heads']))
     if not found['thresholds']:
         return text
@@ -227,4 +234,6 @@ def _table(title, rows):
 
 
 def _cell(column, value):
-    return 'none' if value is None else f'{value:g}' if column == 'threshold' else f'{value:.{4 * (column == "loss") or 2}f}'
+    if column == 'threshold':
+        return 'none' if value is None else f'{value:g}'
+    return f'{value:.{4 if column == "loss" else 2}f}'
