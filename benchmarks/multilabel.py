@@ -21,19 +21,21 @@ COMPARED = ('baseline', 'ds', 'dks', 'dks_t3', 'to_backbone_t3')
 INTRODUCTION = '''\
 # Several labels an image
 
-Written by `python benchmarks/multilabel.py`, which trains what is not here yet: `{recipe}` with a method's flags and
-seeds {seeds}, {epochs} epochs in bfloat16. The data is built in (`--dataset multidigits`): two or three of ten digits on a canvas of
-32x32 pixels, 4,000 to train with and 1,000 others, made of other digits, to validate with. After the last epoch, in percent,
-mean and standard deviation over the seeds: mean average precision (mAP) of the backbone, of each branch and of all
-together (the mean of their probabilities), and the backbone's F1 over all labels from a probability of 0.5 on. Beside the
-baseline stands the difference of the backbones' mAP with its standard error.'''
+Written by `python benchmarks/multilabel.py`, which trains what is not here yet: `{recipe}` with a method's
+flags and seeds {seeds}, {epochs} epochs in bfloat16; a .csv is the summary.csv of a run. The data is built in
+(`--dataset multidigits`): two or three of ten digits on a canvas of 32x32 pixels, 4,000 to train with and 1,000 others,
+made of other digits, to validate with. After the last epoch, in percent, mean and standard deviation over the seeds: mean
+average precision (mAP) of the backbone, of each branch and of all together (the mean of their probabilities), and the
+backbone's F1 over all labels from a probability of 0.5 on. The difference to the baseline is that of the backbones' mAP,
+with its standard error.'''
 
 
 def command(method: str, seed: int, output: str):
     """Return the words that start a run, from the folder of train.py."""
     return [
         'train.py', '--config', 'recipes/multilabel.yaml', '--seed', str(seed), '--amp', '--amp-dtype', 'bfloat16',
-        '--channels-last', *(METHODS[method][1] or ['--no-dks']), '--output', output, '--experiment', f'{method}-{seed}']
+        '--channels-last', *(METHODS[method][1] or ['--no-dks']), '--output', output,
+        '--experiment', f'{method}-{seed}']
 
 
 def last_row(file: Path):
@@ -50,8 +52,9 @@ def write_table(results: Path, seeds) -> None:
         error = (squared_error(ours) + squared_error(base)) ** 0.5 if len(ours) > 1 else 0.
         return '' if method == 'baseline' else f'{statistics.mean(ours) - statistics.mean(base):+.2f} ± {error:.2f}'
 
-    columns = {'mAP, backbone': 'eval_map', 'branch on stage 1': 'eval_map_stage1', 'branch on stage 2': 'eval_map_stage2',
-               'ensemble': 'eval_map_ensemble', 'F1, backbone': 'eval_micro_f1'}
+    columns = {
+        'mAP, backbone': 'eval_map', 'branch on stage 1': 'eval_map_stage1', 'branch on stage 2': 'eval_map_stage2',
+        'ensemble': 'eval_map_ensemble', 'F1, backbone': 'eval_micro_f1'}
     cells = [
         [METHODS[method][0], *(spread([row[c] for row in rows[method] if c in row]) for c in columns.values()),
          gain(method), f'`{shlex.join(METHODS[method][1]) or "--no-dks"}`'] for method in COMPARED]

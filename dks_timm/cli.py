@@ -1,15 +1,16 @@
-"""Console script ``dks-timm``: train, export, push, inspect, report."""
+"""Console script ``dks-timm``: train, validate, export, push, inspect, report."""
 import argparse
 import json
 import sys
 from typing import Optional, Sequence
 
 from .errors import ExportError, InputError, OptionError, PushError, given_flags, naming, one_line
-from .training.flags import Parser, add_branch_flags, add_card_flags, add_hub_flags, add_input_flags
+from .training.flags import add_branch_flags, add_card_flags, add_hub_flags, add_input_flags, add_validation_flags
+from .training.parser import Parser
 
 
 def _create_parser() -> Parser:
-    parser = Parser(prog='dks-timm', description='Train models with DKS, publish and look into them.')
+    parser = Parser(prog='dks-timm', description='Train models with DKS, evaluate, publish and look into them.')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
 
     def add_command(run, description):
@@ -20,6 +21,12 @@ def _create_parser() -> Parser:
     # Listed here for --help; main hands its flags to train.py.
     description = 'train a model; the flags are those of train.py, see dks-timm train --help'
     commands.add_parser('train', help=description, description=description, add_help=False)
+
+    add = add_command(_validate, 'evaluate a model as timm\'s validate.py, and the early exits of one with branches')
+    add('model', metavar='MODEL', help='exported folder, checkpoint, hf-hub:owner/name, or name of a timm model')
+    add('--no-ema', action='store_true', help='take the trained weights where a checkpoint has averaged ones')
+    add('--json', action='store_true', help='print it for machines')
+    add_validation_flags(add)
 
     add = add_command(_export, 'turn a checkpoint into a folder that timm.create_model loads, and check that it does')
     add('checkpoint', metavar='CKPT', help='a checkpoint of a run, such as model_best.pth.tar, or any with --model')
@@ -49,6 +56,15 @@ def _create_parser() -> Parser:
     add('runs', metavar='RUN', nargs='+', help='folder of a run, with its args.yaml and summary.csv')
     add('--output', metavar='DIR', help='where to write; if not given, RUN/report, and ./report for several runs')
     return parser
+
+
+def _validate(args: argparse.Namespace):
+    from .training.validate import format_validation, validate
+
+    apart = ('command', 'run', 'model', 'no_ema', 'json')
+    given = {name: value for name, value in vars(args).items() if name not in apart}
+    found = validate(args.model, given, use_ema=not args.no_ema)
+    print(json.dumps(found, indent=2) if args.json else format_validation(found))
 
 
 def _report(args: argparse.Namespace):

@@ -125,7 +125,7 @@ def api_page() -> str:
 def default_of(action: argparse.Action) -> str:
     value = action.default
     if action.nargs == 0:
-        return 'on' if value else 'off'
+        return 'on' if value is True else 'off'
     if value in (None, '', [], {}) or value is argparse.SUPPRESS:
         return ''
     return f'`{" ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in value)}`' if isinstance(

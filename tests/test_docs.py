@@ -56,7 +56,8 @@ SMALLER = [
 # Flags that are checked and then left out, as they are for the model or the machine that the command is written for.
 LEFT_OUT = ('--torchcompile', '--dks-budget', '--dks-stages', '--dks-branch-kwargs', '--drop-path', '--layer-decay')
 # What a page takes for granted as it begins: folders of a model that was exported with its branches.
-GIVEN = {page: ['out/resnet50'] for page in ('docs/deployment.md', 'docs/publishing.md', 'docs/report.md')}
+GIVEN = {page: ['out/resnet50'] for page in (
+    'docs/deployment.md', 'docs/publishing.md', 'docs/report.md', 'docs/validation.md')}
 MARKS = r'slow|needs (a GPU|the Hub|the network|ImageNet|several machines|a file of yours)|takes (minutes|hours|days)'
 RESULTS = ROOT / 'results/cifar100/README.md'
 SHELL, PYTHON, NOT_RUN = ('', 'bash'), 'python', ('text', 'bibtex', 'yaml', 'diff', 'pycon')

@@ -20,7 +20,7 @@ def test_importing_the_package_does_not_import_torch():
 
 @pytest.mark.parametrize('arguments', [
     ['--help'], ['export', '--help'], [], ['no-such-command'], ['export', 'a', 'b', '--no-such-flag'],
-    ['inspect', 'resnet18', '--img-size', 'large'],
+    ['inspect', 'resnet18', '--img-size', 'large'], ['validate', '--help'], ['validate', 'out', '--crop-pct', '3'],
 ])
 def test_help_and_typos_of_the_console_script_are_answered_without_torch(arguments):
     assert run_python(f"""

@@ -102,7 +102,9 @@ def exit_flops(net: DKSModel, input_size: Sequence[int]) -> Dict[str, Any]:
     def note(source, output):
         features[source], to_stage[source] = output, counter.get_total_flops()
 
-    with flop_counter(net) as counter:
+    counter = flop_counter(net)
+    net.exits(image)  # puts hooks back that pruning has removed; tails plan for this size, which is not to be counted
+    with counter:
         run(net.backbone, image, note)
         whole = counter.get_total_flops()
         for branch in net.branches:
@@ -110,6 +112,20 @@ def exit_flops(net: DKSModel, input_size: Sequence[int]) -> Dict[str, Any]:
             branch(image, features[branch.source])
             branches.append(dict(to_stage=to_stage[branch.source], branch=counter.get_total_flops() - before))
     return dict(backbone=whole, branches=branches)
+
+
+def mean_exit_cost(flops: Dict[str, Any], branch: int, leave: float) -> float:
+    """Return the mean cost of an image that a branch is asked about, over that of the backbone alone.
+
+    Every image pays for the branch, one that stays for the rest of the backbone, too.
+
+    Args:
+        flops: From :func:`exit_flops`.
+        branch: Index of the branch.
+        leave: Share of the images that leave there, 0 to 1.
+    """
+    to_stage, own = flops['branches'][branch]['to_stage'], flops['branches'][branch]['branch']
+    return (to_stage + own + (1 - leave) * (flops['backbone'] - to_stage)) / flops['backbone']
 
 
 def training_cost(net: DKSModel, every: int = 1) -> float:

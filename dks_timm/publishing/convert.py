@@ -11,7 +11,8 @@ from timm.models import load_state_dict
 
 from ..errors import UNREADABLE, InputError, naming, one_line
 from ..training.build import check_model_name, naming_model
-from .export import check_export_dir, check_onnx, export, read_checkpoint
+from ..training.trained import read_checkpoint
+from .export import check_export_dir, check_onnx, export
 
 _logger = logging.getLogger(__name__)
 

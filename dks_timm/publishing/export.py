@@ -1,5 +1,4 @@
 """A trained network as a folder that plain timm loads, with its model card and, if asked, its branches."""
-import argparse
 import importlib.util
 import json
 import logging
@@ -19,18 +18,16 @@ import torch.nn as nn
 from huggingface_hub import EvalResult
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_input_data_config
-from timm.models import load_checkpoint
-from timm.utils import load_checkpoint_metadata, unwrap_model
+from timm.utils import unwrap_model
 
 from .._compat import save_config_for_hf
-from ..errors import UNREADABLE, ExportError, InputError, naming, why
-from ..method.create import create_dks_model, load_branches, plain_tensors, save_branches
+from ..errors import ExportError, InputError, why
+from ..method.create import create_dks_model, plain_tensors, save_branches
 from ..method.model import DKSModel, prune
 from ..models import ARCHITECTURES
-from ..training.build import check_model_name, create_model
-from ..training.config import check_types, create_parser
 from ..training.console import TITLES
 from ..training.flags import METRICS
+from ..training.trained import load_trained
 from .card import describe_run, write_card
 from .push import FILES
 
@@ -245,26 +242,13 @@ def _logits(model, x):
         return copy.exits(x) if isinstance(copy, DKSModel) else [copy(x)]
 
 
-def read_checkpoint(checkpoint: Union[str, Path]) -> Any:
-    """Return what a checkpoint holds, its tensors memory-mapped where it can be, without running code of it."""
-    with naming(f'checkpoint {str(checkpoint)!r} cannot be read', *UNREADABLE):
-        try:
-            return load_checkpoint_metadata(str(checkpoint))
-        except RuntimeError as e:
-            if 'mmap can only be used' not in str(e):
-                raise
-            with torch.serialization.safe_globals([argparse.Namespace]):  # as timm does
-                return torch.load(checkpoint, 'cpu', weights_only=True)  # written by torch before 1.6
-
-
 def export_checkpoint(
         checkpoint, out_dir, use_ema=True, keep_branches=False, license=None, baseline_dir=None, onnx=False,
         overwrite=False, without_ema=None):
     """Export a training checkpoint, with the arguments of its run and what its folder says about it.
 
     Args:
-        checkpoint: A checkpoint that ``train.py`` (or timm's) has written. It is never unpickled beyond plain data.
-        use_ema: Take the averaged weights where the checkpoint has them.
+        checkpoint, use_ema: See :func:`dks_timm.training.trained.load_trained`.
         baseline_dir: Folder of another run to show beside this one in the card.
         without_ema: Top-1 accuracy or mAP (%) of the weights themselves in other checkpoints of the run, by path.
 
@@ -273,19 +257,7 @@ def export_checkpoint(
     """
     check_export_dir(out_dir, overwrite)
     check_onnx(onnx)
-    subject, state = f'checkpoint {str(checkpoint)!r}', read_checkpoint(checkpoint)
-    if not isinstance(state, dict) or not isinstance(state.get('args'), argparse.Namespace):
-        raise InputError(f'{subject} does not say how its model was made; give one of a run, or --model NAME')
-    args = {**vars(create_parser().parse_args([])), **check_types(subject, vars(state['args']))}
-    check_model_name(args['model'], f'{subject}: model')
-    net = create_model(argparse.Namespace(**{
-        **args, 'pretrained': False, 'pretrained_path': None, 'initial_checkpoint': ''}))
-    with naming(subject, RuntimeError):  # what torch raises for weights of another model
-        # Without the statistics that split BatchNorm keeps for training only.
-        load_checkpoint(prune(net), str(checkpoint), use_ema=use_ema, filter_fn=lambda state, _: plain_tensors(state))
-        if keep_branches and isinstance(net, DKSModel):
-            task_state = use_ema and state.get('task_state_ema') or state.get('task_state') or {}
-            load_branches(net, plain_tensors(task_state.get('branches', {})), subject)
+    net, args, state = load_trained(checkpoint, use_ema, with_branches=keep_branches)
     is_ema = use_ema and 'state_dict_ema' in state
     if 'state_dict_ema' in state:
         found = args.get('metric_by_ema') or {}

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from .. import __version__
 from ..errors import InputError, naming, printable
+from ..method.cost import mean_exit_cost
 from .folder import Run, dataset_name, group_runs, read_run, run_settings
 from .pictures import INKS, TITLES, Chart, Points, column_lines, draw, themed
 
@@ -130,13 +131,12 @@ def _exits(run: Run) -> Section:
     whole = flops['backbone']
     rows = [['backbone', _number(whole / 1e6, 1), '1.00', '', _number(top1), '1.00']]
     lines = {'backbone': [(1., top1)]}
-    for head, cost in zip(run.heads[1:], flops['branches'], strict=True):
+    for branch, (head, cost) in enumerate(zip(run.heads[1:], flops['branches'], strict=True)):
         leaving = cost['to_stage'] + cost['branch']
         lines[head] = []
         for row in run.noted['exits'][::-1]:
             if row['exit'] == head:
-                # Every image pays for the branch that it is asked by, one that stays for the rest of the backbone, too.
-                mean = (leaving + (1 - row['leave'] / 100) * (whole - cost['to_stage'])) / whole
+                mean = mean_exit_cost(flops, branch, row['leave'] / 100)
                 lines[head].append((mean, row['top1']))
                 if row['threshold'] == _CONFIDENCE:
                     rows.append([

@@ -105,10 +105,13 @@ def _init_heads(args, model):
             head.bias.fill_(args.head_init_bias)
 
 
-def place_model(args, model, input_size, accelerator):
-    """Check that the model takes images of (C, H, W); move it to its device, dtype, layout and kind of BatchNorm."""
+def place_model(args, model, input_size, accelerator, subject=''):
+    """Check that the model takes images of (C, H, W); move it to its device, dtype, layout and kind of BatchNorm.
+
+    An error begins with the subject, by default the flags that describe the model.
+    """
     if not args.naflex_loader:
-        _check_input_size(args, model, input_size)
+        _check_input_size(args, model, input_size, subject or given_flags(args, 'model', 'model_kwargs', 'gp'))
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
     model.to(device=accelerator.device, dtype=model_dtype(args))
@@ -118,9 +121,8 @@ def place_model(args, model, input_size, accelerator):
 
 
 @torch.no_grad()
-def _check_input_size(args, model, input_size):
+def _check_input_size(args, model, input_size, subject):
     """Refuse images that the model does not take, by evaluating one."""
-    subject = given_flags(args, 'model', 'model_kwargs', 'gp')
     model.eval()
     for size in [input_size, *((input_size[0], size, size) for size in args.train_img_sizes or ())]:
         with naming_model(f'{subject}: input size {size}', args.model_kwargs):

@@ -18,7 +18,8 @@ import psutil
 import yaml
 
 from ..errors import OptionError, closest, flag
-from .flags import IMAGE_MODES, METRICS, ParseKwargs, Parser, StoreAction, add_timm_flags, create_parser
+from .flags import IMAGE_MODES, METRICS, add_timm_flags, create_parser
+from .parser import ParseKwargs, Parser, StoreAction
 
 POLICIES = ('rand', 'augmix', 'original', 'originalr', 'v0', 'v0r', '3a')
 # Flag -> the flag without which it has no effect.
@@ -67,7 +68,7 @@ def parse_args(argv=None):
     defaults = vars(create_parser().parse_args([]))
     del defaults['config']
     given_or_launched = {**launcher_settings(given), **given}
-    settings = {**defaults, **_other_defaults({**defaults, **given_or_launched}), **given_or_launched}
+    settings = {**defaults, **other_defaults({**defaults, **given_or_launched}), **given_or_launched}
     settings['data_dir'], settings['data'] = settings['data_dir'] or settings['data'], None
     check(Config(**settings), given)
 
@@ -83,7 +84,7 @@ def parse_args(argv=None):
     return Config(**settings), set(given), yaml.safe_dump(text, default_flow_style=False)
 
 
-def _other_defaults(settings):
+def other_defaults(settings) -> dict:
     """Return the defaults that are other ones with other flags, as in timm."""
     several_labels = dict(smoothing=0., eval_metric='map') if settings['task'] == 'multilabel' else {}
     decay = dict(decay_epochs=0.2) if settings['sched'] in ('wsd', 'rsqrt') else {}
@@ -175,12 +176,18 @@ def read_recipe(path: str) -> dict:
     for key, value in recipe.items():
         if key not in actions:
             raise OptionError(f'--config {path}: no flag for "{key}: {value}"{closest(str(key), actions)}')
-        runs_code = getattr(actions[key], 'runs_code', False) and value
-        if runs_code or isinstance(value, str) and value.startswith('pipe:'):
-            raise OptionError(
-                f'--config {path}: "{key}: {value}" runs code from elsewhere; if you trust it, give it on the '
-                f'command line, as {flag(key)}')
+    check_harmless(f'--config {path}', recipe)
     return check_types(f'--config {path}', recipe)
+
+
+def check_harmless(source: str, values: dict) -> None:
+    """Refuse values from a file that would run code from elsewhere; who trusts them gives them as flags."""
+    dangerous = {action.dest for action in create_parser()._actions if getattr(action, 'runs_code', False)}
+    for key, value in values.items():
+        if key in dangerous and value or isinstance(value, str) and value.startswith('pipe:'):
+            raise OptionError(
+                f'{source}: "{key}: {value}" runs code from elsewhere; if you trust it, give it on the '
+                f'command line, as {flag(key)}')
 
 
 def check_types(source: str, values: dict) -> dict:

@@ -103,7 +103,7 @@ def class_stats(args, dataset, num_classes: int):
             targets = [sample[1] for sample in samples]
         else:
             raise OptionError(
-                f'{given_flags(args, *asked)}: needs counts of classes, and --dataset {args.dataset} does not tell them; '
+                f'{given_flags(args, *asked)}: needs counts of classes, which --dataset {args.dataset} does not tell; '
                 'give --class-stats FILE, from class_weights.py of timm')
         encode = encoder(args, num_classes)
         targets = [encode(dataset.target_transform(t) if dataset.target_transform else t) for t in targets]
@@ -131,32 +131,20 @@ def create_loaders(args, train, val, data_config, model, accelerator):
         OptionError: for flags that these data, or this many processes, cannot have.
     """
     _check_loaders(args, train, data_config, accelerator)
-    for dataset in (train, val):
-        if dataset is not None:
-            dataset.encode = encoder(args, model.num_classes)
-    common = dict(
-        mean=data_config['mean'],
-        std=data_config['std'],
-        pin_memory=args.pin_mem,
-        img_dtype=model_dtype(args) or torch.float32,
-        device=accelerator.device,
-        distributed=accelerator.num_processes > 1,
-        use_prefetcher=args.prefetcher,
-    )
-    train_kwargs = {**common, **_train_kwargs(args, data_config)}
-    eval_kwargs = {**common, **_eval_kwargs(args, data_config, accelerator)}
+    train.encode = encoder(args, model.num_classes)
+    train_kwargs = {**_common_kwargs(args, data_config, accelerator), **_train_kwargs(args, data_config)}
     mixup = _create_mixup(args, model.num_classes) if mixup_active(args) else None
     if args.data_on_device:
-        create = partial(_create_device_loaders, data_config=data_config, accelerator=accelerator)
+        create = partial(_create_device_loader, accelerator=accelerator)
     elif args.naflex_loader:
-        create = partial(
-            _create_naflex_loaders, data_config=data_config, mixup=mixup, model=model, accelerator=accelerator)
+        create = partial(_create_naflex_loader, mixup=mixup, model=model, accelerator=accelerator)
     else:
-        create = partial(_create_image_loaders, data_config=data_config, mixup=mixup)
+        create = partial(_create_image_loader, mixup=mixup)
     names = 'train_img_sizes', 'train_batch_sizes', 'train_size_probs', 'naflex_patch_sizes', 'naflex_patch_size_probs'
     sizes = given_flags(args, *names)
     with naming(sizes, *[AssertionError, ValueError] * bool(sizes)):  # timm's checks of them
-        loader_train, loader_eval = create(args, train, val, train_kwargs, eval_kwargs)
+        loader_train = create(args, train, data_config, train_kwargs)
+    loader_eval = create_eval_loader(args, val, data_config, model, accelerator) if val is not None else None
     if not len(loader_train):
         raise OptionError(f'--batch-size {args.batch_size}: the training split does not fill one batch')
     if isinstance(train, Stream):
@@ -167,6 +155,25 @@ def create_loaders(args, train, val, data_config, model, accelerator):
     scheduled = args.train_img_sizes is not None
     batch_size = loader_train.batch_sampler.average_batch_size if scheduled else float(args.batch_size)
     return loader_train, loader_eval, mixup if type(mixup) is Mixup else None, batch_size
+
+
+def create_eval_loader(args, dataset, data_config, model, accelerator, **kwargs):
+    """Create timm's loader of the images of an evaluation, by timm's ``data_config``; kwargs are arguments of it."""
+    dataset.encode = encoder(args, model.num_classes)
+    kwargs = {
+        **_common_kwargs(args, data_config, accelerator), **_eval_kwargs(args, data_config, accelerator), **kwargs}
+    if args.data_on_device:
+        transform = create_transform(
+            data_config['input_size'], crop_pct=data_config['crop_pct'], interpolation=data_config['interpolation'],
+            use_prefetcher=True)
+        return _device_loader(
+            args, dataset, transform, f'--val-split {args.val_split}', data_config, accelerator,
+            batch_size=kwargs['batch_size'], is_training=False)
+    if args.naflex_loader:
+        return create_naflex_loader(
+            dataset, patch_size=_patch_size(model), max_seq_len=args.naflex_max_seq_len,
+            **_patch_layout(args, data_config), **kwargs)
+    return create_loader(dataset, input_size=data_config['input_size'], **kwargs)
 
 
 def _check_loaders(args, train, data_config, accelerator):
@@ -183,6 +190,18 @@ def _check_loaders(args, train, data_config, accelerator):
     if args.aa:
         with naming(f'--aa {args.aa}', AssertionError, ValueError):
             create_transform(data_config['input_size'], is_training=True, auto_augment=args.aa)
+
+
+def _common_kwargs(args, data_config, accelerator):
+    return dict(
+        mean=data_config['mean'],
+        std=data_config['std'],
+        pin_memory=args.pin_mem,
+        img_dtype=model_dtype(args) or torch.float32,
+        device=accelerator.device,
+        distributed=accelerator.num_processes > 1,
+        use_prefetcher=args.prefetcher,
+    )
 
 
 def _train_kwargs(args, data_config):
@@ -232,10 +251,10 @@ def _create_mixup(args, num_classes: int):
     return mixup(mode=args.mixup_mode, cutmix_minmax=args.cutmix_minmax, **kwargs)
 
 
-def _create_image_loaders(args, train, val, train_kwargs, eval_kwargs, data_config, mixup):
+def _create_image_loader(args, train, data_config, train_kwargs, mixup):
     if args.aug_splits:
         train = AugMixDataset(train, num_splits=args.aug_splits)
-    loader_train = create_loader(
+    loader = create_loader(
         train,
         input_size=data_config['input_size'],
         input_size_choices=args.train_img_sizes,
@@ -257,9 +276,7 @@ def _create_image_loaders(args, train, val, train_kwargs, eval_kwargs, data_conf
             *_fit(data_config, train_kwargs['interpolation']).transforms[:-1],
             RandomCrop(data_config['input_size'][1:], padding=args.train_pad, padding_mode='reflect'),
         ]
-    if val is None:
-        return loader_train, None
-    return loader_train, create_loader(val, input_size=data_config['input_size'], **eval_kwargs)
+    return loader
 
 
 def _fit(data_config, interpolation, **kwargs):
@@ -270,52 +287,47 @@ def _fit(data_config, interpolation, **kwargs):
         data_config['input_size'], crop_pct=1.0, interpolation=interpolation, use_prefetcher=True, **kwargs)
 
 
-def _create_device_loaders(args, train, val, train_kwargs, eval_kwargs, data_config, accelerator):
-    size, device = data_config['input_size'], accelerator.device
-
-    def create(dataset, transform, split, **kwargs):
-        return DeviceLoader(
-            dataset,
-            *decode(dataset, transform, size, device, args.workers, split),
-            mean=data_config['mean'],
-            std=data_config['std'],
-            dtype=train_kwargs['img_dtype'],
-            seed=args.seed,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            **kwargs,
-        )
-
+def _create_device_loader(args, train, data_config, train_kwargs, accelerator):
     transform = _fit(data_config, train_kwargs['interpolation'], is_training=args.no_aug, no_aug=args.no_aug)
     moves = {} if args.no_aug else dict(pad=args.train_pad, hflip=args.hflip, vflip=args.vflip)
-    loader_train = create(
-        train, transform, f'--train-split {args.train_split}', batch_size=args.batch_size, is_training=True, **moves)
-    if val is None:
-        return loader_train, None
-    transform = create_transform(
-        size, crop_pct=data_config['crop_pct'], interpolation=data_config['interpolation'], use_prefetcher=True)
-    return loader_train, create(
-        val, transform, f'--val-split {args.val_split}', batch_size=eval_kwargs['batch_size'], is_training=False)
+    return _device_loader(
+        args, train, transform, f'--train-split {args.train_split}', data_config, accelerator,
+        batch_size=args.batch_size, is_training=True, **moves)
 
 
-def _create_naflex_loaders(args, train, val, train_kwargs, eval_kwargs, data_config, mixup, model, accelerator):
-    patch_size = model.get_patch_size() if hasattr(model, 'get_patch_size') else (16, 16)
-    patches = dict(patch_size=patch_size)
+def _device_loader(args, dataset, transform, split, data_config, accelerator, **kwargs):
+    return DeviceLoader(
+        dataset,
+        *decode(dataset, transform, data_config['input_size'], accelerator.device, args.workers, split),
+        mean=data_config['mean'],
+        std=data_config['std'],
+        dtype=model_dtype(args) or torch.float32,
+        seed=args.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        **kwargs,
+    )
+
+
+def _create_naflex_loader(args, train, data_config, train_kwargs, mixup, model, accelerator):
+    patches = dict(patch_size=_patch_size(model))
     if args.naflex_patch_sizes:
         patches = dict(patch_size_choices=args.naflex_patch_sizes, patch_size_choice_probs=args.naflex_patch_size_probs)
-    layout = dict(
-        patchify_channels_last=not args.naflex_patchify_channels_first, channels=data_config['input_size'][0])
-    loader_train = create_naflex_loader(
+    return create_naflex_loader(
         train,
         train_seq_lens=args.naflex_train_seq_lens,
         mixup_fn=mixup,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         **patches,
-        **layout,
+        **_patch_layout(args, data_config),
         **train_kwargs,
     )
-    if val is None:
-        return loader_train, None
-    return loader_train, create_naflex_loader(
-        val, patch_size=patch_size, max_seq_len=args.naflex_max_seq_len, **layout, **eval_kwargs)
+
+
+def _patch_size(model):
+    return model.get_patch_size() if hasattr(model, 'get_patch_size') else (16, 16)
+
+
+def _patch_layout(args, data_config):
+    return dict(patchify_channels_last=not args.naflex_patchify_channels_first, channels=data_config['input_size'][0])

@@ -4,11 +4,9 @@ timm's flags keep timm's names, types and defaults; their help texts are ours. N
 when it is loaded: ``--help`` and a mistyped flag are answered at once.
 """
 import argparse
-import math
-import operator
 import os
 
-from ..errors import OptionError, flag
+from .parser import ParseKwargs, Parser
 
 IMAGE_MODES = dict(L=1, LA=2, RGB=3, YCbCr=3, HSV=3, RGBA=4, RGBX=4, CMYK=4)  # Pillow's, with their channels
 SCALES = ('none', 'sqrt', 'linear')
@@ -19,68 +17,6 @@ METRICS = dict(classification=('top1', 'top5', 'loss'), multilabel=('map', 'micr
 LOSSES = ('ce', 'bce', 'asl', 'poly', 'jsd', 'twoway', 'zlpr', 'db')
 DECAYS = ('linear', '1-sqrt', 'cosine', 'power', 'exp')
 FILTERS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
-# Bounds that a flag may declare, with the comparison that a number within them passes.
-BOUNDS = dict(at_least=operator.ge, at_most=operator.le, above=operator.gt, below=operator.lt)
-
-
-class StoreAction(argparse.Action):
-    """Store a value that is within the bounds of its flag.
-
-    Args:
-        runs_code: The flag makes a run load code from elsewhere, so that a recipe must not set it.
-        at_least, at_most, above, below: Bounds of a number, or of each number of a list.
-    """
-
-    def __init__(self, *args, runs_code=False, **kwargs):
-        self.runs_code = runs_code
-        self.bounds = {name: kwargs.pop(name) for name in BOUNDS if name in kwargs}
-        kwargs.setdefault('metavar', {int: 'N', float: 'X'}.get(kwargs.get('type')))
-        super().__init__(*args, **kwargs)
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        self.check(values)
-        setattr(namespace, self.dest, True if self.nargs == 0 else values)
-
-    def check(self, values) -> None:
-        """Refuse numbers that are out of bounds, or not finite, by an OptionError."""
-        for number in values if isinstance(values, (list, tuple)) else [values]:
-            if not isinstance(number, (int, float)):
-                continue
-            if isinstance(number, float) and not math.isfinite(number):
-                raise OptionError(f'{flag(self.dest)} {number}: must be a finite number')
-            for name, bound in self.bounds.items():
-                if not BOUNDS[name](number, bound):
-                    raise OptionError(f'{flag(self.dest)} {number}: must be {name.replace("_", " ")} {bound}')
-
-
-class StoreTrueAction(StoreAction):
-    """Store True."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, nargs=0, default=False, **kwargs)
-
-
-class ParseKwargs(argparse.Action):
-    """Store key=value pairs as a dict, by timm's action of the same name."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        from timm import utils
-        for value in values:
-            if value and '=' not in value:
-                raise argparse.ArgumentError(self, f'{value!r} is not of the form key=value')
-        utils.ParseKwargs.__call__(self, parser, namespace, values, option_string)
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser with the actions above, which raises OptionError in place of printing its usage and exiting."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.register('action', None, StoreAction)
-        self.register('action', 'store_true', StoreTrueAction)
-
-    def error(self, message):
-        raise OptionError(message.removeprefix('argument '))
 
 
 def create_parser() -> Parser:
@@ -104,21 +40,11 @@ def add_timm_flags(parser: Parser) -> None:
 def _add_data_flags(parser):
     add = parser.add_argument_group('Dataset parameters').add_argument
     parser.add_argument('data', nargs='?', metavar='DIR', help='dataset folder (older spelling of --data-dir)')
-    add('--data-dir', metavar='DIR', help='dataset folder, or a .tar of class folders')
-    add('--dataset', metavar='NAME', default='', help='torch/, hfds/, hfids/, wds/ or tfds/NAME; digits; synthetic')
+    add_source_flags(add)
     add('--train-split', metavar='NAME', default='train', help='split to train on')
     add('--val-split', metavar='NAME', default='validation', help='split to evaluate on, "" for none')
     add('--train-num-samples', type=int, at_least=1, help='length of a streamed or synthetic split')
     add('--val-num-samples', type=int, at_least=1, help='length of a streamed or synthetic split')
-    add('--dataset-download', action='store_true', help='let torch/ and tfds/ datasets download')
-    add('--class-map', type=str, default='', metavar='FILENAME', help='file of class name -> index')
-    add('--input-img-mode', type=str, choices=IMAGE_MODES, help='PIL mode images are converted to')
-    add('--input-key', type=str, help='name of the image field')
-    add('--target-key', type=str, help='name of the label field; a,b,c of one yes-or-no field for each class')
-    add('--target-format', type=str, choices=TARGET_FORMATS, help='form of multi-label targets, indices if not given')
-    add('--task', type=str, default='classification', choices=TASKS, help='one label an image, or several')
-    add('--multilabel-threshold', type=float, default=0.5, above=0, below=1, help='probability of a label, for F1')
-    add('--dataset-trust-remote-code', action='store_true', runs_code=True, help='let a dataset on the Hub run code')
 
 
 def _add_model_flags(parser):
@@ -131,14 +57,9 @@ def _add_model_flags(parser):
     add('--no-resume-opt', action='store_true', help='resume the weights, not the optimizer')
     add('--gp', type=str, metavar='POOL', help='global pooling: fast, avg, max, avgmax, catavgmax')
     add_input_flags(add)
-    add('--input-size', type=int, nargs=3, at_least=1, at_most=16384, help='channels, height and width')
-    add('--crop-pct', type=float, at_least=0.05, at_most=2, help='share of the image that evaluation keeps')
-    add('--mean', type=float, nargs='+', help='pixel mean for normalization')
-    add('--std', type=float, nargs='+', above=0, help='standard deviation of pixels for normalization')
-    add('--interpolation', type=str, default='', choices=('', *FILTERS), help='resize filter for evaluation')
+    add_preprocessing_flags(add)
     add('-b', '--batch-size', type=int, default=128, at_least=1, help='images per process and step')
     add('-vb', '--validation-batch-size', type=int, at_least=1, help='batch size for evaluation')
-    add('--channels-last', action='store_true', help='keep tensors in channels_last layout')
     add('--fuser', type=str, default='', help='TorchScript fuser (refused: use --torchcompile)')
     add('--grad-accum-steps', type=int, default=1, help='batches per optimizer update')
     add('--grad-checkpointing', action='store_true', help='recompute activations to save memory')
@@ -149,9 +70,7 @@ def _add_model_flags(parser):
     add('--torchscript', action='store_true', help='script the model (refused: use --torchcompile)')
     add('--torchcompile', nargs='?', type=str, const='inductor', help='compile the model')
     add = parser.add_argument_group('Device parameters').add_argument
-    add('--device', type=str, default='cuda', help='device to train on; where not given, the best one present')
-    add('--amp', action='store_true', help='mixed precision')
-    add('--amp-dtype', type=str, default='float16', choices=('float16', 'bfloat16'), help='on a CPU bfloat16')
+    add_device_flags(add)
     add('--model-dtype', type=str, choices=('float32', 'float16', 'bfloat16'), help='dtype of the weights')
     add('--no-ddp-bb', action='store_true', help='do not broadcast buffers between processes')
     add('--synchronize-step', action='store_true', help='wait for the device after each step')
@@ -287,7 +206,7 @@ def _add_run_flags(parser):
     add('--recovery-interval', type=int, default=0, at_least=0, help='updates between recovery checkpoints')
     add('--save-epochs', type=int, nargs='+', at_least=1, help='keep milestone-N.pth.tar after so many epochs')
     add('--checkpoint-hist', type=int, default=10, at_least=1, help='checkpoints to keep')
-    add('-j', '--workers', type=int, default=4, at_least=0, help='loader workers per process')
+    add_loader_flags(add)
     add('--save-images', action='store_true', help='write a training batch at every log line')
     add('--pin-mem', action='store_true', help='pin host memory')
     add('--no-prefetcher', action='store_true', help='normalize on the CPU')
@@ -363,11 +282,66 @@ def add_our_flags(parser: Parser) -> None:
 
 
 def add_input_flags(add) -> None:
-    """Add the flags of a model's input and output, which train.py and ``dks-timm inspect`` share."""
+    """Add the flags of a model's input and output."""
     add('--num-classes', type=int, at_least=1, help='number of classes, the model\'s if not given')
     add('--img-size', type=int, at_least=1, at_most=16384, help='height and width of the input')
     add('--in-chans', type=int, at_least=1, help='input channels')
     add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help='more model arguments')
+
+
+def add_source_flags(add) -> None:
+    """Add the flags of a dataset, whatever its splits."""
+    add('--data-dir', metavar='DIR', help='dataset folder, or a .tar of class folders')
+    add('--dataset', metavar='NAME', default='', help='torch/, hfds/, hfids/, wds/ or tfds/NAME; digits; synthetic')
+    add('--dataset-download', action='store_true', help='let torch/ and tfds/ datasets download')
+    add('--class-map', type=str, default='', metavar='FILENAME', help='file of class name -> index')
+    add('--input-img-mode', type=str, choices=IMAGE_MODES, help='PIL mode images are converted to')
+    add('--input-key', type=str, help='name of the image field')
+    add('--target-key', type=str, help='name of the label field; a,b,c of one yes-or-no field for each class')
+    add('--target-format', type=str, choices=TARGET_FORMATS, help='form of multi-label targets, indices if not given')
+    add('--task', type=str, default='classification', choices=TASKS, help='one label an image, or several')
+    add('--multilabel-threshold', type=float, default=0.5, above=0, below=1, help='probability of a label, for F1')
+    add('--dataset-trust-remote-code', action='store_true', runs_code=True, help='let a dataset on the Hub run code')
+
+
+def add_preprocessing_flags(add) -> None:
+    """Add the flags that say how evaluation makes a model's input of an image."""
+    add('--input-size', type=int, nargs=3, at_least=1, at_most=16384, help='channels, height and width')
+    add('--crop-pct', type=float, at_least=0.05, at_most=2, help='share of the image that evaluation keeps')
+    add('--mean', type=float, nargs='+', help='pixel mean for normalization')
+    add('--std', type=float, nargs='+', above=0, help='standard deviation of pixels for normalization')
+    add('--interpolation', type=str, default='', choices=('', *FILTERS), help='resize filter for evaluation')
+    add('--channels-last', action='store_true', help='keep tensors in channels_last layout')
+
+
+def add_device_flags(add) -> None:
+    """Add the flags of device and precision."""
+    add('--device', type=str, default='cuda', help='device to run on; where not given, the best one present')
+    add('--amp', action='store_true', help='mixed precision')
+    add('--amp-dtype', type=str, default='float16', choices=('float16', 'bfloat16'), help='on a CPU bfloat16')
+
+
+def add_loader_flags(add) -> None:
+    """Add the flags of the processes that load images."""
+    add('-j', '--workers', type=int, default=4, at_least=0, help='loader workers per process')
+
+
+def add_validation_flags(add) -> None:
+    """Add the flags of ``dks-timm validate``; stored are those that are given, as a checkpoint's run has others."""
+    def add_without_default(*names, **kwargs):
+        add(*names, **kwargs).default = argparse.SUPPRESS
+
+    add_source_flags(add_without_default)
+    # Errors about data name flags of train.py, and so they are flags here, too.
+    add_without_default('--split', '--val-split', dest='val_split', type=str, metavar='NAME',
+                        help='split to evaluate on, validation if not given; "" for --data-dir itself')
+    add_without_default('--num-samples', '--val-num-samples', dest='val_num_samples', type=int, at_least=1,
+                        help='length of a streamed or synthetic split')
+    add_input_flags(add_without_default)
+    add_preprocessing_flags(add_without_default)
+    add_without_default('-b', '--batch-size', type=int, at_least=1, help='images at a time, 256 if not given')
+    add_loader_flags(add_without_default)
+    add_device_flags(add_without_default)
 
 
 def add_branch_flags(add) -> None:

@@ -151,14 +151,15 @@ def check_dataset(args):
         return
     if not os.path.isdir(root) and not (is_tar and os.path.exists(root)):
         raise OptionError(f'--data-dir {root}: no such folder or .tar file')
-    if is_tar and args.val_split:
+    if is_tar and args.val_split and args.train_split:
         _logger.warning(f'--data-dir {root} has no splits: evaluation is on the training images (--val-split "").')
     for dest in ('train_split', 'val_split'):
         split = getattr(args, dest)
         whole = is_tar or dest == 'train_split' and not args.val_split  # timm then trains on the folder itself
         if split and not whole and split_root(root, split) == root:
             there = ', '.join(sorted(os.listdir(root))[:8]) or 'nothing'
-            raise OptionError(f'{flag(dest)} {split}: --data-dir {root} has no such folder; it has {there}')
+            itself = '' if args.train_split else '; "" is the folder itself'
+            raise OptionError(f'{flag(dest)} {split}: --data-dir {root} has no such folder; it has {there}{itself}')
 
 
 def split_root(root: str, split: str) -> str:

@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dks_timm import create_dks_model
+from dks_timm import create_dks_model, prune
 from dks_timm.method.cost import exit_flops, inspect_model
 from dks_timm.training.metrics import THRESHOLDS, HeadCounts
 
@@ -78,6 +78,13 @@ def test_what_an_exit_costs_is_what_its_forward_computes(name, fast_norm, monkey
             assert exits.tolist() == [0 if threshold > 1 else i + 1]
             assert counter.get_total_flops() == wanted + cost['branch']
     assert counted['branches'][0]['to_stage'] < counted['branches'][1]['to_stage'] < counted['backbone']
+
+
+def test_what_an_exit_costs_is_counted_at_any_image_size_and_after_pruning():
+    wanted = exit_flops(create_dks_model('test_resnet', num_classes=4, image_size=(96, 96)), (3, 96, 96))
+    other = create_dks_model('test_resnet', num_classes=4)  # its tails are planned for another size
+    prune(other)
+    assert exit_flops(other, (3, 96, 96)) == wanted
 
 
 def test_an_early_exit_needs_evaluation_mode(net):

@@ -18,9 +18,11 @@ from dks_timm.training import build, config, data, metrics, readers
 # Labels of image number i of three classes, as indices.
 LABELS = [[0], [0, 2], [], [1, 2], [2], [0, 1, 2]]
 SMALL = [
-    '--task', 'multilabel', '--dataset', 'multidigits', '--num-classes', '10', '--model', 'test_resnet', '--img-size', '32',
-    '--device', 'cpu', '-b', '250', '--workers', '0', '--epochs', '1', '--warmup-epochs', '0', '--opt', 'adamw', '--lr', '2e-3',
-    '--data-on-device', '--no-aug']
+    '--task', 'multilabel', '--dataset', 'multidigits', '--num-classes', '10', '--model', 'test_resnet',
+    '--img-size', '32', '--device', 'cpu', '-b', '250', '--workers', '0', '--epochs', '1', '--warmup-epochs', '0',
+    '--opt', 'adamw', '--lr', '2e-3', '--data-on-device', '--no-aug']
+# The run of the fixture.
+TWO_EPOCHS = ['--dks', '--epochs', '2', '--model-ema', '--model-ema-decay', '0.5', '--seed', '1']
 
 
 def hot(i):
@@ -76,8 +78,8 @@ def test_every_form_of_targets_becomes_one_vector_an_image(tmp_path, kind, field
     for x, target in train:
         assert target.dtype == torch.float32 and target.shape == (len(x), 3)
     names = data.label_names(readers.create(args, 'val', is_training=False))
-    assert names == dict(
-        indices=None if kind == 'wds' else list('abc'), multihot=None, fields=['nested/a', 'nested/b', 'nested/c'])[field]
+    of_classes = None if kind == 'wds' else list('abc')
+    assert names == dict(indices=of_classes, multihot=None, fields=['nested/a', 'nested/b', 'nested/c'])[field]
 
 
 @pytest.mark.parametrize('more, said', [
@@ -121,8 +123,8 @@ def test_ensemble_is_the_mean_of_the_probabilities():
 def run(tmp_path_factory):
     """A run with branches, its average, and the exported network with the branches beside it."""
     root = tmp_path_factory.mktemp('run')
-    main(*SMALL, '--dks', '--epochs', '2', '--model-ema', '--model-ema-decay', '0.5', '--output', root, '--experiment', 'x',
-         '--export-dir', root / 'model', '--keep-branches', '--seed', '1')
+    export = ['--export-dir', root / 'model', '--keep-branches']
+    main(*SMALL, *TWO_EPOCHS, *export, '--output', root, '--experiment', 'x')
     return root
 
 
@@ -160,7 +162,7 @@ def test_the_card_has_map_and_f1_and_says_how_to_read_the_outputs(run):
     found = {result.metric_name: result.metric_value for result in card.data.eval_results}
     last = max(rows(run / 'x'), key=lambda row: float(row['eval_map']))
     assert found['Mean average precision of the backbone (%)'] == pytest.approx(float(last['eval_map']))
-    assert {'Micro F1 of the backbone (%)', 'Macro F1 of the backbone (%)', 'Sample F1 of the backbone (%)'} < set(found)
+    assert {f'{average} F1 of the backbone (%)' for average in ('Micro', 'Macro', 'Sample')} < set(found)
     assert '.sigmoid()' in card.text and 'softmax' not in card.text and 'early_exit' not in card.text
     assert "function_to_apply='sigmoid'" in card.text and 'an image may have several' in card.text
 
@@ -173,17 +175,14 @@ def test_the_report_shows_map_and_leaves_early_exits_out(run):
 
 
 def test_runs_of_both_tasks_have_no_report_in_common(run, tmp_path, capsys):
-    main('--dataset', 'digits', '--num-classes', '10', '--model', 'test_resnet', '--img-size', '32', '--device', 'cpu', '-b',
-         '500', '--workers', '0', '--epochs', '1', '--warmup-epochs', '0', '--data-on-device', '--no-aug', '--output', tmp_path,
-         '--experiment', 'single')
+    main(*SMALL, '--task', 'classification', '--dataset', 'digits', '--output', tmp_path, '--experiment', 'single')
     capsys.readouterr()
     assert dks_timm_command(['report', str(run / 'x'), str(tmp_path / 'single'), '--output', str(tmp_path / 'r')]) == 2
     assert 'no metric in common' in capsys.readouterr().err
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(run, tmp_path):
-    argv = [*SMALL, '--dks', '--epochs', '2', '--model-ema', '--model-ema-decay', '0.5', '--seed', '1', '--output', tmp_path,
-            '--experiment', 'x']
+    argv = [*SMALL, *TWO_EPOCHS, '--output', tmp_path, '--experiment', 'x']
     main(*argv, '--stop-epoch', '1')
     assert len(rows(tmp_path / 'x')) == 1
     main(*argv, '--resume', 'auto')
@@ -227,7 +226,8 @@ def test_counts_of_the_classes_are_those_of_the_training_data(tmp_path):
     counts, count = data.class_stats(args, dataset, 3)
     assert (counts.tolist(), count) == ([6., 4., 8.], 12)
     (tmp_path / 'stats.json').write_text(json.dumps(dict(pos_counts=[1, 2, 3], num_samples=9)))
-    counts, count = data.class_stats(sets.parse(*more, '--loss', 'db', '--class-stats', tmp_path / 'stats.json'), dataset, 3)
+    args = sets.parse(*more, '--loss', 'db', '--class-stats', tmp_path / 'stats.json')
+    counts, count = data.class_stats(args, dataset, 3)
     assert (counts.tolist(), count) == ([1., 2., 3.], 9)
     assert data.class_stats(sets.parse(*more), dataset, 3) is None
 
@@ -256,8 +256,8 @@ def test_two_processes_have_the_metrics_of_one(tmp_path):
 
 
 def test_milestones_stay_and_a_run_stops_where_it_is_told(tmp_path):
-    main(*SMALL, '--epochs', '4', '--stop-epoch', '3', '--save-epochs', '1', '3', '--val-interval', '2', '--checkpoint-hist', '1',
-         '--sched', 'wsd', '--sched-on-updates', '--output', tmp_path, '--experiment', 'x')
+    wsd = ['--epochs', '4', '--sched', 'wsd', '--sched-on-updates', '--output', tmp_path]
+    main(*SMALL, *wsd, '--stop-epoch', '3', '--save-epochs', '1', '3', '--val-interval', '2', '--experiment', 'x')
     files = {file.name for file in (tmp_path / 'x').iterdir()}
     assert {'milestone-1.pth.tar', 'milestone-3.pth.tar'} < files
     with open(tmp_path / 'x/summary.csv', newline='') as f:
@@ -267,6 +267,5 @@ def test_milestones_stay_and_a_run_stops_where_it_is_told(tmp_path):
     epochs = [torch.load(tmp_path / f'x/milestone-{n}.pth.tar', weights_only=False)['epoch'] for n in (1, 3)]
     assert epochs == [0, 2]
     # A cooldown of its own from there: the schedule as if the run had gone on.
-    main(*SMALL, '--epochs', '4', '--sched', 'wsd', '--sched-on-updates', '--resume', tmp_path / 'x/milestone-3.pth.tar',
-         '--output', tmp_path, '--experiment', 'y')
+    main(*SMALL, *wsd, '--resume', tmp_path / 'x/milestone-3.pth.tar', '--experiment', 'y')
     assert [row['epoch'] for row in rows(tmp_path / 'y')] == ['3'] and float(rows(tmp_path / 'y')[0]['lr']) < 2e-3
