@@ -23,11 +23,11 @@ INTRODUCTION = '''\
 
 Written by `python benchmarks/multilabel.py`, which trains what is not here yet: `{recipe}` with a method's
 flags and seeds {seeds}, {epochs} epochs in bfloat16; a .csv is the summary.csv of a run. The data is built in
-(`--dataset multidigits`): two or three of ten digits on a canvas of 32x32 pixels, 4,000 to train with and 1,000 others,
-made of other digits, to validate with. After the last epoch, in percent, mean and standard deviation over the seeds: mean
-average precision (mAP) of the backbone, of each branch and of all together (the mean of their probabilities), and the
-backbone's F1 over all labels from a probability of 0.5 on. The difference to the baseline is that of the backbones' mAP,
-with its standard error.'''
+(`--dataset multidigits`): two or three of ten digits on a canvas of 32x32 pixels, 4,000 to train with and 1,000
+others, made of other digits, to validate with. After the last epoch, in percent, mean and standard deviation over the
+seeds: mean average precision (mAP) of the backbone, of each branch and of all together (the mean of their
+probabilities), and the backbone's F1 over all labels from a probability of 0.5 on. The difference to the baseline is
+that of the backbones' mAP, with its standard error.'''
 
 
 def command(method: str, seed: int, output: str):

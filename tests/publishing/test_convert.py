@@ -77,7 +77,7 @@ def test_the_weights_may_lie_in_other_places(form, model, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize('flags, message', [
-    ([], "dks.pth.tar' does not say how its model was made; give one of a run, or --model NAME"),
+    ([], "dks.pth.tar' does not say how its model was made; give one of a run, or for dks-timm export --model NAME"),
     (['--model', 'resnet34'], 'other weights: Error(s) in loading state_dict for ResNet: Missing key(s)'),
     (['--model', 'resnet10t'], 'other weights: '),
     (['--model', 'resnet18', '--num-classes', '9'], 'size mismatch for fc.weight'),

@@ -174,6 +174,26 @@ def test_the_report_shows_map_and_leaves_early_exits_out(run):
     assert 'Early exits' not in page and 'How often heads agree' not in page
 
 
+@pytest.mark.parametrize('model, more', [
+    ('x/model_best.pth.tar', []),
+    ('model', ['--dataset', 'multidigits', '--task', 'multilabel'])])
+def test_validate_finds_what_the_run_did_and_a_threshold_for_every_head(run, capsys, model, more):
+    assert dks_timm_command(['validate', str(run / model), '--workers', '0', '--json', *more]) == 0
+    found = json.loads(capsys.readouterr().out)
+    best = max(rows(run / 'x'), key=lambda row: float(row['eval_map']))
+    backbone = found['heads']['backbone']
+    assert list(backbone) == ['loss', 'map', 'micro_f1', 'macro_f1', 'sample_f1', 'cost']
+    for name in ('map', 'micro_f1', 'macro_f1', 'sample_f1', 'loss'):
+        assert backbone[name] == pytest.approx(float(best[f'eval_{name}']), rel=1e-3), name
+    for head in ('stage2', 'stage3', 'ensemble'):
+        assert found['heads'][head]['map'] == pytest.approx(float(best[f'eval_map_{head}']), rel=1e-3)
+    assert list(found['thresholds']) == list(found['heads'])
+    for chosen in found['thresholds'].values():
+        assert chosen['micro_f1'] >= chosen['micro_f1_at_half'] - 1 and 0 < chosen['threshold'] < 1
+    assert dks_timm_command(['validate', str(run / model), '--workers', '0', *more]) == 0
+    assert 'that with the best micro F1' in capsys.readouterr().out
+
+
 def test_runs_of_both_tasks_have_no_report_in_common(run, tmp_path, capsys):
     main(*SMALL, '--task', 'classification', '--dataset', 'digits', '--output', tmp_path, '--experiment', 'single')
     capsys.readouterr()
