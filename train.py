@@ -43,7 +43,6 @@ def create_run(args, given, args_text, argv):
     Returns:
         The Trainer (dks_timm.training.loop.Trainer), or None where nothing is left to train.
     """
-    from timm.data import resolve_data_config
     from timm.layers import set_fast_norm
 
     from dks_timm.method.cost import exit_flops
@@ -63,9 +62,7 @@ def create_run(args, given, args_text, argv):
         model = build.create_model(args)
         if args.num_classes is None:
             data.check_num_classes(model.num_classes, dataset_train)
-        data_config = resolve_data_config(vars(args), model=model, verbose=accelerator.is_main_process)
-        if args.in_chans:  # which timm heeds beside --img-size only
-            data_config['input_size'] = (args.in_chans, *data_config['input_size'][1:])
+        data_config = data.resolve_preprocessing(args, model, verbose=accelerator.is_main_process)
         facts = {}
         if args.dks and accelerator.is_main_process:
             facts['exit_flops'] = exit_flops(model, data_config['input_size'])
@@ -90,7 +87,7 @@ def create_run(args, given, args_text, argv):
         trainer.open_output(args_text, data_config['input_size'], resume)
         facts.update(
             lr=lr, num_classes=model.num_classes, device=str(accelerator.device), world_size=accelerator.num_processes)
-        command = [os.path.basename(__file__), *argv]
+        command = [*(['dks-timm', 'train'] if __package__ else [os.path.basename(__file__)]), *argv]
         facts.update(card.provenance({**vars(args), **facts}, command, model, label_names))
     return trainer
 

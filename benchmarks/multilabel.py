@@ -17,7 +17,7 @@ from common import ROOT, describe_machine, table
 from paper_plan import METHODS
 from paper_tables import spread, squared_error
 
-COMPARED = ('baseline', 'ds', 'dks', 'dks_t3', 'to_backbone_t3')
+COMPARED = ('baseline', 'ds', 'dks', 'to_backbone_t3')
 INTRODUCTION = '''\
 # Several labels an image
 

@@ -26,6 +26,8 @@ from sklearn.datasets import load_digits
 from timm.models import save_for_hf
 from timm.utils import load_checkpoint_metadata
 
+from dks_timm.training.validate import validate as validate_here
+
 BASE = '--num-classes 10 --img-size 32 --epochs 2 -b 32 -j 1 --device cpu --warmup-epochs 1'
 CNN = '--model resnet10t --lr 0.05'
 COMBINATIONS = {
@@ -167,13 +169,15 @@ def read_with_timms_tools(timm_scripts, work, ours):
             '--checkpoint', checkpoint, *arguments)
         return json.loads(printed.partition('--result')[2])['top1']
 
-    found = validate(out / 'ours' / 'last.pth.tar', '--use-ema')
+    last = out / 'ours' / 'last.pth.tar'
+    found = validate(last, '--use-ema')
+    by_us = validate_here(str(last), {})['heads']['backbone']
     averaged = out / 'averaged.pth'
     averaged.unlink(missing_ok=True)
     script('avg_checkpoints.py', '--input', out / 'ours', '--output', averaged)
     return [
         ('`validate.py --use-ema`', 'last.pth.tar of a run with `--dks`',
-         f'top-1 {found:.3f}, in summary.csv {recorded:.3f}'),
+         f'top-1 {found:.3f}, in summary.csv {recorded:.3f}, by `dks-timm validate` {by_us["top1"]:.3f}'),
         ('`avg_checkpoints.py`, `validate.py`', 'its checkpoints', f'top-1 {validate(averaged):.3f}'),
     ]
 

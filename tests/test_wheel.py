@@ -68,29 +68,25 @@ def test_train_py_is_in_the_package_by_a_link_so_that_there_is_one_source():
     assert (ROOT / 'dks_timm/train.py').resolve() == ROOT / 'train.py'
 
 
-@pytest.mark.parametrize('program', [
-    ['-m', 'dks_timm.train'],
-    ['{installed}/bin/dks-timm', 'train'],
-    ['-m', 'accelerate.commands.launch', '--cpu', '-m', 'dks_timm.train'],
-], ids=['python -m', 'dks-timm', 'accelerate launch -m'])
-def test_the_quickstart_trains_from_the_wheel_and_exports_what_timm_loads(program, installed, tmp_path):
+def test_the_quickstart_trains_from_the_wheel_and_exports_what_timm_loads(installed, tmp_path):
     env = dict(PYTHONPATH=str(installed))
     where = run(sys.executable, '-c', 'import dks_timm; print(dks_timm.__file__)', cwd=tmp_path, **env)
     assert Path(where.strip()) == installed / 'dks_timm/__init__.py'
-    run(sys.executable, *(word.format(installed=installed) for word in program), *TRAIN, cwd=tmp_path, **env)
+    launch = ['-m', 'accelerate.commands.launch', '--cpu', '-m', 'dks_timm.train']
+    run(sys.executable, *launch, *TRAIN, cwd=tmp_path, **env)
     model = timm.create_model(f'local-dir:{tmp_path}/output/quickstart/model', pretrained=True)
     assert model.num_classes == 10
     # The card is written by the template of the wheel, and tells the command.
-    assert 'train.py --config quickstart' in (tmp_path / 'output/quickstart/model/README.md').read_text()
+    assert 'dks-timm train --config quickstart' in (tmp_path / 'output/quickstart/model/README.md').read_text()
 
 
-@pytest.mark.parametrize(('name', 'words'), [
-    ('quikstart', 'no recipe has that name; closest: quickstart'),
-    ('resnet20.yaml', 'closest: cifar100/resnet20'),
+@pytest.mark.parametrize(('program', 'name', 'words'), [
+    (['-m', 'dks_timm.train'], 'quikstart', 'no recipe has that name; closest: quickstart'),
+    (['{installed}/bin/dks-timm', 'train'], 'resnet20.yaml', 'closest: cifar100/resnet20'),
 ])
-def test_an_unknown_recipe_is_one_line_with_the_closest_names(name, words, installed, tmp_path):
-    said = run(
-        sys.executable, '-m', 'dks_timm.train', '--config', name, cwd=tmp_path, code=2, PYTHONPATH=str(installed))
+def test_an_unknown_recipe_is_one_line_with_the_closest_names(program, name, words, installed, tmp_path):
+    program = [word.format(installed=installed) for word in program]
+    said = run(sys.executable, *program, '--config', name, cwd=tmp_path, code=2, PYTHONPATH=str(installed))
     assert said.startswith(f'train.py: error: --config {name}: ') and words in said and said.count('\n') == 1
 
 
@@ -104,7 +100,7 @@ def test_a_wheel_without_recipes_says_so_in_one_line(installed, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_fresh_environment_trains_exports_and_loads_with_the_wheel_alone(built, tmp_path):
+def test_a_fresh_environment_trains_validates_exports_and_loads_with_the_wheel_alone(built, tmp_path):
     """Downloads the dependencies: minutes, the network, and gigabytes of disk, which are given back."""
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
@@ -113,5 +109,6 @@ def test_a_fresh_environment_trains_exports_and_loads_with_the_wheel_alone(built
         run(programs / 'dks-timm', 'train', '--config', 'quickstart', '--epochs', '1', cwd=tmp_path)
         best = 'output/quickstart/model_best.pth.tar'
         run(programs / 'dks-timm', 'export', best, 'exported', cwd=tmp_path)
+        assert 'backbone' in run(programs / 'dks-timm', 'validate', 'exported', '--dataset', 'digits', cwd=tmp_path)
         load = "import timm; print(timm.create_model('local-dir:exported', pretrained=True).num_classes)"
         assert run(programs / 'python', '-c', load, cwd=tmp_path).endswith('10\n')

@@ -132,7 +132,8 @@ def baseline(args: Mapping[str, Any], folder: str) -> Dict[str, Any]:
         raise InputError(f'baseline {str(folder)!r}: {e}') from e
     if not other.best:
         raise InputError(f'baseline {str(folder)!r} is no run with an evaluated epoch: {" ".join(other.notes)}')
-    for name, of in (('model', lambda args: args['model']), ('data', dataset_name)):
+    same = dict(model=lambda args: args['model'], data=dataset_name, task=lambda args: args['task'])
+    for name, of in same.items():
         if of(args) != of(other.args):
             raise InputError(f'baseline {str(folder)!r} has {name} {of(other.args)!r}, this run {of(args)!r}')
     mine, theirs = run_settings(args), run_settings(other.args)

@@ -106,7 +106,12 @@ class Run:
     @property
     def finished(self) -> bool:
         """True if all epochs that were asked for are done."""
-        return bool(self.epochs) and self.epochs[-1]['epoch'] + 1 >= (self.args['stop_epoch'] or self.args['epochs'])
+        return bool(self.epochs) and self.epochs[-1]['epoch'] + 1 >= self.wanted
+
+    @property
+    def wanted(self) -> int:
+        """Number of epochs that were asked for."""
+        return min(self.args['epochs'], self.args['stop_epoch'] or self.args['epochs'])
 
     @property
     def best(self) -> Epoch:
@@ -145,7 +150,7 @@ def read_run(folder: PathLike) -> Run:
     noted = {**(last or best), 'exits': best.get('exits')}  # measured with the best weights
     run = Run(folder, {**vars(create_parser().parse_args([])), **settings}, epochs, noted)
     if not run.finished:
-        run.notes.append(f'{len(epochs)} of {run.args["epochs"]} epochs are done.')
+        run.notes.append(f'{len(epochs)} of {run.wanted} epochs are done.')
     if not last or not best:
         run.notes.append('A checkpoint is missing or broken: early exits, command, versions or time may be unknown.')
     return run

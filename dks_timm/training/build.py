@@ -133,9 +133,9 @@ def _check_input_size(args, model, input_size, subject):
 def create_criterion(args, num_classes=None, class_stats=None):
     """Create the loss of one classifier; ``class_stats`` are those of :func:`dks_timm.training.data.class_stats`."""
     settings = dict(smoothing=args.smoothing, soft_targets=mixup_active(args))
-    several = args.task == 'multilabel'
+    multi_label = args.task == 'multilabel'
     # Of --bce-loss, timm's script makes cross-entropy where targets are neither smoothed nor mixed.
-    binary = several or args.bce_loss and any(settings.values())
+    binary = multi_label or args.bce_loss and any(settings.values())
     loss = args.loss or ('jsd' if args.jsd_loss else 'bce' if binary else 'ce')
     if args.loss or loss == 'bce':
         settings.update(bce_target_thresh=args.bce_target_thresh, bce_sum=args.bce_sum, pos_weight=args.bce_pos_weight)
@@ -148,7 +148,7 @@ def create_criterion(args, num_classes=None, class_stats=None):
     for name in ('class_weight', 'pos_weight'):
         settings.update(_class_weights(args, name, num_classes, class_stats))
     with naming(given_flags(args, 'loss', 'loss_class_weight', 'loss_pos_weight'), ValueError):
-        return create_classification_loss(loss, multi_label=several, **settings)
+        return create_classification_loss(loss, multi_label=multi_label, **settings)
 
 
 def _class_weights(args, name, num_classes, class_stats):
@@ -171,12 +171,12 @@ def create_task(args, model, accelerator, class_stats=None):
     distillation = None
     if args.kd_model_name is not None:
         distillation = _create_distillation_task(args, model.backbone if args.dks else model, criterion, common)
-    several = dict(threshold=args.multilabel_threshold) if args.task == 'multilabel' else {}
+    multi_label = dict(threshold=args.multilabel_threshold) if args.task == 'multilabel' else {}
     if not args.dks:
-        create = tasks.MultiLabelClassificationTask if several else tasks.ClassificationTask
-        return distillation or create(model, criterion=criterion, **several, **common)
+        create = tasks.MultiLabelClassificationTask if multi_label else tasks.ClassificationTask
+        return distillation or create(model, criterion=criterion, **multi_label, **common)
     loss_fn = _create_dks_loss(args, criterion, num_classifiers=1 + len(model.branches))
-    common.update(every=args.dks_every, start_epoch=args.dks_start_epoch, multi_label=bool(several), **several)
+    common.update(every=args.dks_every, start_epoch=args.dks_start_epoch, multi_label=bool(multi_label), **multi_label)
     if distillation is not None:
         return DKSDistillationTask(model, distillation, loss_fn, **common)
     return DKSTask(model, loss_fn, **common)

@@ -20,6 +20,7 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from .._compat import tree_map_only
 from ..errors import UNREADABLE, InputError, OptionError, naming, out_of_memory, why
+from .flags import create_parser
 
 _logger = logging.getLogger(__name__)
 
@@ -56,10 +57,10 @@ def find_resume(args, args_text: str) -> str:
     if args.experiment:
         folders = [root / args.experiment]
     else:
-        wanted = _without_resume(args_text)
+        wanted = _settings(args_text)
         # A link may lead out of --output.
         files = [f for f in root.glob('*/args.yaml') if not f.parent.is_symlink()]
-        folders = [f.parent for f in files if _without_resume(f.read_text(errors='replace')) == wanted]
+        folders = [f.parent for f in files if _settings(f.read_text(errors='replace')) == wanted]
         folders = sorted(folders, key=lambda f: f.stat().st_mtime, reverse=True)[:1]
     for folder in folders:
         files = [file for pattern in _PATTERNS for file in folder.glob(pattern)]
@@ -72,9 +73,12 @@ def find_resume(args, args_text: str) -> str:
     return ''
 
 
-def _without_resume(args_text):
+def _settings(args_text):
+    """Return the settings in an args.yaml, but for those that may be other ones when a run goes on."""
+    defaults = vars(create_parser().parse_args([]))  # of flags that came after the file
+    may_differ = {name: defaults[name] for name in ('resume', 'stop_epoch', 'save_epochs')}
     try:
-        return {**yaml.safe_load(args_text), 'resume': ''}
+        return {**defaults, **yaml.safe_load(args_text), **may_differ}
     except (TypeError, yaml.YAMLError):  # not written to its end, or not by a run
         return None
 
@@ -209,6 +213,7 @@ class Output:
 class Saver(Output, CheckpointSaver):
     """timm's saver, whose files are whole or not there, and hold the state of the run, its configuration and facts."""
     run: Optional[Dict[str, Any]] = None  # from RunState.collect
+    milestones: Sequence[int] = ()  # epochs after which a checkpoint stays
     source = ''  # an existing checkpoint to take in place of writing one
 
     def __init__(self, *args: Any, facts: Optional[Dict[str, Any]] = None, **kwargs: Any):
@@ -241,10 +246,13 @@ class Saver(Output, CheckpointSaver):
         _put(beside, dst)
 
     def save_checkpoint(self, epoch, metric=None):
-        return self.attempt('The checkpoint', super().save_checkpoint, epoch, metric) or (None, None)
+        def save():
+            found = super(Saver, self).save_checkpoint(epoch, metric)
+            if epoch + 1 in self.milestones:
+                self.save_milestone(epoch + 1)
+            return found
 
-    def save_milestone(self, completed_epochs):
-        self.attempt('The milestone', super().save_milestone, completed_epochs)
+        return self.attempt('The checkpoint', save) or (None, None)
 
     def save_recovery(self, epoch, batch_idx=0):
         self.attempt('The recovery checkpoint', super().save_recovery, epoch, batch_idx)

@@ -5,7 +5,7 @@ The first of these that has a value for a setting decides::
     command line    --epochs 90
     recipe          epochs: 90, in the YAML file of --config
     launcher        ACCELERATE_... variables, see launcher_settings
-    default         of the flag, see flags.py
+    default         of the flag, see flags.py; of some it hangs on another flag, see other_defaults
 
 Nothing here imports torch or timm when it is loaded: ``--help`` and a mistyped flag are answered at once.
 """
@@ -287,26 +287,35 @@ def _combinations(args, given):
         f'{_spelled(args, "train_batch_sizes")}: must be even for mixup')
     yield args.tta > 1 and (args.validation_batch_size or args.batch_size) % args.tta, (
         f'--tta {args.tta}: the evaluation batch (-vb) must be a multiple of it')
-    yield args.dks and args.dks_start_epoch >= args.epochs, (
-        f'--dks-start-epoch {args.dks_start_epoch}: not within the {args.epochs} epochs; or use --dks-direction none')
+    epochs = min(args.epochs, args.stop_epoch or args.epochs)
+    yield args.dks and args.dks_start_epoch >= epochs, (
+        f'--dks-start-epoch {args.dks_start_epoch}: not within the {epochs} epochs; or use --dks-direction none')
 
 
 def _task(args, given):
-    several = args.task == 'multilabel'
+    multi_label = args.task == 'multilabel'
     parser = create_parser()
     changed = [name for name in given if given[name] != parser.get_default(name)]  # args.yaml gives all flags
     yield args.eval_metric not in METRICS[args.task], (
         f'--eval-metric {args.eval_metric}: not of --task {args.task}; use one of {", ".join(METRICS[args.task])}')
     for name in MULTI_LABEL:
-        yield name in changed and not several, f'{_spelled(args, name)}: needs --task multilabel'
-    yield args.target_key and ',' in args.target_key and not several, (
+        yield name in changed and not multi_label, f'{_spelled(args, name)}: needs --task multilabel'
+    yield args.target_key and ',' in args.target_key and not multi_label, (
         f'--target-key {args.target_key}: several fields need --task multilabel')
     for name in ('kd_model_name', 'jsd_loss'):
-        yield several and getattr(args, name), f'{_spelled(args, name)}: not with --task multilabel; leave it out'
+        yield multi_label and getattr(args, name), f'{_spelled(args, name)}: not with --task multilabel; leave it out'
     for name in changed:
         loss = name.partition('_')[0]
         yield loss in LOSSES_WITH_FLAGS and args.loss != loss, f'{flag(name)}: needs --loss {loss}'
     yield args.loss == 'jsd' and not args.aug_splits, '--loss jsd: needs --aug-splits'
+    weighted = args.loss_class_weight or args.loss_pos_weight
+    for name in ('loss_weight_power', 'loss_weight_beta', 'loss_weight_max'):
+        yield name in changed and not weighted, f'{flag(name)}: needs --loss-class-weight or --loss-pos-weight'
+    yield args.class_stats and not weighted and args.loss != 'db', (
+        f'{_spelled(args, "class_stats")}: needs --loss-class-weight, --loss-pos-weight or --loss db')
+    for name, scheds in dict(lr_decay_fn=('wsd', 'rsqrt'), lr_stable_timescale=('rsqrt',)).items():
+        yield getattr(args, name) and args.sched not in scheds, (
+            f'{_spelled(args, name)}: needs --sched {" or ".join(scheds)}')
     yield args.bce_pos_weight is not None and args.loss_pos_weight, (
         '--loss-pos-weight: cannot be combined with --bce-pos-weight; use one of the two')
 

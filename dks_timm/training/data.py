@@ -12,15 +12,16 @@ from timm.data import (
     create_loader,
     create_naflex_loader,
     create_transform,
+    resolve_data_config,
 )
 from timm.loss import CLASS_WEIGHT_METHODS, load_class_stats
-from torchvision.transforms import RandomCrop
+from torchvision.transforms import Compose, RandomCrop
 
 from ..errors import OptionError, given_flags, naming
 from . import readers
 from .config import mixup_active
 from .device_data import DeviceLoader, decode
-from .images import LabelSets, check_label
+from .images import LabelEncoder, check_label
 from .streams import Stream, check_stream
 
 _logger = logging.getLogger(__name__)
@@ -70,17 +71,28 @@ def check_num_classes(num_classes, dataset):
         _logger.warning(f'The model has {num_classes} classes, the training data {present} (--num-classes).')
 
 
-def encoder(args, num_classes: int):
-    """Return the function that checks the target of an image and encodes it as the task takes it."""
+def resolve_preprocessing(args, model, **kwargs):
+    """Return timm's data_config, with the channels of --in-chans, which timm itself heeds beside --img-size only."""
+    data_config = resolve_data_config(vars(args), model=model, **kwargs)
+    channels, *size = data_config['input_size']
+    return {**data_config, 'input_size': (args.in_chans or channels, *size)}
+
+
+def encode_targets(args, dataset, num_classes: int) -> None:
+    """Have a dataset check the target of an image, after a class map, and encode it as the task takes it."""
     if args.task == 'multilabel':
-        return LabelSets(num_classes, dense=args.target_format == 'multihot')
-    return partial(check_label, num_classes=num_classes)
+        encode = LabelEncoder(num_classes, dense=args.target_format == 'multihot')
+    else:
+        encode = partial(check_label, num_classes=num_classes)
+    class_map = getattr(dataset, 'target_transform', None)
+    dataset.target_transform = Compose([class_map, encode]) if class_map else encode
 
 
 def class_stats(args, dataset, num_classes: int):
     """Return the number of images of each class and of all, or None where the loss asks for neither.
 
-    They are those of --class-stats or, without it, of the training data, where labels can be had without the images.
+    They are those of --class-stats or, without it, of the training data (after :func:`encode_targets`), where labels
+    can be had without the images.
 
     Raises:
         OptionError: There is no such file, or it is of other classes, or the data has to be read for its labels.
@@ -105,11 +117,13 @@ def class_stats(args, dataset, num_classes: int):
             raise OptionError(
                 f'{given_flags(args, *asked)}: needs counts of classes, which --dataset {args.dataset} does not tell; '
                 'give --class-stats FILE, from class_weights.py of timm')
-        encode = encoder(args, num_classes)
-        targets = [encode(dataset.target_transform(t) if dataset.target_transform else t) for t in targets]
-        num_samples = len(targets)
-        counts = torch.stack(targets).sum(0) if args.task == 'multilabel' else torch.tensor(targets).bincount(
-            minlength=num_classes)
+        counts, num_samples = torch.zeros(num_classes, dtype=torch.float64), 0
+        for target in map(dataset.target_transform, targets):
+            num_samples += 1
+            if torch.is_tensor(target):  # several labels
+                counts += target
+            else:
+                counts[target] += 1
     if len(counts) != num_classes:
         raise OptionError(f'--class-stats {args.class_stats}: is of {len(counts)} classes, the model of {num_classes}')
     return counts, num_samples
@@ -131,7 +145,7 @@ def create_loaders(args, train, val, data_config, model, accelerator):
         OptionError: for flags that these data, or this many processes, cannot have.
     """
     _check_loaders(args, train, data_config, accelerator)
-    train.encode = encoder(args, model.num_classes)
+    encode_targets(args, train, model.num_classes)
     train_kwargs = {**_common_kwargs(args, data_config, accelerator), **_train_kwargs(args, data_config)}
     mixup = _create_mixup(args, model.num_classes) if mixup_active(args) else None
     if args.data_on_device:
@@ -159,7 +173,7 @@ def create_loaders(args, train, val, data_config, model, accelerator):
 
 def create_eval_loader(args, dataset, data_config, model, accelerator, **kwargs):
     """Create timm's loader of the images of an evaluation, by timm's ``data_config``; kwargs are arguments of it."""
-    dataset.encode = encoder(args, model.num_classes)
+    encode_targets(args, dataset, model.num_classes)
     kwargs = {
         **_common_kwargs(args, data_config, accelerator), **_eval_kwargs(args, data_config, accelerator), **kwargs}
     if args.data_on_device:

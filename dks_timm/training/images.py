@@ -70,7 +70,7 @@ def check_label(label, num_classes: int):
     return label
 
 
-class LabelSets(MultiLabelTarget):
+class LabelEncoder(MultiLabelTarget):
     """timm's encoder of several labels as (num_classes,), whose refusals name the flags."""
 
     def __call__(self, target):
@@ -93,7 +93,6 @@ class Images(ImageDataset):
     def __init__(self, reader, input_img_mode: str, max_bad: int, target_transform=None):
         super().__init__('', reader=reader, input_img_mode=input_img_mode, target_transform=target_transform)
         self.bad_images = BadImages(max_bad, 'the next one takes its place')
-        self.encode = None  # checks and encodes targets; set once the model is known
 
     def __getitem__(self, index):
         while True:
@@ -107,8 +106,6 @@ class Images(ImageDataset):
         self.bad_images.in_a_row = 0
         if self.target_transform is not None:
             target = self.target_transform(target)
-        if self.encode is not None:
-            target = self.encode(target)
         return image if self.transform is None else self.transform(image), target
 
     def _name(self, index):

@@ -141,6 +141,7 @@ class Trainer:
             max_history=args.checkpoint_hist,
             task=self.shards or self.task,
         )
+        self.saver.milestones = args.save_epochs or ()
         logging.getLogger(utils.checkpoint_saver.__name__).setLevel(logging.WARNING)  # it lists all files every epoch
         self.records = Records(args, self.accelerator, self.output_dir, self.start_epoch)
         self.pictures = checkpoint.Output()
@@ -293,8 +294,6 @@ class Trainer:
             self.records.write(epoch, self.train_metrics, eval_metrics, lr, skipped, self.images_per_second)
         self.guard.skipped_since = 0
         best_epoch = self._save(self.state.mark(len(self.fetches)), epoch=epoch, metric=metric, over=True)
-        if self.saver is not None and epoch + 1 in (args.save_epochs or ()):
-            self.saver.save_milestone(epoch + 1)
         if on_best is not None and best_epoch == epoch:
             on_best()
         if self.scheduler is not None:

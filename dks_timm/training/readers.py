@@ -69,13 +69,12 @@ class MultiDigits(list):
     their split. Digits may overlap; the brighter pixel is seen.
     """
     class_to_idx = Digits.class_to_idx
-    size = 32
+    size, counts = 32, (4000, 1000)
 
     def __init__(self, split: str):
         digits = Digits(split)
-        training = split in SPLITS[0]
         rng = np.random.default_rng(len(digits))
-        super().__init__(self._draw(digits, rng) for _ in range(4000 if training else 1000))
+        super().__init__(self._draw(digits, rng) for _ in range(self.counts[split not in SPLITS[0]]))
 
     def _draw(self, digits, rng):
         canvas, labels = Image.new('L', (self.size, self.size)), []

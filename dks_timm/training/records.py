@@ -5,9 +5,9 @@ import os
 from typing import Any, Dict, Mapping, Optional, Sequence
 
 from .checkpoint import Output, write_text
+from .flags import METRICS
 
-# Columns of timm's script, in its order: of one label an image, and of several.
-TIMM_METRICS = ('loss', 'top1', 'top5', 'map', 'micro_f1', 'macro_f1', 'sample_f1')
+TIMM_METRICS = ('loss', *(name for names in METRICS.values() for name in names if name != 'loss'))  # in timm's order
 
 
 class Summary(Output):

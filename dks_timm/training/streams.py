@@ -15,7 +15,6 @@ class Stream(IterableImageDataset):
     def __init__(self, reader, max_bad: int):
         super().__init__('', reader=reader)
         self.bad_images = BadImages(max_bad, 'passed over')
-        self.encode = None  # checks and encodes targets; set once the model is known
         self.shuffler_state = None  # to start from
 
     def __iter__(self):
@@ -25,7 +24,7 @@ class Stream(IterableImageDataset):
         empty = True
         for image, target in super().__iter__():
             empty, self.bad_images.in_a_row = False, 0
-            yield image, target if self.encode is None else self.encode(target)
+            yield image, target
         if empty and self.reader.is_training:
             raise DataError('--train-split: a worker found no image that can be read in its shards')
 

@@ -1,10 +1,11 @@
 """Evaluation of a trained model as by timm's validate.py, with all heads of one that has branches."""
+import logging
 from pathlib import Path
 from typing import Any, Dict, Mapping, Sequence
 
 import timm
 import torch
-from timm.data import resolve_data_config
+from timm.models import resolve_model_input_args
 from timm.task import ClassificationTask, MultiLabelClassificationTask
 
 from ..errors import OptionError, closest, flag, given_flags, naming
@@ -19,6 +20,8 @@ from .distributed import create_accelerator
 from .metrics import HeadMetrics
 from .trained import load_trained
 
+_logger = logging.getLogger(__name__)
+
 # What the run of a checkpoint decides, besides its network, where no flag does. Device, precision and batch are ours.
 OF_RUN = (
     'data_dir', 'dataset', 'dataset_download', 'val_split', 'val_num_samples', 'class_map', 'input_img_mode',
@@ -26,7 +29,7 @@ OF_RUN = (
     'crop_pct', 'mean', 'std', 'interpolation',
     'naflex_loader', 'naflex_max_seq_len', 'naflex_patchify_channels_first')
 # Sigmoid probabilities among which multi-label targets find their threshold.
-SIGMOIDS = tuple(i / 20 for i in range(1, 20))
+LABEL_THRESHOLDS = tuple(i / 20 for i in range(1, 20))
 _TITLES = dict(
     top1='top-1 %', top5='top-5 %', map='mAP %', micro_f1='micro F1 %', macro_f1='macro F1 %',
     sample_f1='sample F1 %', micro_f1_at_half='micro F1 % at 0.5', leave='leave %', backbone_top1="backbone's top-1 %")
@@ -50,7 +53,7 @@ def validate(model: str, given: Mapping[str, Any], use_ema: bool = True) -> Dict
         'model', 'ema' (whether the weights are an average), 'dataset', 'split', 'images', 'num_classes', 'input_size',
         'crop_pct', 'interpolation'; 'heads': by name, 'backbone' first, what timm's evaluator of the task found, and
         'cost', FLOPs over the backbone's; 'thresholds', from :func:`choose_exits`, {} without branches; where an image
-        may have several labels, from :func:`choose_sigmoid` by head.
+        may have several labels, from :func:`choose_label_threshold` by head.
 
     Raises:
         OptionError: for bad input.
@@ -61,27 +64,25 @@ def validate(model: str, given: Mapping[str, Any], use_ema: bool = True) -> Dict
     accelerator = create_accelerator(args, set(given))
     # As timm's validate.py, at the size that a model is published for; a run evaluates at the one it trains at.
     with naming(given_flags(args, 'in_chans', 'input_size', 'mean', 'std'), AssertionError):  # of other channels
-        data_config = resolve_data_config(vars(args), model=net, use_test_size=not of_run)
-    channels, *size = data_config['input_size']
-    channels = args.in_chans or channels
-    data_config['input_size'] = (channels, *size)
-    args = Config(**{**vars(args), 'in_chans': channels, 'num_classes': net.num_classes})
+        data_config = data.resolve_preprocessing(args, net, use_test_size=not of_run)
+    args = Config(**{**vars(args), 'in_chans': data_config['input_size'][0], 'num_classes': net.num_classes})
     dataset = readers.create(args, 'val', is_training=False)
     _check_classes(model, net.num_classes, given, dataset)
     has_branches = isinstance(net, DKSModel)
     net = place_model(args, net, data_config['input_size'], accelerator, f'MODEL {model}').eval()
     flops = exit_flops(net, data_config['input_size']) if has_branches else None
-    loader = data.create_eval_loader(args, dataset, data_config, net, accelerator, crop_mode=data_config['crop_mode'])
+    crop_mode = {} if of_run else dict(crop_mode=data_config['crop_mode'])  # of which training knows nothing
+    loader = data.create_eval_loader(args, dataset, data_config, net, accelerator, **crop_mode)
     names = ['backbone', *(f'stage{stage}' for stage in net.stages)] if has_branches else ['backbone']
-    several = args.task == 'multilabel'  # labels an image; the task brings timm's evaluator
+    multi_label = args.task == 'multilabel'  # labels an image; the task brings timm's evaluator
     create_task, more = ClassificationTask, {}
-    if several:
+    if multi_label:
         create_task, more = MultiLabelClassificationTask, dict(threshold=args.multilabel_threshold)
     task = create_task(net, device=accelerator.device, verbose=False, **more)
     metrics, halves = evaluate(args, net, task, names, loader, accelerator)
-    if several:
+    if multi_label:
         thresholds = {
-            name: choose_sigmoid(torch.cat(evaluator.outputs), torch.cat(evaluator.targets))
+            name: choose_label_threshold(torch.cat(evaluator.outputs), torch.cat(evaluator.targets))
             for name, evaluator in zip(metrics.names, metrics.evaluators, strict=True)}
     else:
         thresholds = choose_exits(halves, flops) if halves else {}
@@ -121,14 +122,17 @@ def _load(model, given, use_ema):
     further = given.get('model_kwargs')
     channels = given.get('in_chans') or given.get('input_size', [None])[0]
     kwargs = {**(dict(in_chans=channels) if channels else {}), **(further or {})}
+    size = {key: given[key] for key in ('img_size', 'input_size') if key in given}
     with naming_model(f'MODEL {model}' + (f' with --model-kwargs {further}' if further else ''), further):
-        create = create_dks_model if read_layout(model) else timm.create_model
-        return create(model, pretrained=True, **kwargs), {}, False
+        if read_layout(model):
+            return create_dks_model(model, pretrained=True, **kwargs), {}, False
+        return timm.create_model(**resolve_model_input_args(model, size, pretrained=True, **kwargs)), {}, False
 
 
 def _settings(given, of_run):
     """Return a configuration of train.py: flags over the run of the checkpoint over defaults."""
-    of_run = {key: of_run[key] for key in OF_RUN if key in of_run and key not in given}
+    # Without a split to evaluate on, the run's images are those that it trained on.
+    of_run = {key: of_run[key] for key in OF_RUN if key not in given and of_run.get(key) not in (None, '')}
     check_harmless('MODEL', of_run)
     # Nothing is trained, so that a dataset need not have a split to train on.
     settings = {**vars(create_parser().parse_args([])), 'train_split': '', 'batch_size': 256, **of_run, **given}
@@ -137,7 +141,7 @@ def _settings(given, of_run):
         settings['input_size'] = [of_run['input_size'][0], *[given['img_size']] * 2]
     if 'input_size' in given and 'in_chans' not in given:
         settings['in_chans'] = None
-    check(Config(**settings), given)
+    check(Config(**settings), {**of_run, **given})
     return Config(**settings, prefetcher=True)
 
 
@@ -149,6 +153,8 @@ def _check_classes(model, num_classes, given, dataset):
     if num_classes <= max(classes.values(), default=-1):
         raise OptionError(f'MODEL {model}: has {num_classes} classes, the data {max(classes.values()) + 1}; wanted: '
                           'data of its classes, or a --class-map to them')
+    if 0 < len(classes) < num_classes:
+        _logger.warning(f'MODEL {model} has {num_classes} classes, the data {len(classes)}.')
 
 
 @torch.inference_mode()
@@ -184,22 +190,24 @@ def _costs(flops):
 def choose_exits(halves: Sequence[HeadMetrics], flops: Mapping[str, Any]) -> Dict[str, Dict[str, Any]]:
     """Choose a threshold for an early exit at each branch on one half of the images, and measure it on the other.
 
-    It is the cheapest at which answers are, on the first half, not less accurate than the backbone's.
+    It is the cheapest at which answers are, on the first half, not less accurate than the backbone's, and cheaper.
 
     Args:
         halves: Metrics of the two halves.
         flops: From :func:`dks_timm.method.cost.exit_flops`.
 
     Returns:
-        By branch, 'threshold' (None where none is accurate enough, and the backbone answers for all), and on the second
-        half: 'leave' (% of images), 'top1', 'backbone_top1', and 'cost', FLOPs over the backbone's, a mean over images.
+        By branch, 'threshold' (None where none is accurate and cheap enough: the backbone answers for all), and on the
+        second half: 'leave' (% of images), 'top1', 'backbone_top1', and 'cost', FLOPs over the backbone's, a mean over
+        images.
     """
     (whole, rows), (other_whole, other_rows) = (half.compute() for half in halves)
     found = {}
     for branch, name in enumerate(halves[0].names[1:-1]):
         good = [
             (row['leave'], row['threshold'], other) for row, other in zip(rows, other_rows, strict=True)
-            if row['exit'] == name and row['top1'] >= whole['top1']]
+            if row['exit'] == name and row['top1'] >= whole['top1']
+            and mean_exit_cost(flops, branch, row['leave'] / 100) < 1]
         threshold, leave, top1, cost = None, 0., other_whole['top1'], 1.
         if good:  # the more images leave, the cheaper; where as many leave, the surest
             _, threshold, other = max(good, key=lambda entry: entry[:2])
@@ -209,7 +217,7 @@ def choose_exits(halves: Sequence[HeadMetrics], flops: Mapping[str, Any]) -> Dic
     return found
 
 
-def choose_sigmoid(logits: torch.Tensor, target: torch.Tensor) -> Dict[str, float]:
+def choose_label_threshold(logits: torch.Tensor, target: torch.Tensor) -> Dict[str, float]:
     """Choose the probability from which on a label is given on even images, and measure it on the odd ones.
 
     Args:
@@ -217,8 +225,8 @@ def choose_sigmoid(logits: torch.Tensor, target: torch.Tensor) -> Dict[str, floa
         target: (N, num_classes), True for the labels of an image.
 
     Returns:
-        'threshold', of :data:`SIGMOIDS` the one with the best micro-F1, and on the odd images 'micro_f1' at it and
-        'micro_f1_at_half', at 0.5 (%).
+        'threshold', of :data:`LABEL_THRESHOLDS` the one with the best micro-F1, and on the odd images 'micro_f1' at it
+        and 'micro_f1_at_half', at 0.5 (%).
     """
     probabilities = logits.sigmoid()
 
@@ -226,7 +234,7 @@ def choose_sigmoid(logits: torch.Tensor, target: torch.Tensor) -> Dict[str, floa
         answer, truth = probabilities[first::2] >= threshold, target[first::2]
         return 200 * (answer & truth).sum().item() / max(1, answer.sum().item() + truth.sum().item())
 
-    threshold = max(SIGMOIDS, key=lambda value: (micro_f1(0, value), -abs(value - 0.5)))
+    threshold = max(LABEL_THRESHOLDS, key=lambda value: (micro_f1(0, value), -abs(value - 0.5)))
     return dict(threshold=threshold, micro_f1=micro_f1(1, threshold), micro_f1_at_half=micro_f1(1, 0.5))
 
 

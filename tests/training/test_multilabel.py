@@ -1,7 +1,5 @@
 """Several labels an image: targets of every form, losses, metrics, and what a run leaves behind."""
-import csv
 import json
-import math
 
 import pytest
 import timm
@@ -19,10 +17,17 @@ from dks_timm.training import build, config, data, metrics, readers
 LABELS = [[0], [0, 2], [], [1, 2], [2], [0, 1, 2]]
 SMALL = [
     '--task', 'multilabel', '--dataset', 'multidigits', '--num-classes', '10', '--model', 'test_resnet',
-    '--img-size', '32', '--device', 'cpu', '-b', '250', '--workers', '0', '--epochs', '1', '--warmup-epochs', '0',
+    '--img-size', '32', '--device', 'cpu', '-b', '50', '--workers', '0', '--epochs', '1', '--warmup-epochs', '0',
     '--opt', 'adamw', '--lr', '2e-3', '--data-on-device', '--no-aug']
 # The run of the fixture.
 TWO_EPOCHS = ['--dks', '--epochs', '2', '--model-ema', '--model-ema-decay', '0.5', '--seed', '1']
+
+
+@pytest.fixture(scope='module', autouse=True)
+def a_tenth_of_the_canvases():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers.MultiDigits, 'counts', (400, 100))
+        yield
 
 
 def hot(i):
@@ -104,8 +109,10 @@ def test_labels_of_several_need_the_task(tmp_path):
 
 def test_the_built_in_set_is_the_same_every_time_and_shares_no_digit_between_splits():
     train, again, val = (readers.MultiDigits(split) for split in ('train', 'train', 'validation'))
-    assert (len(train), len(val)) == (4000, 1000)
-    assert [(a.tobytes(), la) for a, la in train[:50]] == [(b.tobytes(), lb) for b, lb in again[:50]]
+    assert (len(train), len(val)) == (400, 100)
+    assert [(a.tobytes(), la) for a, la in train] == [(b.tobytes(), lb) for b, lb in again]
+    of_train, of_val = ({image.tobytes() for image, _ in readers.Digits(split)} for split in ('train', 'validation'))
+    assert not of_train & of_val
     assert {len(labels) for _, labels in train} == {2, 3}
     assert all(len(set(labels)) == len(labels) and image.size == (32, 32) for image, labels in val)
     assert {label for _, labels in val for label in labels} == set(range(10))
@@ -138,7 +145,7 @@ def test_a_run_records_the_metrics_of_timm_and_of_every_head(run):
 
 def test_the_recorded_metrics_are_those_of_the_exported_heads(run):
     import dks_timm
-    args = sets.parse(*SMALL, '--num-classes', '10', '-b', '250')
+    args = sets.parse(*SMALL, '--num-classes', '10', '-b', '50')
     config = {**timm.data.resolve_data_config(model=timm.create_model('test_resnet')), 'input_size': (3, 32, 32)}
     loader = sets.create_loaders(args, config)[1]
     net = dks_timm.create_dks_model(f'local-dir:{run / "model"}', pretrained=True).eval()
@@ -189,7 +196,7 @@ def test_validate_finds_what_the_run_did_and_a_threshold_for_every_head(run, cap
         assert found['heads'][head]['map'] == pytest.approx(float(best[f'eval_map_{head}']), rel=1e-3)
     assert list(found['thresholds']) == list(found['heads'])
     for chosen in found['thresholds'].values():
-        assert chosen['micro_f1'] >= chosen['micro_f1_at_half'] - 1 and 0 < chosen['threshold'] < 1
+        assert chosen['threshold'] < 0.5 and chosen['micro_f1'] > chosen['micro_f1_at_half']  # after a short training
     assert dks_timm_command(['validate', str(run / model), '--workers', '0', *more]) == 0
     assert 'that with the best micro F1' in capsys.readouterr().out
 
@@ -232,17 +239,19 @@ def test_every_loss_of_timm_is_made_of_its_flags(loss):
     torch.testing.assert_close(criterion(logits, target), expected(logits, target))
 
 
-@pytest.mark.parametrize('loss', ['asl', 'db'])
-def test_a_run_with_a_loss_of_label_sets_trains(tmp_path, loss):
-    main(*SMALL, '--dks', '--loss', loss, '--mixup', '0.2', '--output', tmp_path, '--experiment', 'x')
-    last = rows(tmp_path / 'x')[-1]
-    assert all(math.isfinite(float(value)) for value in last.values()) and float(last['eval_map']) > 10
+@pytest.mark.parametrize('mixed', [[], ['--mixup', '0.2']])
+def test_a_run_with_a_loss_of_label_sets_learns(tmp_path, mixed):
+    loss = ['--loss', 'db' if mixed else 'zlpr']
+    main(*SMALL, '--dks', *loss, *mixed, '--epochs', '4', '--output', tmp_path, '--experiment', 'x')
+    first, *_, last = rows(tmp_path / 'x')
+    assert float(last['train_loss']) < 0.95 * float(first['train_loss'])
 
 
 def test_counts_of_the_classes_are_those_of_the_training_data(tmp_path):
     more = [*parquet(tmp_path / 'x', 'indices'), '--dataset', f'hfds/{tmp_path / "x"}', '--task', 'multilabel']
     args = sets.parse(*more, '--loss', 'db')
     dataset, _ = data.create_datasets(args)
+    data.encode_targets(args, dataset, 3)
     counts, count = data.class_stats(args, dataset, 3)
     assert (counts.tolist(), count) == ([6., 4., 8.], 12)
     (tmp_path / 'stats.json').write_text(json.dumps(dict(pos_counts=[1, 2, 3], num_samples=9)))
@@ -255,7 +264,9 @@ def test_counts_of_the_classes_are_those_of_the_training_data(tmp_path):
 @pytest.mark.parametrize('name', ['folder', 'tars', 'hfds'])
 def test_counts_of_single_labels_are_had_without_the_images(tmp_path, name):
     args = sets.parse(*sets.make(name, tmp_path / 'x'), '--loss', 'bce', '--loss-class-weight', 'inv_freq')
-    counts, count = data.class_stats(args, data.create_datasets(args)[0], 3)
+    dataset, _ = data.create_datasets(args)
+    data.encode_targets(args, dataset, 3)
+    counts, count = data.class_stats(args, dataset, 3)
     assert (counts.tolist(), count) == ([4, 4, 4], 12)
 
 
@@ -267,25 +278,15 @@ def test_a_stream_cannot_count_its_classes(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_have_the_metrics_of_one(tmp_path):
-    argv = [*SMALL, '--dks', '-b', '125', '--output', tmp_path]
-    main(*argv, '--lr', '0', '--experiment', 'one')
-    two_processes(*argv, '--lr', '0', '--experiment', 'two')
+    # Without BatchNorm and hardly with a learning rate, so that the weights are the same.
+    argv = [
+        *parquet(tmp_path / 'x', 'indices'), '--dataset', f'hfds/{tmp_path / "x"}', '--task', 'multilabel', '--dks',
+        '--num-classes', '3', '--model', 'test_vit', '--img-size', '160', '--device', 'cpu', '--workers', '0',
+        '-b', '2', '--epochs', '1', '--warmup-epochs', '0', '--lr', '1e-30', '--output', tmp_path]
+    main(*argv, '--experiment', 'one')
+    two_processes(*argv, '--experiment', 'two')
     one, two = rows(tmp_path / 'one')[-1], rows(tmp_path / 'two')[-1]
-    for name in ('eval_map', 'eval_micro_f1', 'eval_map_ensemble', 'eval_loss_stage2'):
-        assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-4), name
-
-
-def test_milestones_stay_and_a_run_stops_where_it_is_told(tmp_path):
-    wsd = ['--epochs', '4', '--sched', 'wsd', '--sched-on-updates', '--output', tmp_path]
-    main(*SMALL, *wsd, '--stop-epoch', '3', '--save-epochs', '1', '3', '--val-interval', '2', '--experiment', 'x')
-    files = {file.name for file in (tmp_path / 'x').iterdir()}
-    assert {'milestone-1.pth.tar', 'milestone-3.pth.tar'} < files
-    with open(tmp_path / 'x/summary.csv', newline='') as f:
-        found = list(csv.DictReader(f))
-    assert [row['epoch'] for row in found] == ['0', '1', '2']
-    assert float(found[-1]['lr']) == 2e-3  # of four epochs the last 0.8 decay
-    epochs = [torch.load(tmp_path / f'x/milestone-{n}.pth.tar', weights_only=False)['epoch'] for n in (1, 3)]
-    assert epochs == [0, 2]
-    # A cooldown of its own from there: the schedule as if the run had gone on.
-    main(*SMALL, *wsd, '--resume', tmp_path / 'x/milestone-3.pth.tar', '--experiment', 'y')
-    assert [row['epoch'] for row in rows(tmp_path / 'y')] == ['3'] and float(rows(tmp_path / 'y')[0]['lr']) < 2e-3
+    names = [name for name in one if name.startswith('eval_')]
+    assert len(names) == 10
+    for name in names:
+        assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-5), name
