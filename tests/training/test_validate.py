@@ -2,6 +2,7 @@
 import argparse
 import json
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -44,7 +45,7 @@ def spread(net, factor=30):
 def folders(tmp_path_factory):
     """Exported folders: 'branches' of a network for the ten digits, 'plain' of one for seven classes."""
     root = tmp_path_factory.mktemp('folders')
-    torch.manual_seed(4)  # branches that guess better than the backbone
+    torch.manual_seed(0)
     net = spread(create_dks_model('test_resnet', num_classes=10, stages=(1, 2), branches='conv'))  # cheap exits
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporting, 'verify', lambda *args: None)
@@ -163,7 +164,21 @@ def test_thresholds_are_chosen_on_one_half_of_the_images_and_measured_on_the_oth
         wanted = dict(leave=100 * share, top1=100 * top1, cost=mean)
         wanted['backbone_top1'] = 100 * right[0][1::2].float().mean().item()
         assert {key: row[key] for key in wanted} == pytest.approx(wanted, abs=1e-4)
-    assert any(row['threshold'] for row in found['thresholds'].values())
+
+
+@pytest.mark.parametrize('to_stage, threshold, leave, top1, cost', [
+    (50, 0.8, 45., 79., 0.925), (95, None, 0., 78., 1.)])  # the dearer branch saves nothing before it is less accurate
+def test_the_cheapest_threshold_as_accurate_as_the_backbone_is_taken(to_stage, threshold, leave, top1, cost):
+    def half(whole, *rows):
+        rows = [dict(zip(('exit', 'threshold', 'leave', 'top1'), ('stage1', *row), strict=True)) for row in rows]
+        return SimpleNamespace(names=('backbone', 'stage1', 'ensemble'), compute=lambda: (dict(top1=whole), rows))
+
+    halves = [
+        half(80., (0., 100., 60.), (0.5, 70., 79.), (0.8, 50., 80.), (0.9, 40., 81.), (0.999, 0., 80.)),
+        half(78., (0., 100., 61.), (0.5, 66., 78.), (0.8, 45., 79.), (0.9, 41., 78.), (0.999, 0., 78.))]
+    flops = dict(backbone=100, branches=[dict(to_stage=to_stage, branch=15)])
+    assert validate.choose_exits(halves, flops) == dict(stage1=dict(
+        threshold=threshold, leave=leave, top1=top1, backbone_top1=78., cost=pytest.approx(cost)))
 
 
 def test_where_no_threshold_is_accurate_enough_the_backbone_answers():
