@@ -112,7 +112,7 @@ def describe_run(args, run_dir, epoch, metric, license=None, baseline_dir=None):
         command=args.get('command'),
         started_from=started_from,
         summary=epochs,
-        multi_label=args['task'] == 'multilabel',
+        multi_label=args['multilabel_threshold'] if args['task'] == 'multilabel' else None,
         datasets=[dataset] if dataset else None,
         license=license,
         baseline=baseline(args, baseline_dir) if baseline_dir else None,

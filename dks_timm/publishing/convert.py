@@ -50,9 +50,10 @@ def convert_checkpoint(
     subject = f'checkpoint {str(checkpoint)!r}'
     state = {} if str(checkpoint).endswith('.safetensors') else read_checkpoint(checkpoint)
     args = state.get('args') if isinstance(state, dict) else None
-    if isinstance(args, argparse.Namespace) and 'state_dict' in state:  # torchvision's script writes 'args' and 'model'
-        raise InputError(f'--model {model_name}: {subject} is one of a run and knows its model, '
-                         f'{getattr(args, "model", "")!r}; leave --model out')
+    # torchvision's script writes 'args' and 'model', others 'args' that do not name it so.
+    if isinstance(args, argparse.Namespace) and hasattr(args, 'model') and 'state_dict' in state:
+        raise InputError(
+            f'--model {model_name}: {subject} is one of a run and knows its model, {args.model!r}; leave --model out')
     with naming(f'{subject} cannot be read', AttributeError, TypeError, *UNREADABLE):
         weights = load_state_dict(str(checkpoint), use_ema)
         weights = {name: tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}

@@ -78,7 +78,8 @@ def export(
         out_dir: Folder to write to, created if need be.
         net_or_model: A DKSModel, or a timm model; may be wrapped (DDP, ``torch.compile``, EMA).
         card: What to say in the card. Facts: ``dks`` (whether it was trained with DKS) and ``branches`` (a table of the
-            branches), both known of a DKSModel, ``multi_label`` (an image may have several labels), ``command``,
+            branches), both known of a DKSModel, ``multi_label`` (probability of a label for F1, None of exclusive
+            classes), ``command``,
             ``training`` (a mapping of settings and measurements), ``started_from`` (published weights),
             ``converted_from`` (name of a file), ``summary`` (the epochs, from
             :func:`dks_timm.runs.folder.read_summary`), ``baseline`` (from

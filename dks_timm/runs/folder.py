@@ -23,9 +23,10 @@ _OF_BACKBONE = dict(
     train_ce_backbone='train_loss')
 # Flags that say nothing about how a model was trained, or only where its owner keeps things.
 _HOUSEKEEPING = {
-    'card_baseline', 'card_license', 'checkpoint_hist', 'data', 'data_dir', 'experiment', 'export_dir', 'hub_private',
-    'hub_revision', 'hub_timeout', 'keep_branches', 'log_interval', 'log_wandb', 'log_with', 'output', 'overwrite',
-    'push_every_best', 'push_to_hub', 'recovery_interval', 'resume', 'save_epochs', 'wandb_tags', 'workers',
+    'card_baseline', 'card_license', 'checkpoint_hist', 'data', 'data_dir', 'device', 'experiment', 'export_dir',
+    'hub_private', 'hub_revision', 'hub_timeout', 'keep_branches', 'log_interval', 'log_wandb', 'log_with',
+    'output', 'overwrite', 'push_every_best', 'push_to_hub', 'recovery_interval', 'resume', 'save_epochs',
+    'wandb_tags', 'workers',
 }
 
 

@@ -153,8 +153,8 @@ def create_criterion(args, num_classes=None, class_stats=None):
 
 def _class_weights(args, name, num_classes, class_stats):
     """Return the argument of the loss that --loss-class-weight or --loss-pos-weight stands for, {} without it."""
-    given = getattr(args, f'loss_{name}')
-    if given is None:
+    given = ' '.join(getattr(args, f'loss_{name}') or ())
+    if not given:
         return {}
     how = dict(power=args.loss_weight_power, beta=args.loss_weight_beta, max_weight=args.loss_weight_max)
     with naming(f'{flag(f"loss_{name}")} {given}', OSError, TypeError, ValueError):

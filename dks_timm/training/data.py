@@ -17,7 +17,7 @@ from timm.data import (
 from timm.loss import CLASS_WEIGHT_METHODS, load_class_stats
 from torchvision.transforms import Compose, RandomCrop
 
-from ..errors import OptionError, given_flags, naming
+from ..errors import OptionError, flag, given_flags, naming
 from . import readers
 from .config import mixup_active
 from .device_data import DeviceLoader, decode
@@ -86,6 +86,11 @@ def encode_targets(args, dataset, num_classes: int) -> None:
         encode = partial(check_label, num_classes=num_classes)
     class_map = getattr(dataset, 'target_transform', None)
     dataset.target_transform = Compose([class_map, encode]) if class_map else encode
+    if hasattr(dataset.reader, 'iter_targets'):  # at hand without an image: a wrong form is found before training
+        with naming(f'--target-key {args.target_key or "label"}: the data holds a value of another type', TypeError):
+            first = next(dataset.reader.iter_targets(), None)
+        if first is not None:
+            dataset.target_transform(first)
 
 
 def class_stats(args, dataset, num_classes: int):
@@ -97,7 +102,8 @@ def class_stats(args, dataset, num_classes: int):
     Raises:
         OptionError: There is no such file, or it is of other classes, or the data has to be read for its labels.
     """
-    asked = [name for name in ('loss_class_weight', 'loss_pos_weight') if getattr(args, name) in CLASS_WEIGHT_METHODS]
+    weights = ('loss_class_weight', 'loss_pos_weight')
+    asked = [name for name in weights if {*(getattr(args, name) or ())} & {*CLASS_WEIGHT_METHODS}]
     asked += ['loss'] * (args.loss == 'db')
     if not asked:
         return None
@@ -115,7 +121,7 @@ def class_stats(args, dataset, num_classes: int):
             targets = [sample[1] for sample in samples]
         else:
             raise OptionError(
-                f'{given_flags(args, *asked)}: needs counts of classes, which --dataset {args.dataset} does not tell; '
+                f'{flag(asked[0])}: needs counts of classes, which --dataset {args.dataset} does not tell; '
                 'give --class-stats FILE, from class_weights.py of timm')
         counts, num_samples = torch.zeros(num_classes, dtype=torch.float64), 0
         for target in map(dataset.target_transform, targets):

@@ -189,8 +189,10 @@ def _add_loss_flags(add):
     add('--db-neg-scale', type=float, default=2., above=0, help='db: scale of negatives')
     add('--db-init-bias', type=float, default=0.05, at_least=0, help='db: shift by the frequency of a class')
     add('--db-focal-gamma', type=float, default=2., at_least=0, help='db: focus')
-    add('--loss-class-weight', type=str, metavar='WEIGHT', help='inv_freq, effective_num, numbers or a file of them')
-    add('--loss-pos-weight', type=str, metavar='WEIGHT', help='neg_pos, numbers or a file of them')
+    add('--loss-class-weight', type=str, nargs='+', metavar='WEIGHT',
+        help='inv_freq, effective_num, a number, one for each class, or a file of them')
+    add('--loss-pos-weight', type=str, nargs='+', metavar='WEIGHT',
+        help='neg_pos, a number, one for each class, or a file of them')
     add('--loss-weight-power', type=float, default=1., help='exponent of inv_freq and neg_pos')
     add('--loss-weight-beta', type=float, default=0.999, above=0, below=1, help='beta of effective_num')
     add('--loss-weight-max', type=float, above=0, help='most that a computed weight may be')
@@ -292,7 +294,8 @@ def add_input_flags(add) -> None:
 def add_source_flags(add) -> None:
     """Add the flags of a dataset, whatever its splits."""
     add('--data-dir', metavar='DIR', help='dataset folder, or a .tar of class folders')
-    add('--dataset', metavar='NAME', default='', help='torch/, hfds/, hfids/, wds/ or tfds/NAME; digits; synthetic')
+    add('--dataset', metavar='NAME', default='',
+        help='torch/, hfds/, hfids/, wds/ or tfds/NAME; digits; multidigits; synthetic')
     add('--dataset-download', action='store_true', help='let torch/ and tfds/ datasets download')
     add('--class-map', type=str, default='', metavar='FILENAME', help='file of class name -> index')
     add('--input-img-mode', type=str, choices=IMAGE_MODES, help='PIL mode images are converted to')

@@ -77,10 +77,12 @@ class LabelEncoder(MultiLabelTarget):
         try:
             return super().__call__(target)
         except (RuntimeError, TypeError, ValueError) as e:  # torch's of what is no list of numbers, and timm's
-            form = 'multihot' if self.dense else 'indices'
+            form, wanted = 'multihot', 'so many numbers from 0 to 1; lists of class indices are --target-format indices'
+            if not self.dense:
+                form, wanted = 'indices', 'a list of class indices; vectors of 0 and 1 are --target-format multihot'
             raise DataError(
-                f'--target-format {form} with --num-classes {self.num_classes}: the data holds {target!r}: {why(e)}'
-            ) from e
+                f'--target-format {form} with --num-classes {self.num_classes}: the data holds {target!r}; '
+                f'wanted: {wanted}, and a single index is without --task multilabel') from e
 
 
 class Images(ImageDataset):

@@ -13,7 +13,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import evaluation_sample_limit, load_task_ema_checkpoint
 from torch.utils.data import IterableDataset
 
-from ..errors import naming
+from ..errors import given_flags, naming
 from . import checkpoint, console, distributed, fsdp2, stopping
 from .data import model_dtype
 from .flags import METRICS
@@ -58,7 +58,8 @@ class Trainer:
         })
         self._prepare(optimizer)
         self.updates_per_epoch = -(-len(self.loader_train) // args.grad_accum_steps)
-        with naming(f'--sched {args.sched}', AssertionError, ValueError):  # timm's checks of its arguments
+        about = 'sched', 'epochs', 'warmup_epochs', 'decay_epochs', 'lr_stable_timescale'
+        with naming(given_flags(args, *about), AssertionError, ValueError):  # timm's checks of its arguments
             self.scheduler, self.num_epochs = create_scheduler_v2(
                 self.optimizer,
                 **scheduler_kwargs(args, decreasing_metric=self.eval_metric == 'loss'),

@@ -27,7 +27,7 @@ BUILT_IN = ('digits', 'multidigits', 'synthetic')
 SINGLE_LABEL = ('', 'torch', 'digits', 'synthetic')
 # Flags that kinds of dataset know nothing of; '' is folders and tars.
 FIELDS = ('class_map', 'input_key', 'target_key')
-IGNORED = {'': ('target_key',), **dict.fromkeys(('torch', *BUILT_IN), FIELDS)}
+IGNORED = {'': ('target_key',), **dict.fromkeys(('torch', *BUILT_IN), (*FIELDS, 'target_format'))}
 
 IMAGENET_SAMPLES = dict(train=1_281_167, val=50_000)
 
@@ -137,6 +137,8 @@ def check_dataset(args):
     if args.task == 'multilabel' and name in SINGLE_LABEL:
         raise OptionError(
             f'--task multilabel: {data} has one label for each image; give hfds/, hfids/, wds/, tfds/ or multidigits')
+    if args.task == 'multilabel' and name == 'wds' and not args.target_key:
+        raise OptionError('--task multilabel: wds/ needs --target-key, the field of the .json files with the labels')
     if args.task != 'multilabel' and name == 'multidigits':
         raise OptionError('--dataset multidigits: has several labels for each image; give --task multilabel')
     is_tar = not name and (root or '').endswith('.tar')

@@ -58,6 +58,8 @@ def validate(model: str, given: Mapping[str, Any], use_ema: bool = True) -> Dict
     Raises:
         OptionError: for bad input.
     """
+    if not Path(model).is_file():  # a checkpoint may know its data
+        readers.check_dataset(_settings(given, {}))
     net, of_run, ema = _load(model, given, use_ema)
     args = _settings(given, of_run)
     readers.check_dataset(args)
@@ -113,7 +115,8 @@ def _load(model, given, use_ema):
         return net, of_run, use_ema and 'state_dict_ema' in state
     if path.is_dir():
         if not (path / 'config.json').is_file():
-            raise OptionError(f'MODEL {model}: has no config.json; give an exported folder, or a checkpoint file')
+            raise OptionError(f'MODEL {model}: has no config.json; give an exported folder, or a checkpoint file as '
+                              'model_best.pth.tar of a run')
         model = f'local-dir:{path}'
     elif ':' not in model and not timm.is_model(model.partition('.')[0]):
         raise OptionError(f'MODEL {model}: no such folder or checkpoint, and timm has no such model'

@@ -39,11 +39,12 @@ def parquet(root, field):
     datasets = pytest.importorskip('datasets', reason='hfds/ and hfids/ need the package datasets')
     names = datasets.ClassLabel(names=list('abc'))
     features = dict(
-        labels=datasets.Sequence(names), multihot=datasets.Sequence(datasets.Value('float32')),
+        labels=datasets.Sequence(names), kind=datasets.Value('string'),
+        multihot=datasets.Sequence(datasets.Value('float32')),
         nested=dict(a=datasets.Value('int64'), b=datasets.Value('bool'), c=datasets.Value('int64')))
     for split, count in sets.COUNTS.items():
         samples = [dict(
-            image=dict(bytes=sets.encoded(i), path=f'{i}.png'), labels=LABELS[i % 6], multihot=hot(i),
+            image=dict(bytes=sets.encoded(i), path=f'{i}.png'), labels=LABELS[i % 6], kind='yes', multihot=hot(i),
             nested=dict(zip('abc', hot(i), strict=True))) for i in range(count)]
         (root / 'data').mkdir(parents=True, exist_ok=True)
         datasets.Dataset.from_list(samples, features=datasets.Features(image=datasets.Image(), **features)).to_parquet(
@@ -89,8 +90,11 @@ def test_every_form_of_targets_becomes_one_vector_an_image(tmp_path, kind, field
 
 @pytest.mark.parametrize('more, said', [
     (['--target-key', 'labels', '--num-classes', '2'], r'--num-classes 2'),
-    (['--target-key', 'multihot'], r'--target-format indices with --num-classes 3: the data holds \[1.0, 0.0, 0.0\]'),
-    (['--target-key', 'labels', '--target-format', 'multihot'], r'--target-format multihot .* must have 3 entries'),
+    (['--target-key', 'multihot'],
+     r'--target-format indices with --num-classes 3: the data holds \[1.0, 0.0, 0.0\]; .* --target-format multihot'),
+    (['--target-key', 'labels', '--target-format', 'multihot'],
+     r'--target-format multihot .*the data holds \[0\]; wanted'),
+    (['--target-key', 'kind,nested/a,nested/b'], r'--target-key kind,nested/a,nested/b: .*another type'),
     (['--target-key', 'nested/a,nested/x'], r"--dataset hfds.*nested/x"),
     (['--target-key', 'nested'], r'--target-format indices .*the data holds'),
 ])
@@ -218,8 +222,8 @@ def test_a_resumed_run_goes_on_bit_for_bit(run, tmp_path):
 
 # Flags, and the arguments of timm's create_classification_loss that they stand for, for 3 and 5 of 10 images.
 LOSS_FLAGS = dict(
-    bce=(['--loss-pos-weight', 'neg_pos', '--loss-weight-power', '0.5', '--bce-sum'],
-         dict(pos_weight=[(7 / 3) ** 0.5, 1.], bce_sum=True)),
+    bce=(['--loss-pos-weight', 'neg_pos', '--loss-weight-power', '0.5', '--bce-sum', '--loss-class-weight', '2', '3'],
+         dict(pos_weight=[(7 / 3) ** 0.5, 1.], bce_sum=True, class_weight=[2., 3.])),
     asl=(['--loss-class-weight', 'inv_freq', '--asl-gamma-neg', '2', '--asl-reduction', 'mean'],
          dict(class_weight=[1.25, 0.75], asl_gamma_neg=2., asl_reduction='mean')),
     poly=(['--poly-gamma', '1', '--smoothing', '0.2'], dict(poly_gamma=1., smoothing=0.2)),
@@ -272,7 +276,7 @@ def test_counts_of_single_labels_are_had_without_the_images(tmp_path, name):
 
 def test_a_stream_cannot_count_its_classes(tmp_path):
     args = sets.parse(*sets.make('wds', tmp_path / 'x'), '--loss', 'bce', '--loss-class-weight', 'inv_freq')
-    with pytest.raises(errors.OptionError, match='--loss-class-weight inv_freq: needs counts .* --class-stats FILE'):
+    with pytest.raises(errors.OptionError, match='--loss-class-weight: needs counts .* --class-stats FILE'):
         data.class_stats(args, data.create_datasets(args)[0], 3)
 
 
