@@ -29,7 +29,7 @@ from sklearn.utils import Bunch
 import dks_timm
 from dks_timm import cli
 from dks_timm.publishing import export
-from dks_timm.training import config
+from dks_timm.training import config, readers
 
 # What stands for the reader's own things.
 PLACEHOLDERS = {
@@ -94,6 +94,7 @@ def workplace(exported, timms_weights, tmp_path, monkeypatch):
     digits = sklearn.datasets.load_digits()
     few = Bunch(images=digits.images[:200], target=digits.target[:200])
     monkeypatch.setattr(sklearn.datasets, 'load_digits', lambda: few)
+    monkeypatch.setattr(readers.MultiDigits, 'counts', (40, 20))
     # tests/publishing/test_export.py has the check of an export, a process that takes seconds to start.
     monkeypatch.setattr(export, 'verify', lambda *args: None)
     monkeypatch.chdir(tmp_path)

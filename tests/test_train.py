@@ -111,6 +111,7 @@ def test_the_exported_model_is_the_best_average_and_loads_with_timm_alone(dks_ru
     assert timm.models.load_state_dict(root / 'run/model_best.pth.tar').keys() == model.state_dict().keys()
 
 
+@pytest.mark.slow
 def test_an_average_over_more_updates_than_the_run_has_is_warned_of_and_compared_at_the_export(tmp_path, capfd):
     main(*DIGITS, '--model-ema', '--output', tmp_path, '--experiment', 'run', '--export-dir', tmp_path / 'model')
     out, err = capfd.readouterr()
@@ -273,7 +274,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(noise, tmp_path):
             torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize('dks', [[], ['--dks', '--dks-branches', 'tail']])
+@pytest.mark.parametrize('dks', [
+    pytest.param([], marks=pytest.mark.slow), ['--dks', '--dks-branches', 'tail']])
 def test_two_processes_give_the_loss_and_gradients_of_one_with_the_same_global_batch(noise, tmp_path, dks):
     # One batch is all the data, so the order does not matter; plain SGD keeps the gradient readable in the weights.
     argv = [

@@ -131,6 +131,7 @@ def test_the_page_is_dark_where_its_reader_wants_it_and_the_files_are_light(tmp_
     assert 'var(--c2)' in figures and not re.search('#[0-9a-f]{6}[^0-9a-f]', figures)
 
 
+@pytest.mark.slow
 def test_only_a_picture_needs_matplotlib():
     script = 'import sys, train, dks_timm.runs.report, dks_timm.publishing.card; assert "matplotlib" not in sys.modules'
     subprocess.run([sys.executable, '-c', script], check=True)

@@ -61,7 +61,8 @@ DENSE = torch.rand(BATCH, CLASSES, dtype=torch.float64, generator=torch.Generato
 @pytest.mark.parametrize('temperature', [1., 2.])
 def test_the_loss_counts_all_samples_for_the_backbone_and_the_first_for_the_rest(criterion, target, temperature):
     logits = some_logits()
-    out = DKSLoss(criterion, ce_weight=[3., 0.5, 2.], synergy_weight=0.7, temperature=temperature)(logits, target)
+    weights = dict(ce_weight=[3., 0.5, 2.], synergy_weight=0.7)
+    out = DKSLoss(criterion, **weights, temperature=temperature, synergy='softmax')(logits, target)
     ce = torch.stack([(criterion or F.cross_entropy)(z, target[:len(z)]) for z in logits])
     shared = [z[:PART] for z in logits]
     synergy = temperature ** 2 * sum(

@@ -259,6 +259,7 @@ def test_wandb_gets_project_name_tags_settings_and_the_numbers_of_the_summary(no
 # Nodes
 
 
+@pytest.mark.slow
 def test_two_nodes_come_to_the_same_as_two_processes_of_one(two, noise, tmp_path):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))

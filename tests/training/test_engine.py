@@ -54,6 +54,7 @@ def test_a_launcher_that_asks_for_float16_on_the_cpu_is_refused(monkeypatch):
         start('--device', 'cpu')
 
 
+@pytest.mark.slow
 @pytest.mark.skipif('CS_GNU_LIBC_VERSION' not in getattr(os, 'confstr_names', ()), reason='needs glibc')
 def test_memory_that_a_tensor_frees_serves_the_next_one(monkeypatch):
     code = (

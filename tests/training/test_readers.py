@@ -302,6 +302,7 @@ def test_two_processes_share_no_image_of_a_stream_and_run_equally_many_batches(s
         assert process['train'][0] != process['train'][1]  # the next epoch is in another order
 
 
+@pytest.mark.slow
 def test_a_run_on_a_shard_in_two_processes_evaluates_as_one_process_does(tmp_path):
     pytest.importorskip('webdataset', reason='wds/ needs the package webdataset')
     make_shards(tmp_path / 'data', sizes=(21,))  # in evaluation all for one process, in training half for each
@@ -395,6 +396,7 @@ def test_shards_without_the_fields_named_hold_no_readable_images(tmp_path, argv,
         numbers(loaders(*make('wds', tmp_path), *argv)[0])
 
 
+@pytest.mark.slow
 def test_more_workers_than_shards_of_hugging_face_are_refused(tmp_path):
     with pytest.raises(errors.DataError, match='^--workers: .* 2 shard.* Reduce the number of loader workers'):
         numbers(loaders(*make('hfids', tmp_path), '--workers', 3)[0])
