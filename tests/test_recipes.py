@@ -252,6 +252,7 @@ def test_it_trains_with_the_command_line_overriding_what_is_too_large_here(path,
         getattr(dks_args(path), name) for name in ('opt', 'mixup', 'bce_loss', 'model_ema'))
 
 
+@pytest.mark.slow
 def test_an_imagenet_recipe_trains_its_own_model(tiny_run, tmp_path):
     run('--config', ROOT / 'recipes/efficientnet_b0.yaml', *tiny_run, '--output', tmp_path, '--experiment', 'run')
     assert math.isfinite(float(summary(tmp_path / 'run')[0]['eval_loss']))

@@ -334,7 +334,7 @@ def test_timms_switches_work_with_dks(noise, tmp_path, flags):
 
 
 @pytest.mark.parametrize('flags', [
-    '--kd-distill-type logit --model-ema --torchcompile eager',
+    pytest.param('--kd-distill-type logit --model-ema --torchcompile eager', marks=pytest.mark.slow),
     '--kd-distill-type feature --distill-loss-weight 2',
     '--kd-distill-type token --model deit_tiny_distilled_patch16_224 --model-kwargs img_size=32 depth=4 embed_dim=48 '
     '--task-loss-weight 0.3',

@@ -135,6 +135,7 @@ def test_the_training_forward_compiles_to_one_graph(name):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_a_second_network_compiles_in_the_same_thread():
     torch.compiler.reset()
 

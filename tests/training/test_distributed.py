@@ -327,6 +327,7 @@ def test_every_config_is_tested():
     assert {p.stem for p in CONFIGS.iterdir()} == {'multi_gpu', 'two_nodes', 'fsdp2'}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.accelerator.is_available(), reason='needs a machine without an accelerator')
 def test_fsdp2_that_accelerate_does_not_start_is_refused_before_any_work(noise, tmp_path):
     out = subprocess.run(
