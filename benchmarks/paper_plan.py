@@ -37,6 +37,8 @@ METHODS = dict(
     dks_late=('DKS, synergy from a third of the epochs', ['--dks', '--dks-start-epoch', '{third}']),
     to_backbone=('branches teach the backbone', taught_by('0 0 0 1 0 0 1 0 0')),
     to_backbone_t3=('branches teach the backbone, T = 3', taught_by('0 0 0 1 0 0 1 0 0', '--dks-temperature', '3')),
+    to_backbone_t4_x2=(
+        'branches teach the backbone, T = 4, twice the weight', taught_by('0 0 0 2 0 0 2 0 0', '--dks-temperature', '4')),
     # The mean divergence from several teachers has the gradient of the divergence from their mean.
     ensemble=('mean of the branches teaches the backbone', taught_by('0 0 0 .5 0 0 .5 0 0')),
     ensemble_t3=(
