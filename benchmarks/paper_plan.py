@@ -28,6 +28,11 @@ def taught_by(matrix: str, *flags: str):
     return ['--dks', '--dks-synergy-weight', *matrix.split(), *flags]
 
 
+def averaged(*flags: str):
+    """Flags for a teacher with averaged weights; the average is over about 200 updates, half an epoch."""
+    return ['--dks', '--dks-teacher', 'ema', '--model-ema', '--model-ema-decay', '0.995', *flags]
+
+
 # {third} is a third of the epochs.
 METHODS = dict(
     baseline=('baseline', []),
@@ -38,11 +43,21 @@ METHODS = dict(
     to_backbone=('branches teach the backbone', taught_by('0 0 0 1 0 0 1 0 0')),
     to_backbone_t3=('branches teach the backbone, T = 3', taught_by('0 0 0 1 0 0 1 0 0', '--dks-temperature', '3')),
     to_backbone_t4_x2=(
-        'branches teach the backbone, T = 4, twice the weight', taught_by('0 0 0 2 0 0 2 0 0', '--dks-temperature', '4')),
+        'branches teach the backbone, T = 4, twice the weight',
+        taught_by('0 0 0 2 0 0 2 0 0', '--dks-temperature', '4')),
     # The mean divergence from several teachers has the gradient of the divergence from their mean.
     ensemble=('mean of the branches teaches the backbone', taught_by('0 0 0 .5 0 0 .5 0 0')),
     ensemble_t3=(
         'mean of the branches teaches the backbone, T = 3', taught_by('0 0 0 .5 0 0 .5 0 0', '--dks-temperature', '3')),
+    ensemble_all_t3=(
+        'mean of all logits teaches all, T = 3', ['--dks', '--dks-teacher', 'ensemble', '--dks-temperature', '3']),
+    ema_all_t3=('averaged ensemble teaches all, T = 3', averaged('--dks-temperature', '3')),
+    ema_to_backbone_t3=(
+        'averaged ensemble teaches the backbone, T = 3',
+        averaged('--dks-direction', 'to-backbone', '--dks-synergy-weight', '2', '--dks-temperature', '3')),
+    ds_weighted=(
+        'DS, labels of branches at a third of the weight', ['--dks', '--dks-direction', 'none', '--dks-ce-weight',
+                                                            '1', '.33', '.33']),
     byot=('BYOT-style: the backbone teaches the branches', taught_by('0 1 1 0 0 0 0 0 0')),
     top_down=('top-down', ['--dks', '--dks-direction', 'top-down']),
     bottom_up=('bottom-up', ['--dks', '--dks-direction', 'bottom-up']),

@@ -2,7 +2,8 @@
 
     L = sum_m ce_weight[m] * CE(target, z_m)  +  sum_{p != q} synergy_weight[p, q] * T^2 * KL(stopgrad(Q_p) || Q_q)
 
-for the logits z_m (B, C) of M classifiers, with Q_m = softmax(z_m / T) and every term a mean over the batch. Where an
+for the logits z_m (B, C) of M classifiers, with Q_m = softmax(z_m / T) and every term a mean over the batch. With the
+ensemble as teacher, the mean of all logits takes the place of every z_p, and the sum is over students q alone. Where an
 image may have several labels, Q_m are C independent distributions, those of Bernoulli(sigmoid(z_m / T)), and their
 divergences are a mean or a sum over the classes, as the classification loss is.
 Sun, Yao, Zhou, Zhao: Deeply-supervised Knowledge Synergy, CVPR 2019, section 3, https://arxiv.org/abs/1906.00675
@@ -19,7 +20,8 @@ from timm import loss as timm_loss
 
 from ..errors import InputError
 
-DIRECTIONS = ('both', 'top-down', 'bottom-up', 'none')
+DIRECTIONS = ('both', 'top-down', 'bottom-up', 'to-backbone', 'none')
+TEACHERS = ('pairs', 'ensemble')
 SYNERGIES = ('softmax', 'sigmoid')
 
 _WHOLE_SET = (timm_loss.TwoWayLoss, timm_loss.ZlprLoss)  # of all labels of an image at once, no mean over classes
@@ -42,19 +44,24 @@ def synergy_loss(
         direction: str = 'both',
         temperature: float = 1.0,
         synergy: str = 'softmax',
+        teacher: str = 'pairs',
 ) -> torch.Tensor:
-    """Return the weighted sum of the divergences between every two classifiers, each a fixed teacher of the others.
+    """Return the weighted sum of the divergences of classifiers from their teachers, which are fixed.
 
     Source: Sun et al., CVPR 2019, section 3. Weight 1, both directions and temperature 1 are the paper's.
 
     Args:
         logits: One (B, C) tensor per classifier: the backbone's, then the branches' from shallow to deep.
-        weight: A number for all pairs, or an M x M matrix (teacher row, student column, diagonal ignored).
+        weight: A number for all pairs, or an M x M matrix (teacher row, student column, diagonal ignored). With teacher
+            'ensemble' a number for all students, or one per student.
         direction: Who teaches: 'both', 'top-down' (deeper teaches shallower, the backbone is the deepest),
-            'bottom-up', 'none'. Multiplies the weight.
+            'bottom-up', 'to-backbone' (branches teach the backbone), 'none'. Multiplies the weight.
         temperature: Divides the logits; the divergences are scaled by its square.
         synergy: What is compared: 'softmax', the distributions over exclusive classes, or 'sigmoid', that of each class
             by itself (an extension of the paper's to several labels an image), a mean over the classes.
+        teacher: 'pairs', every classifier teaches every other, or 'ensemble', the mean of all logits teaches everyone
+            (direction 'both') or the backbone alone ('to-backbone'); after Lan et al., NeurIPS 2018,
+            https://arxiv.org/abs/1806.04606, without their gate.
 
     Returns:
         A scalar in nats, a mean over the batch, in float32 at least. Only the students get a gradient. A class whose
@@ -62,7 +69,8 @@ def synergy_loss(
 
     Raises:
         ValueError: Logits of one classifier or of different shapes, a weight that is negative, not finite, or for
-            another number of classifiers, an unknown direction or synergy, or a temperature that is not positive.
+            another number of classifiers, an unknown direction, synergy or teacher, a direction that the teacher does
+            not have, or a temperature that is not positive.
 
     Example:
         >>> import torch
@@ -74,13 +82,23 @@ def synergy_loss(
         tensor(1.3250)
         >>> synergy_loss([backbone, branch], weight=0.5)
         tensor(0.9640)
+        >>> synergy_loss([backbone, branch], teacher='ensemble', direction='to-backbone')  # both teach the backbone
+        tensor(0.1296)
     """
     _check_logits(logits)
-    _check_options(direction, temperature, synergy)
-    matrix = _directed(_resolve_weight('weight', _parse_weight('weight', weight, ndim=2), 2, len(logits)), direction)
+    _check_options(direction, temperature, synergy, teacher)
+    weight = _parse_weight('weight', weight, ndim=2 if teacher == 'pairs' else 1)
+    matrix = _teaching('weight', weight, direction, teacher, len(logits))
     with _no_autocast(logits[0].device):
-        log_probs = _log_probs(_to_float(logits), temperature, synergy)
-        return _synergy(log_probs, matrix, _scale(logits, temperature, synergy))[0]
+        logits = _to_float(logits)
+        log_probs = _log_probs(logits, temperature, synergy)
+        ensemble = _ensemble(logits, temperature, synergy) if teacher == 'ensemble' else []
+        return _synergy(log_probs, ensemble, matrix, _scale(logits, temperature, synergy))[0]
+
+
+def _ensemble(logits: Sequence[torch.Tensor], temperature: float, synergy: str) -> List[torch.Tensor]:
+    """Return the log-probabilities of the mean of the logits, in a list."""
+    return _log_probs([torch.stack([z.detach() for z in logits]).mean(0)], temperature, synergy)
 
 
 def _scale(logits: Sequence[torch.Tensor], temperature: float, synergy: str, sum_classes: bool = False) -> float:
@@ -89,16 +107,19 @@ def _scale(logits: Sequence[torch.Tensor], temperature: float, synergy: str, sum
     return temperature ** 2 / max(count * (1 if synergy == 'softmax' or sum_classes else classes), 1)
 
 
-def _synergy(log_probs, weight: Matrix, scale: float) -> Tuple[torch.Tensor, torch.Tensor]:
+def _synergy(log_probs, ensemble, weight: Matrix, scale: float) -> Tuple[torch.Tensor, torch.Tensor]:
     """Return the weighted sum of all divergences, and every single one (teacher row, student column) without gradient.
+
+    Teachers are the classifiers, and after them the ensemble where there is one.
 
     Of KL(p || q) = sum p log p - sum p log q only the second part depends on the student, so all teachers of a student
     give it the gradient of one product with their weighted sum. What autograd keeps is linear in M.
     """
     fixed = [q.detach() for q in log_probs]
-    teachers = [q.exp() for q in fixed]
+    log_teachers = [*fixed, *ensemble]
+    teachers = [q.exp() for q in log_teachers]
     divergences = scale * torch.stack([
-        torch.stack([(p * (own - q)).sum() for q in fixed]) for p, own in zip(teachers, fixed, strict=True)])
+        torch.stack([(p * (own - q)).sum() for q in fixed]) for p, own in zip(teachers, log_teachers, strict=True)])
     divergences = divergences.clamp(min=0)
     loss = _weighted_sum(divergences.flatten(), sum(weight, ()))
     for q, column in zip(log_probs, zip(*weight, strict=True), strict=True):
@@ -122,13 +143,15 @@ class DKSLoss(nn.Module):
         synergy: What classifiers compare, see `synergy_loss`. None goes by the criterion: 'sigmoid' for binary
             cross-entropy and timm's multi-label losses, else 'softmax'. 'sigmoid' is a sum over the classes where the
             criterion is one (its `sum_classes`, its `reduction`, and the losses of whole label sets), else a mean.
+        teacher: 'pairs' or 'ensemble', see `synergy_loss`.
 
     Attributes:
-        synergy_on: True if classifiers teach each other; if not, plain deep supervision is left.
+        synergy_scale: Factor of the synergy's weight; 0 leaves plain deep supervision.
 
     Raises:
         ValueError: A criterion for multi-label targets with 'softmax', which is of exclusive classes; a weight that is
-            negative or not finite, an unknown direction or synergy, or a temperature that is not positive.
+            negative or not finite, an unknown direction, synergy or teacher, a direction that the teacher does not
+            have, or a temperature that is not positive.
 
     Example:
         >>> import torch, dks_timm
@@ -147,12 +170,13 @@ class DKSLoss(nn.Module):
             direction: str = 'both',
             temperature: float = 1.0,
             synergy: Optional[str] = None,
+            teacher: str = 'pairs',
     ):
         super().__init__()
         multi_label = isinstance(criterion, _MULTI_LABEL) or getattr(criterion, 'smooth_dense', False)
         if synergy is None:
             synergy = 'sigmoid' if multi_label or isinstance(criterion, _BINARY) else 'softmax'
-        _check_options(direction, temperature, synergy)
+        _check_options(direction, temperature, synergy, teacher)
         if multi_label and synergy == 'softmax':
             raise InputError(
                 f"synergy 'softmax' compares distributions over exclusive classes, and criterion "
@@ -163,22 +187,30 @@ class DKSLoss(nn.Module):
             isinstance(criterion, _WHOLE_SET) or getattr(criterion, 'sum_classes', False)
             or getattr(criterion, 'reduction', 'mean') in ('batchmean', 'sum'))
         self.ce_weight = _parse_weight('ce_weight', ce_weight, ndim=1)
-        self.synergy_weight = _parse_weight('synergy_weight', synergy_weight, ndim=2)
+        self.synergy_weight = _parse_weight('synergy_weight', synergy_weight, ndim=2 if teacher == 'pairs' else 1)
+        self.teacher = teacher
         self.direction = direction
         self.temperature = float(temperature)
-        self.synergy_on = True
+        self.synergy_scale = 1.
 
     def resolve_weights(self, num_classifiers: int) -> Tuple[Vector, Matrix]:
-        """Return the weights of M classifiers and of their pairs (M x M, direction applied, zero diagonal).
+        """Return the weights of M classifiers, and of every teacher (row) and student (column), direction applied.
+
+        The matrix is M x M with a zero diagonal. With teacher 'ensemble' it has one more row, and zeros in all others.
 
         Raises:
             ValueError: Weights were given for another number of classifiers.
         """
         vector = _resolve_weight('ce_weight', self.ce_weight, 1, num_classifiers)
-        matrix = _resolve_weight('synergy_weight', self.synergy_weight, 2, num_classifiers)
-        return vector, _directed(matrix, self.direction)
+        return vector, _teaching(
+            'synergy_weight', self.synergy_weight, self.direction, self.teacher, num_classifiers)
 
-    def forward(self, logits: Sequence[torch.Tensor], target: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(
+            self,
+            logits: Sequence[torch.Tensor],
+            target: torch.Tensor,
+            teachers: Optional[Sequence[torch.Tensor]] = None,
+    ) -> Dict[str, torch.Tensor]:
         """Return the loss of a batch and its parts.
 
         Args:
@@ -188,11 +220,14 @@ class DKSLoss(nn.Module):
             target: Class indices (B,), where -100 stands for an image without label, a dense distribution (B, C),
                 labels of each class by itself (B, C), or what the criterion takes. Images without label learn from the
                 other classifiers alone.
+            teachers: With teacher 'ensemble', the logits whose mean teaches, those of an averaged model say: any number
+                of tensors (B, C), or (n, C) where branches have those. None takes the classifiers' own.
 
         Returns:
             'loss', the weighted sum and the only entry with a gradient; 'ce' (M,), the criterion of every classifier;
-            'synergy' (M, M), the divergence of every teacher (row) and student (column), temperature squared included.
-            The last two are unweighted batch means, and cover what a weight or the direction leaves out.
+            'synergy' (M, M), the divergence of every teacher (row) and student (column), temperature squared included;
+            with teacher 'ensemble' also 'ensemble' (M,), that of the ensemble and every student. All but the loss are
+            unweighted batch means, and cover what a weight or the direction leaves out.
 
         Raises:
             ValueError: Logits of one classifier or of different shapes, a target that fits neither form, weights for
@@ -201,8 +236,7 @@ class DKSLoss(nn.Module):
         """
         count = _check_logits(logits, partial=True)
         ce_weight, synergy_weight = self.resolve_weights(len(logits))
-        if not self.synergy_on:
-            synergy_weight = ((0.,) * len(logits),) * len(logits)
+        synergy_weight = tuple(tuple(self.synergy_scale * w for w in row) for row in synergy_weight)
         with _no_autocast(logits[0].device):
             logits = _to_float(logits)
             log_probs = plain = _log_probs(logits, self.temperature, self.synergy)
@@ -211,9 +245,14 @@ class DKSLoss(nn.Module):
             ce = torch.stack([self._label_loss(z, q, target[:len(z)]) for z, q in zip(logits, plain, strict=True)])
             log_probs = [q if len(q) == count else q[:count] for q in log_probs]
             scale = _scale(logits, self.temperature, self.synergy, self.sum_classes)
-            loss, synergy = _synergy(log_probs, synergy_weight, scale)
+            ensemble = []
+            if self.teacher == 'ensemble':
+                teachers = _to_float(teachers) if teachers else [z[:count] for z in logits]
+                ensemble = _ensemble(teachers, self.temperature, self.synergy)
+            loss, divergences = _synergy(log_probs, ensemble, synergy_weight, scale)
             loss = loss + _weighted_sum(ce, ce_weight)
-        return {'loss': loss, 'ce': ce.detach(), 'synergy': synergy}
+        reports = {'ce': ce.detach(), 'synergy': divergences[:len(logits)]}
+        return {'loss': loss, **reports, **({'ensemble': divergences[-1]} if ensemble else {})}
 
     def forward_backbone(self, logits: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Return the part of the loss that is left where the branches have not run, of the backbone's logits (B, C).
@@ -298,10 +337,14 @@ def _check_logits(logits: Sequence[torch.Tensor], partial: bool = False) -> int:
     return shape[0]
 
 
-def _check_options(direction: str, temperature: float, synergy: str) -> None:
-    for name, value, known in (('direction', direction, DIRECTIONS), ('synergy', synergy, SYNERGIES)):
+def _check_options(direction: str, temperature: float, synergy: str, teacher: str) -> None:
+    for name, value, known in (
+            ('direction', direction, DIRECTIONS), ('synergy', synergy, SYNERGIES), ('teacher', teacher, TEACHERS)):
         if value not in known:
             raise ValueError(f'{name} must be one of {", ".join(known)}, got {value!r}')
+    if teacher == 'ensemble' and direction in ('top-down', 'bottom-up'):
+        raise ValueError(
+            f"direction must be both, to-backbone or none where the ensemble teaches, got {direction!r}")
     if not (isinstance(temperature, (int, float)) and math.isfinite(temperature) and temperature > 0):
         raise ValueError(f'temperature must be a positive number, got {temperature!r}')
 
@@ -339,11 +382,18 @@ def _resolve_weight(name: str, weight: Union[float, Vector, Matrix], ndim: int, 
     return weight
 
 
-def _directed(weight: Matrix, direction: str) -> Matrix:
-    """Return the weight of every pair, zero where the direction has no such pair and on the diagonal."""
-    depth = (len(weight), *range(1, len(weight)))  # the backbone comes first and is the deepest
+def _teaching(
+        name: str, weight: Union[float, Vector, Matrix], direction: str, teacher: str, count: int) -> Matrix:
+    """Return the weight of every teacher (row) and student (column), zero where the direction has no such pair."""
+    if teacher == 'ensemble':
+        students = dict(both=count, none=0).get(direction, 1)
+        weights = _resolve_weight(name, weight, 1, count)[:students] + (0.,) * (count - students)
+        return ((0.,) * count,) * count + (weights,)
+    depth = (count, *range(1, count))  # the backbone comes first and is the deepest
 
     def teaches(p, q):
-        return p != q and direction in ('both', 'top-down' if depth[p] > depth[q] else 'bottom-up')
+        shown = 'both', 'top-down' if depth[p] > depth[q] else 'bottom-up', 'both' if q else 'to-backbone'
+        return p != q and direction in shown
 
-    return tuple(tuple(w if teaches(p, q) else 0. for q, w in enumerate(row)) for p, row in enumerate(weight))
+    matrix = _resolve_weight(name, weight, 2, count)
+    return tuple(tuple(w if teaches(p, q) else 0. for q, w in enumerate(row)) for p, row in enumerate(matrix))

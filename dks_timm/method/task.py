@@ -25,13 +25,16 @@ class DKSTask(ClassificationTask):
         verbose: Log what the task sets up.
         every: Run the branches in one of so many updates; the others train the backbone by its labels alone.
         start_epoch: First epoch with synergy; before it, every classifier learns from the labels alone.
+        ramp: Epochs in which the synergy's weight grows to its full size, by equal steps.
+        averaged_teacher: The ensemble that teaches is that of the averaged weights, which `setup_ema` has to set up.
         multi_label: Targets are labels of each class by itself, dense and floating (B, num_classes); evaluate as timm's
             MultiLabelClassificationTask does.
         threshold: Probability from which on a class counts as predicted, for the F1 scores of `multi_label`.
 
     Raises:
-        ValueError: The weights of the loss are for another number of classifiers, `every` is below 1, or `multi_label`
-            with synergy between exclusive classes.
+        ValueError: The weights of the loss are for another number of classifiers, `every` is below 1, `ramp` is
+            negative, `multi_label` with synergy between exclusive classes, or `averaged_teacher` with a loss whose
+            teacher is not the ensemble.
 
     Example:
         >>> import torch, dks_timm
@@ -52,6 +55,8 @@ class DKSTask(ClassificationTask):
             verbose: bool = True,
             every: int = 1,
             start_epoch: int = 0,
+            ramp: int = 0,
+            averaged_teacher: bool = False,
             multi_label: bool = False,
             threshold: float = 0.5,
     ):
@@ -61,9 +66,14 @@ class DKSTask(ClassificationTask):
         loss_fn.resolve_weights(1 + len(net.branches))  # refused before training begins, not in its first step
         if every < 1:
             raise InputError(f'every is {every}; it must be at least 1.')
+        if ramp < 0:
+            raise InputError(f'ramp is {ramp}; it must be 0 or more epochs.')
+        if averaged_teacher and loss_fn.teacher != 'ensemble':
+            raise InputError(f"averaged_teacher needs a DKSLoss with teacher 'ensemble', not {loss_fn.teacher!r}.")
         super().__init__(net, loss_fn, device=device, dtype=dtype, verbose=verbose)
         self.every = every
-        self.start_epoch = start_epoch
+        self.start_epoch, self.ramp = start_epoch, ramp
+        self.averaged_teacher = averaged_teacher
         self.multi_label, self.threshold = multi_label, threshold
 
     def create_evaluator(self, **kwargs: Any) -> ClassificationEvaluator:
@@ -78,7 +88,7 @@ class DKSTask(ClassificationTask):
         Without a call, every update has both.
         """
         unwrap_model(self.trainable_module).branches_on = num_updates % self.every == 0
-        self.criterion.synergy_on = epoch >= self.start_epoch
+        self.criterion.synergy_scale = min(1., max(0, epoch - self.start_epoch + 1) / (self.ramp + 1))
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, Any]:
         """Forward pass through backbone and branches, and the DKS loss.
@@ -93,12 +103,20 @@ class DKSTask(ClassificationTask):
             the reports of :class:`dks_timm.DKSLoss`. Where the branches have not run, 'logits' are the backbone's
             alone, and there is no 'synergy'.
         """
-        return self._result(self.trainable_module(input), target)
+        return self._result(input, self.trainable_module(input), target)
 
-    def _result(self, logits: List[torch.Tensor], target: torch.Tensor) -> Dict[str, Any]:
-        loss_fn = self.criterion
-        losses = loss_fn(logits, target) if len(logits) > 1 else loss_fn.forward_backbone(logits[0], target)
+    def _result(self, input: torch.Tensor, logits: List[torch.Tensor], target: torch.Tensor) -> Dict[str, Any]:
+        if len(logits) == 1:
+            losses = self.criterion.forward_backbone(logits[0], target)
+        else:
+            teachers = self._averaged_logits(input[:len(logits[-1])]) if self.averaged_teacher else None
+            losses = self.criterion(logits, target, teachers)
         return {**losses, 'output': logits[0], 'logits': logits}
+
+    @torch.no_grad()
+    def _averaged_logits(self, input: torch.Tensor) -> List[torch.Tensor]:
+        """Return the logits of all classifiers with averaged weights, and statistics of BatchNorm."""
+        return unwrap_model(self.get_trainable_module(ema=True)).eval().exits(input)
 
     def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs) -> nn.Module:
         """Compile the DKSModel for training, and its backbone by itself for evaluation."""
@@ -184,7 +202,7 @@ class DKSDistillationTask(DKSTask):
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, Any]:
         """Run :meth:`DKSTask.forward` with the teacher's term in 'loss', and by itself in 'kd_loss', unweighted."""
         student, *branch_logits = self.trainable_module(input)
-        result = self._result([student[0] if isinstance(student, tuple) else student, *branch_logits], target)
+        result = self._result(input, [student[0] if isinstance(student, tuple) else student, *branch_logits], target)
         self.distillation.trainable_module.value = student
         distilled = self.distillation(input, target)
         self.distillation.trainable_module.value = None

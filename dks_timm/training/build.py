@@ -176,7 +176,9 @@ def create_task(args, model, accelerator, class_stats=None):
         create = tasks.MultiLabelClassificationTask if multi_label else tasks.ClassificationTask
         return distillation or create(model, criterion=criterion, **multi_label, **common)
     loss_fn = _create_dks_loss(args, criterion, num_classifiers=1 + len(model.branches))
-    common.update(every=args.dks_every, start_epoch=args.dks_start_epoch, multi_label=bool(multi_label), **multi_label)
+    common.update(
+        every=args.dks_every, start_epoch=args.dks_start_epoch, ramp=args.dks_ramp,
+        averaged_teacher=args.dks_teacher == 'ema', multi_label=bool(multi_label), **multi_label)
     if distillation is not None:
         return DKSDistillationTask(model, distillation, loss_fn, **common)
     return DKSTask(model, loss_fn, **common)
@@ -196,19 +198,22 @@ def _create_distillation_task(args, student, criterion, common):
 
 
 def _create_dks_loss(args, criterion, num_classifiers):
-    for name, count in (('dks_ce_weight', num_classifiers), ('dks_synergy_weight', num_classifiers ** 2)):
+    rows = num_classifiers if args.dks_teacher == 'pairs' else 1  # teachers
+    for name, count in (('dks_ce_weight', num_classifiers), ('dks_synergy_weight', rows * num_classifiers)):
         values = getattr(args, name)
         if len(values) not in (1, count):
             raise OptionError(f'{flag(name)} {" ".join(map(str, values))}: {len(values)} numbers for {num_classifiers} '
                               f'classifiers; give 1, or {count}')
     ce_weight, synergy_weight = args.dks_ce_weight, args.dks_synergy_weight
-    matrix = [synergy_weight[i:i + num_classifiers] for i in range(0, len(synergy_weight), num_classifiers)]
+    if rows > 1 and len(synergy_weight) > 1:
+        synergy_weight = [synergy_weight[i:i + rows] for i in range(0, rows * rows, rows)]
     with naming('--dks'):
         return DKSLoss(
             criterion,
             ce_weight=ce_weight if len(ce_weight) > 1 else ce_weight[0],
-            synergy_weight=matrix if len(synergy_weight) > 1 else synergy_weight[0],
-            direction=args.dks_direction, temperature=args.dks_temperature, synergy=args.dks_synergy)
+            synergy_weight=synergy_weight if len(synergy_weight) > 1 else synergy_weight[0],
+            direction=args.dks_direction, temperature=args.dks_temperature, synergy=args.dks_synergy,
+            teacher='pairs' if args.dks_teacher == 'pairs' else 'ensemble')
 
 
 def create_optimizer(args, module, lr: float):

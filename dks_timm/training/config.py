@@ -18,6 +18,7 @@ import psutil
 import yaml
 
 from ..errors import OptionError, closest, flag
+from ..method.presets import PRESETS
 from .flags import IMAGE_MODES, METRICS, add_timm_flags, create_parser
 from .parser import ParseKwargs, Parser, StoreAction
 
@@ -85,10 +86,12 @@ def parse_args(argv=None):
 
 
 def other_defaults(settings) -> dict:
-    """Return the defaults that are other ones with other flags, as in timm."""
+    """Return the defaults that are other ones with other flags, as in timm, and those of a preset."""
     several_labels = dict(smoothing=0., eval_metric='map') if settings['task'] == 'multilabel' else {}
     decay = dict(decay_epochs=0.2) if settings['sched'] in ('wsd', 'rsqrt') else {}
-    return {**several_labels, **decay}
+    # Not of a run without --dks, whose args.yaml has no setting of it.
+    preset = PRESETS[settings['dks_preset'] or 'paper'] if settings['dks'] else {}
+    return {**several_labels, **decay, **{f'dks_{name}': value for name, value in preset.items()}}
 
 
 def _read_command_line(argv):
@@ -290,6 +293,12 @@ def _combinations(args, given):
     epochs = min(args.epochs, args.stop_epoch or args.epochs)
     yield args.dks and args.dks_start_epoch >= epochs, (
         f'--dks-start-epoch {args.dks_start_epoch}: not within the {epochs} epochs; or use --dks-direction none')
+    yield args.dks_teacher != 'pairs' and args.dks_direction in ('top-down', 'bottom-up'), (
+        f'--dks-direction {args.dks_direction}: is between two classifiers; with --dks-teacher {args.dks_teacher} use '
+        f'both, to-backbone or none')
+    yield args.dks_teacher == 'ema' and not args.model_ema, '--dks-teacher ema: needs --model-ema'
+    yield args.dks_teacher == 'ema' and args.model_ema_force_cpu, (
+        '--dks-teacher ema: cannot be combined with --model-ema-force-cpu; use one of the two')
 
 
 def _task(args, given):

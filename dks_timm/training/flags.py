@@ -6,6 +6,7 @@ when it is loaded: ``--help`` and a mistyped flag are answered at once.
 import argparse
 import os
 
+from ..method.presets import PRESETS
 from .parser import ParseKwargs, Parser
 
 IMAGE_MODES = dict(L=1, LA=2, RGB=3, YCbCr=3, HSV=3, RGBA=4, RGBX=4, CMYK=4)  # Pillow's, with their channels
@@ -257,15 +258,19 @@ def add_our_flags(parser: Parser) -> None:
     add = parser.add_argument_group('Deeply-supervised Knowledge Synergy').add_argument
     add('--dks', action=argparse.BooleanOptionalAction, default=False, help='train with branches and synergy')
     add_branch_flags(add)
+    add('--dks-preset', type=str, choices=tuple(PRESETS), help='who teaches whom, by name; further flags change it')
     add('--dks-ce-weight', type=float, nargs='+', default=[1.0], at_least=0, help='label weight, or one per classifier')
     add('--dks-synergy-weight', type=float, nargs='+', default=[1.0], at_least=0,
-        help='weight of synergy, one or a whole matrix (rows teach columns)')
-    add('--dks-direction', type=str, default='both', choices=('both', 'top-down', 'bottom-up', 'none'),
-        help='who teaches: each other, deeper the shallower, shallower the deeper, nobody')
+        help='weight of synergy, one or a whole matrix (rows teach columns); where an ensemble teaches one per student')
+    add('--dks-direction', type=str, default='both', choices=('both', 'top-down', 'bottom-up', 'to-backbone', 'none'),
+        help='who teaches: each other, deeper the shallower, shallower the deeper, branches the backbone, nobody')
+    add('--dks-teacher', type=str, default='pairs', choices=('pairs', 'ensemble', 'ema'),
+        help='each classifier by itself, the mean of all, or that with the averaged weights of --model-ema')
     add('--dks-synergy', type=str, choices=('softmax', 'sigmoid'),
         help='what classifiers compare: exclusive classes, or each by itself; by the loss if not given')
     add('--dks-temperature', type=float, default=1.0, above=0, help='temperature of synergy')
     add('--dks-start-epoch', type=int, default=0, at_least=0, help='first epoch with synergy, after labels alone')
+    add('--dks-ramp', type=int, default=0, at_least=0, metavar='EPOCHS', help='epochs in which synergy grows')
     add = parser.add_argument_group('Small images').add_argument
     add('--train-pad', type=int, at_least=0, help='pad training images by N reflected pixels, and crop at random')
     add('--data-on-device', action='store_true', help='hold the decoded dataset on the device, and augment it there')

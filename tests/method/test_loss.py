@@ -43,7 +43,8 @@ def direction_mask(direction, num_classifiers):
     depth = [num_classifiers, *range(1, num_classifiers)]
     return [[
         p != q and dict(
-            both=True, none=False, **{'top-down': depth[p] > depth[q], 'bottom-up': depth[p] < depth[q]}
+            both=True, none=False,
+            **{'top-down': depth[p] > depth[q], 'bottom-up': depth[p] < depth[q], 'to-backbone': q == 0}
         )[direction]
         for q in range(num_classifiers)] for p in range(num_classifiers)]
 
@@ -381,7 +382,7 @@ def test_training_is_that_of_the_published_form():
     (dict(ce_weight=-1), 'ce_weight must be finite and not negative.*, got -1'),
     (dict(synergy_weight=[[1.0, 1.0], [1.0]]), r'synergy_weight must be .* got \[\[1.0, 1.0\], \[1.0\]\]'),
     (dict(synergy_weight=float('inf')), 'synergy_weight must be finite and not negative.*, got inf'),
-    (dict(direction='sideways'), "direction must be one of both, top-down, bottom-up, none, got 'sideways'"),
+    (dict(direction='sideways'), 'direction must be one of both, .*, none, got .sideways.'),
     (dict(temperature=0), 'temperature must be a positive number, got 0'),
 ])
 def test_bad_options_are_named_at_construction(options, message):
