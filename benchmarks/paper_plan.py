@@ -23,9 +23,9 @@ ROWS = dict(
 )
 
 
-def taught_by(matrix: str, *flags: str):
-    """Flags for the weights of three classifiers, the backbone's first: rows of the matrix teach its columns."""
-    return ['--dks', '--dks-synergy-weight', *matrix.split(), *flags]
+def taught(who: str, *flags: str):
+    """Flags for a direction: only those that it names are taught."""
+    return ['--dks', '--dks-direction', who, *flags]
 
 
 def averaged(*flags: str):
@@ -33,38 +33,39 @@ def averaged(*flags: str):
     return ['--dks', '--dks-teacher', 'ema', '--model-ema', '--model-ema-decay', '0.995', *flags]
 
 
+T3 = ('--dks-temperature', '3')
 # {third} is a third of the epochs.
 METHODS = dict(
     baseline=('baseline', []),
-    ds=('DS', ['--dks', '--dks-direction', 'none']),
+    ds=('DS', taught('none')),
     dks=('DKS', ['--dks']),
-    dks_t3=('DKS, T = 3', ['--dks', '--dks-temperature', '3']),
+    dks_t3=('DKS, T = 3', ['--dks', *T3]),
     dks_late=('DKS, synergy from a third of the epochs', ['--dks', '--dks-start-epoch', '{third}']),
-    to_backbone=('branches teach the backbone', taught_by('0 0 0 1 0 0 1 0 0')),
-    to_backbone_t3=('branches teach the backbone, T = 3', taught_by('0 0 0 1 0 0 1 0 0', '--dks-temperature', '3')),
+    ds_weighted=('DS, a third of the weight for branches', taught('none', '--dks-ce-weight', '1', '.33', '.33')),
+    # Branches teach the backbone, and learn from the labels alone.
+    to_backbone=('branches teach the backbone', taught('to-backbone')),
+    to_backbone_t3=('branches teach the backbone, T = 3', taught('to-backbone', *T3)),
+    to_backbone_t3_half=(
+        'branches teach the backbone, T = 3, half the weight',
+        taught('to-backbone', *T3, '--dks-synergy-weight', '.5')),
     to_backbone_t4_x2=(
         'branches teach the backbone, T = 4, twice the weight',
-        taught_by('0 0 0 2 0 0 2 0 0', '--dks-temperature', '4')),
-    # The mean divergence from several teachers has the gradient of the divergence from their mean.
-    ensemble=('mean of the branches teaches the backbone', taught_by('0 0 0 .5 0 0 .5 0 0')),
-    ensemble_t3=(
-        'mean of the branches teaches the backbone, T = 3', taught_by('0 0 0 .5 0 0 .5 0 0', '--dks-temperature', '3')),
-    ensemble_all_t3=(
-        'mean of all logits teaches all, T = 3', ['--dks', '--dks-teacher', 'ensemble', '--dks-temperature', '3']),
-    ema_all_t3=('averaged ensemble teaches all, T = 3', averaged('--dks-temperature', '3')),
+        taught('to-backbone', '--dks-temperature', '4', '--dks-synergy-weight', '2')),
+    # The mean of all logits teaches.
+    ensemble_all_t3=('the ensemble teaches all, T = 3', ['--dks', '--dks-teacher', 'ensemble', *T3]),
+    ema_all_t3=('the averaged ensemble teaches all, T = 3', averaged(*T3)),
     ema_to_backbone_t3=(
-        'averaged ensemble teaches the backbone, T = 3',
-        averaged('--dks-direction', 'to-backbone', '--dks-synergy-weight', '2', '--dks-temperature', '3')),
-    ds_weighted=(
-        'DS, labels of branches at a third of the weight', ['--dks', '--dks-direction', 'none', '--dks-ce-weight',
-                                                            '1', '.33', '.33']),
-    byot=('BYOT-style: the backbone teaches the branches', taught_by('0 1 1 0 0 0 0 0 0')),
-    top_down=('top-down', ['--dks', '--dks-direction', 'top-down']),
-    bottom_up=('bottom-up', ['--dks', '--dks-direction', 'bottom-up']),
+        'the averaged ensemble teaches the backbone, T = 3, twice the weight',
+        averaged('--dks-direction', 'to-backbone', '--dks-synergy-weight', '2', *T3)),
+    byot=(
+        'BYOT-style: the backbone teaches the branches',
+        ['--dks', '--dks-synergy-weight', *'0 1 1 0 0 0 0 0 0'.split()]),
+    top_down=('top-down', taught('top-down')),
+    bottom_up=('bottom-up', taught('bottom-up')),
     # Less arithmetic.
     **{f'dks_budget_{x}': (f'DKS, budget {x}', ['--dks', '--dks-budget', x]) for x in ('1.5', '1.3')},
-    **{'ds_budget_1.3': ('DS, budget 1.3', ['--dks', '--dks-budget', '1.3', '--dks-direction', 'none'])},
-    dks_budget_bottom_up=('budget 1.3, bottom-up', ['--dks', '--dks-budget', '1.3', '--dks-direction', 'bottom-up']),
+    **{'ds_budget_1.3': ('DS, budget 1.3', taught('none', '--dks-budget', '1.3'))},
+    dks_budget_bottom_up=('budget 1.3, bottom-up', taught('bottom-up', '--dks-budget', '1.3')),
     dks_budget_late=(
         'DKS, budget 1.3, synergy from a third of the epochs',
         ['--dks', '--dks-budget', '1.3', '--dks-start-epoch', '{third}']),
@@ -78,14 +79,16 @@ METHODS = dict(
 )
 
 THREE = ('baseline', 'ds', 'dks')
-OTHERS = ('to_backbone_t3', 'to_backbone', 'dks_t3', 'ensemble', 'ensemble_t3', 'dks_late',
-          'dks_budget_1.3', 'ds_budget_1.3')
-# The one of OTHERS that the longer and the other experiments compare with, until the first row says which is best.
+# Who should teach whom: searched with one seed.
+SEARCH = ('to_backbone_t3', 'to_backbone', 'to_backbone_t4_x2', 'ema_all_t3', 'ensemble_all_t3', 'ema_to_backbone_t3',
+          'ds_weighted', 'dks_late', 'dks_t3', 'to_backbone_t3_half', 'dks_budget_1.3', 'ds_budget_1.3')
+# The one of them that the longer and the other experiments compare with, until the search says which is best.
 BEST = ('to_backbone_t3',)
+TEACHERS = ('to_backbone_t3', 'ensemble_all_t3', 'ema_all_t3', 'dks_t3')
 
 # What is run where nothing is chosen, and in which order: row, methods, seeds, epochs (None: the recipe's).
 PLAN = (
-    ('resnet20', (*THREE, *OTHERS), (0,), None),
+    ('resnet20', (*THREE, *SEARCH), (0,), None),
     ('resnet20', (*THREE, *BEST), (0,), 12),
     ('resnet20', (*THREE, *BEST), (0,), 60),
     ('resnet20', (*THREE, *BEST), (1, 2), None),
@@ -94,13 +97,14 @@ PLAN = (
     ('vit_tiny', (*THREE, *BEST), (0,), None),
     ('convnext_atto', (*THREE, *BEST), (0,), None),
     ('mini', THREE, range(5), None),
+    ('mini', TEACHERS, range(5), None),
     ('mini', ('top_down', 'bottom_up'), range(3), None),
-    ('mini', [method for method in METHODS if method.startswith('dks_') and method != 'dks_t3'], range(3), None),
+    ('mini', [method for method in METHODS if method.startswith('dks_') and method not in TEACHERS], range(3), None),
     ('mini', ('dks_budget_1.3',), range(3, 8), None),
     ('mini', ('baseline', 'dks'), range(5, 8), None),
     # For a GPU.
     ('resnet32', THREE, range(1, 3), None),
-    ('resnet32', ('top_down', 'bottom_up', 'byot', 'ensemble'), range(3), None),
+    ('resnet32', ('top_down', 'bottom_up', 'byot', 'ensemble_all_t3'), range(3), None),
     ('wrn_28_10', ('baseline', 'dks'), range(3), None),
     ('resnet110', THREE, range(3), None),
     ('wrn_28_10_dropout', ('baseline', 'dks'), range(3), None),

@@ -14,6 +14,7 @@ from ..errors import UNREADABLE, OptionError, closest, flag, given_flags, naming
 from ..method.cost import training_cost
 from ..method.create import add_branches
 from ..method.loss import DKSLoss
+from ..method.presets import PRESETS
 from ..method.task import DKSDistillationTask, DKSTask
 from .config import LOSSES_WITH_FLAGS, mixup_active
 from .data import model_dtype
@@ -207,6 +208,9 @@ def _create_dks_loss(args, criterion, num_classifiers):
     ce_weight, synergy_weight = args.dks_ce_weight, args.dks_synergy_weight
     if rows > 1 and len(synergy_weight) > 1:
         synergy_weight = [synergy_weight[i:i + rows] for i in range(0, rows * rows, rows)]
+    if args.dks_preset:
+        settings = ', '.join(f'{name} {getattr(args, f"dks_{name}")}' for name in PRESETS[args.dks_preset])
+        _logger.info(f'Preset {args.dks_preset}: {settings or "the defaults"}')
     with naming('--dks'):
         return DKSLoss(
             criterion,

@@ -17,7 +17,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 
 from dks_timm import errors
-from dks_timm.method.loss import DIRECTIONS
+from dks_timm.method.loss import DIRECTIONS, TEACHERS
 from dks_timm.method.plan import BRANCH_KINDS
 from dks_timm.training import config, flags, parser
 
@@ -45,6 +45,23 @@ def recipe(tmp_path, text):
 def test_the_choices_of_the_methods_flags_are_those_of_the_method():
     choices = {action.dest: action.choices for action in config.create_parser()._actions}
     assert (choices['dks_direction'], choices['dks_branches']) == (DIRECTIONS, BRANCH_KINDS)
+    assert choices['dks_teacher'] == (*TEACHERS, 'ema')
+
+
+def test_a_preset_is_the_default_of_its_settings_and_goes_with_dks_into_args_yaml(tmp_path):
+    def parse(*argv):
+        args, _, text = config.parse_args(['--data-dir', 'DIR', *argv])
+        return (args.dks_direction, args.dks_temperature), yaml.safe_load(text)
+
+    settings, saved = parse('--dks', '--dks-preset', 'distill')
+    assert settings == ('to-backbone', 3.)
+    assert [saved[f'dks_{name}'] for name in ('preset', 'direction', 'temperature')] == ['distill', 'to-backbone', 3.]
+    assert parse('--dks', '--dks-preset', 'distill', '--dks-temperature', '2')[0] == ('to-backbone', 2.)
+    path = recipe(tmp_path, 'dks: true\ndks_preset: distill\ndks_direction: both\n')
+    assert parse('--config', path)[0] == ('both', 3.)
+    assert parse('--config', path, '--dks-preset', 'paper')[0] == ('both', 1.)
+    settings, saved = parse('--config', path, '--no-dks')  # the baseline of a recipe
+    assert not any(name.startswith('dks') for name in saved)
 
 
 def test_every_flag_of_timm_is_there_with_its_name_type_and_default():

@@ -37,7 +37,8 @@ CASES = [
     ('--sched plateau --patience-epochs 0 --warmup-epochs 0', dict(done=2, epoch=2)),
     ('--val-interval 2 --epochs 4 --opt lookahead_adamw', dict(done=5, epoch=2)),
     ('--val-split= --sched none', dict(over=True, epoch=1)),
-    ('--dks --dks-every 2 --dks-start-epoch 1 --model-ema --model-ema-decay 0.9', dict(done=3, epoch=1)),
+    ('--dks --dks-every 2 --dks-start-epoch 1 --dks-ramp 1 --dks-teacher ema --model-ema --model-ema-decay 0.9',
+     dict(done=3, epoch=1)),
     ('--model naflexvit_base_patch16_gap --model-kwargs embed_dim=48 depth=1 num_heads=2 --naflex-loader '
      '--naflex-train-seq-lens 4 9 --naflex-max-seq-len 4 --mixup 0.3 --workers 2', dict(done=1, epoch=1)),
     ('--checkpoint-hist 1', dict(over=True, epoch=1)),
