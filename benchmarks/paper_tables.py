@@ -1,4 +1,5 @@
 """Tables and pictures of the CIFAR-100 experiments, from the lines that their runs left."""
+import contextlib
 import functools
 import math
 import statistics
@@ -15,10 +16,10 @@ Written by `python benchmarks/paper.py --summarise` from the lines in these fold
 `--results FOLDER` makes them again.
 
 Top-1 accuracy on the validation images, in percent, after the last epoch, as mean and standard deviation over seeds: of
-the backbone, which is what remains; of each branch; and of the ensemble, the mean of all their probabilities. The
-difference is that of the backbones, with its standard error. The loss is the backbone's. Training time is that of an
-epoch without evaluation, CPU time where a CPU did it; FLOPs are those of one training forward, on average; both in
-multiples of the baseline, time of that with the same seed on the same device.'''
+the backbone, which is what remains; of each branch; and of the ensemble, the mean of all their probabilities.
+Differences are those of the backbones, with their standard error. The loss is the backbone's. Training time is that of
+an epoch without evaluation, CPU time where a CPU did it; FLOPs are those of training, in which a backward costs two
+forwards; both in multiples of the baseline, time of that with the same seed on the same device.'''
 
 
 class Section:
@@ -31,6 +32,10 @@ class Section:
         self.runs = {method: [run for run in runs if run.method == method and run.finished] for method in METHODS}
         self.last = {method: [run.lines()[-1] for run in runs] for method, runs in self.runs.items()}
         self.methods = [method for method in METHODS if self.runs[method]]
+        self.branches = sorted(
+            {key for method in self.methods for last in self.last[method] for key in last
+             if key.startswith('eval_top1_stage')}, key=lambda key: int(key.removeprefix('eval_top1_stage')))
+        self.title = f'{ROWS[row]["title"]}, {epochs} epochs'
 
     def values(self, method: str, key: str = 'eval_top1'):
         """After the last epoch, one a seed."""
@@ -39,14 +44,14 @@ class Section:
     @property
     def shown(self):
         """The methods that pictures compare: baseline, DS, DKS, and the best of the others at full cost."""
-        others = [m for m in self.methods if m not in THREE and self.flops(m) == self.flops('dks')]
+        others = [m for m in self.methods if m not in THREE and self.flops(m) >= self.flops('dks')]
         best = max(others, key=lambda m: statistics.mean(self.values(m)), default=None)
         return [method for method in (*THREE, best) if method in self.methods]
 
-    def gain(self, method: str) -> str:
-        """Top-1 accuracy over that of the baseline, with its standard error."""
-        ours, base = self.values(method), self.values('baseline')
-        if not base or method == 'baseline':
+    def gain(self, method: str, other: str) -> str:
+        """Top-1 accuracy over that of another method, with its standard error."""
+        ours, base = self.values(method), self.values(other)
+        if not base or method in ('baseline', other):
             return ''
         text = f'{statistics.mean(ours) - statistics.mean(base):+.2f}'
         if len(ours) > 1 and len(base) > 1:
@@ -65,24 +70,24 @@ class Section:
         return f'{statistics.mean(ratios):.2f}x' if ratios else ''
 
     def flops(self, method: str) -> float:
-        """FLOPs of a training forward over the baseline's, on average."""
-        return forward_flops(self.row, *METHODS[method][1])[1]
+        """FLOPs of training over the baseline's; a backward costs two forwards."""
+        flags = METHODS[method][1]
+        teacher = 4 / 3 if 'ema' in flags else 1  # one more forward, without backward
+        return teacher * forward_flops(self.row, *flags)[1]
 
     def table(self) -> str:
         """Markdown table of the finished runs, with what is known of the others below it."""
-        branches = sorted(
-            {key for method in self.methods for last in self.last[method] for key in last
-             if key.startswith('eval_top1_stage')}, key=lambda key: int(key.removeprefix('eval_top1_stage')))
         paper = ROWS[self.row].get('paper', {})
         columns = {
             'method': lambda m: METHODS[m][0],
             'runs': lambda m: str(len(self.runs[m])),
             'backbone': lambda m: spread(self.values(m)),
             **{f'branch on {key.removeprefix("eval_top1_").replace("stage", "stage ")}':
-               functools.partial(lambda m, key: spread(self.values(m, key)), key=key) for key in branches},
+               functools.partial(lambda m, key: spread(self.values(m, key)), key=key) for key in self.branches},
             'ensemble': lambda m: spread(self.values(m, 'eval_top1_ensemble')),
             'the paper\'s backbone': lambda m: f'{100 - paper[m]:.2f}' if m in paper else '',
-            'against baseline': self.gain,
+            'against baseline': functools.partial(self.gain, other='baseline'),
+            'against DS': functools.partial(self.gain, other='ds'),
             'loss': lambda m: f'{statistics.mean(self.values(m, "eval_loss")):.3f}',
             'training time': self.time,
             'training FLOPs': lambda m: f'{self.flops(m):.2f}x',
@@ -143,23 +148,42 @@ def epoch_seconds(run):
     return {device: statistics.median(values) for device, values in seconds.items()}
 
 
-def draw(file: Path, title: str, xlabel: str, lines, **axis) -> None:
-    """Write an SVG of accuracy: lines are (label, x, mean, deviation), the last three lists of one length."""
+@contextlib.contextmanager
+def picture(file: Path, height: float = 4.5, **axis):
+    """Context with the axes of an SVG, written at its end."""
     import matplotlib
     matplotlib.use('svg')
     from matplotlib import pyplot as plt
     with plt.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'dks_timm', 'font.family': 'sans-serif'}):
-        figure, axes = plt.subplots(figsize=(8, 4.5), layout='constrained')
+        figure, axes = plt.subplots(figsize=(8, height), layout='constrained')
+        yield axes
+        axes.set(**axis)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(file, metadata={'Date': None})
+        plt.close(figure)
+
+
+def draw(file: Path, lines, **axis) -> None:
+    """Write an SVG of accuracy: lines are (label, x, mean, deviation), the last three lists of one length."""
+    with picture(file, ylabel='top-1 accuracy of the backbone, %', **axis) as axes:
         for label, x, mean, deviation in lines:
             (line,) = axes.plot(x, mean, marker='o' if len(x) < 10 else None, label=f'{label}: {mean[-1]:.2f}')
             if any(deviation):
                 low, high = zip(*((m - d, m + d) for m, d in zip(mean, deviation, strict=True)), strict=True)
                 axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        axes.set(title=title, xlabel=xlabel, ylabel='top-1 accuracy of the backbone, %', **axis)
-        axes.grid(alpha=0.3)
-        axes.legend()
-        figure.savefig(file, metadata={'Date': None})
-        plt.close(figure)
+
+
+def draw_classifiers(file: Path, section: Section) -> None:
+    """Accuracy of every classifier after the last epoch: a line per method, a mark per classifier."""
+    methods = section.methods[::-1]
+    with picture(file, 1.5 + 0.35 * len(methods), title=section.title, xlabel='top-1 accuracy, %') as axes:
+        axes.set_yticks(range(len(methods)), [METHODS[method][0] for method in methods])
+        for key, marker in zip(('eval_top1', *section.branches, 'eval_top1_ensemble'), 'os^vDP*', strict=False):
+            found = [(section.values(method, key), y) for y, method in enumerate(methods)]
+            x, y = zip(*((statistics.mean(values), y) for values, y in found if values), strict=True)
+            label = key.removeprefix('eval_top1_').replace('stage', 'branch on stage ').replace('eval_top1', 'backbone')
+            axes.plot(x, y, marker, label=label, linestyle='none')
 
 
 def mean_and_deviation(columns):
@@ -173,7 +197,7 @@ def draw_curves(file: Path, section: Section) -> None:
     for method in section.shown:
         columns = list(zip(*([line['eval_top1'] for line in run.lines()] for run in section.runs[method]), strict=True))
         lines.append((METHODS[method][0], range(1, section.epochs + 1), *mean_and_deviation(columns)))
-    draw(file, f'{ROWS[section.row]["title"]}, {section.epochs} epochs', 'epoch', lines)
+    draw(file, lines, title=section.title, xlabel='epoch')
 
 
 def draw_arithmetic(file: Path, row: str, sections) -> None:
@@ -187,7 +211,8 @@ def draw_arithmetic(file: Path, row: str, sections) -> None:
         flops = [3 * forward_flops(row)[0] * s.flops(method) * images * s.epochs for s in trained]
         lines.append((METHODS[method][0], flops, *mean_and_deviation([s.values(method) for s in trained])))
     lengths = ', '.join(str(section.epochs) for section in sections)
-    draw(file, f'{ROWS[row]["title"]}, {lengths} epochs', 'FLOPs of the whole training', lines, xscale='log')
+    title = f'{ROWS[row]["title"]}, {lengths} epochs'
+    draw(file, lines, title=title, xlabel='FLOPs of the whole training', xscale='log')
 
 
 def summarise(results: str) -> None:
@@ -200,7 +225,7 @@ def summarise(results: str) -> None:
         for section in of_row:
             precision = recipe(row).get('amp_dtype', 'float32')
             text += [
-                f'## {about["title"]}, {section.epochs} epochs, {precision}',
+                f'## {section.title}, {precision}',
                 f'`python benchmarks/paper.py --rows {row}`' + (
                     f': the first {about["classes"]} classes by name; of each the first {about["images"]} training '
                     'images by name, and all validation images.' if 'classes' in about else ''),
@@ -208,6 +233,9 @@ def summarise(results: str) -> None:
             if section.methods:
                 draw_curves(Path(results, f'{section.name}.svg'), section)
                 text.append(f'![accuracy by epoch]({section.name}.svg)')
+            if section.branches:
+                draw_classifiers(Path(results, f'{section.name}_classifiers.svg'), section)
+                text.append(f'![accuracy of every classifier]({section.name}_classifiers.svg)')
         if len(finished) > 1:
             draw_arithmetic(Path(results, f'{row}_arithmetic.svg'), row, finished)
             text.append(f'Accuracy against arithmetic, by method:\n\n![accuracy against FLOPs]({row}_arithmetic.svg)')
