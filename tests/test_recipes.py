@@ -138,6 +138,7 @@ def inspect(command):
     return json.loads(out.getvalue())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('path', named(IMAGENET))
 def test_its_cost_is_what_inspect_computes_with_its_flags(path):
     cost, command = said(path, r'cost +([\d.]+)x [^()]*\((dks-timm inspect [^)]*)\)')

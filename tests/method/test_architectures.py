@@ -36,8 +36,10 @@ SLOW = (
 WITH_CONV = {'efficientvim_m1', 'nasnetalarge', 'pnasnet5large'}
 # Over 100 M parameters: attached on the meta device only.
 LARGE = {'deepseek_vit_412m', 'gemma4_vit_167m', 'vgg11'}
-# Attaching to these takes half a minute; -m slow does it.
-SLOW_TO_TRACE = {'coat_tiny', 'mobilenetv5_base', 'nasnetalarge', 'sequencer2d_s'}
+# Attaching to these takes ten seconds to half a minute; -m slow does it.
+SLOW_TO_TRACE = {
+    'coat_tiny', 'csatv2', 'gemma4_vit_167m', 'inception_resnet_v2', 'inception_v4', 'mobilenetv5_base', 'nasnetalarge',
+    'pnasnet5large', 'sequencer2d_s', 'twins_svt_small'}
 STEPS = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW if name not in LARGE)]
 
 

@@ -285,6 +285,7 @@ def split(tmp_path_factory):
     return dict(zip(SPLITS, zip(*seen, strict=True), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', SPLITS)
 def test_evaluation_of_a_stream_in_two_processes_counts_every_image_once(split, name):
     assert sorted(split[name][0]['val'] + split[name][1]['val']) == list(range(SPLITS[name][1]))
