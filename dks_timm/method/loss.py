@@ -392,8 +392,8 @@ def _teaching(
     depth = (count, *range(1, count))  # the backbone comes first and is the deepest
 
     def teaches(p, q):
-        shown = 'both', 'top-down' if depth[p] > depth[q] else 'bottom-up', 'both' if q else 'to-backbone'
-        return p != q and direction in shown
+        names = {'both', 'top-down' if depth[p] > depth[q] else 'bottom-up'} | ({'to-backbone'} if q == 0 else set())
+        return p != q and direction in names
 
     matrix = _resolve_weight(name, weight, 2, count)
     return tuple(tuple(w if teaches(p, q) else 0. for q, w in enumerate(row)) for p, row in enumerate(matrix))

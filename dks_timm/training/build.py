@@ -199,7 +199,8 @@ def _create_distillation_task(args, student, criterion, common):
 
 
 def _create_dks_loss(args, criterion, num_classifiers):
-    rows = num_classifiers if args.dks_teacher == 'pairs' else 1  # teachers
+    teacher = 'pairs' if args.dks_teacher == 'pairs' else 'ensemble'
+    rows = num_classifiers if teacher == 'pairs' else 1
     for name, count in (('dks_ce_weight', num_classifiers), ('dks_synergy_weight', rows * num_classifiers)):
         values = getattr(args, name)
         if len(values) not in (1, count):
@@ -217,7 +218,7 @@ def _create_dks_loss(args, criterion, num_classifiers):
             ce_weight=ce_weight if len(ce_weight) > 1 else ce_weight[0],
             synergy_weight=synergy_weight if len(synergy_weight) > 1 else synergy_weight[0],
             direction=args.dks_direction, temperature=args.dks_temperature, synergy=args.dks_synergy,
-            teacher='pairs' if args.dks_teacher == 'pairs' else 'ensemble')
+            teacher=teacher)
 
 
 def create_optimizer(args, module, lr: float):
