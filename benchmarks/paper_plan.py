@@ -51,6 +51,9 @@ METHODS = dict(
     to_backbone_t4_x2=(
         'branches teach the backbone, T = 4, twice the weight',
         taught('to-backbone', '--dks-temperature', '4', '--dks-synergy-weight', '2')),
+    strong_to_backbone_t3=(
+        'the strong branch teaches the backbone, T = 3',
+        ['--dks', '--dks-synergy-weight', *'0 0 0 0 0 0 1 0 0'.split(), *T3]),
     # The mean of all logits teaches.
     ensemble_all_t3=('the ensemble teaches all, T = 3', ['--dks', '--dks-teacher', 'ensemble', *T3]),
     ema_all_t3=('the averaged ensemble teaches all, T = 3', averaged(*T3)),
@@ -80,8 +83,10 @@ METHODS = dict(
 
 THREE = ('baseline', 'ds', 'dks')
 # Who should teach whom: searched with one seed.
-SEARCH = ('to_backbone_t3', 'to_backbone', 'to_backbone_t4_x2', 'ema_all_t3', 'ensemble_all_t3', 'ema_to_backbone_t3',
-          'ds_weighted', 'dks_late', 'dks_t3', 'to_backbone_t3_half', 'dks_budget_1.3', 'ds_budget_1.3')
+SEARCH = (
+    'to_backbone_t3', 'to_backbone', 'to_backbone_t4_x2', 'ema_all_t3', 'ensemble_all_t3', 'ema_to_backbone_t3',
+    'strong_to_backbone_t3', 'ds_weighted', 'dks_late', 'dks_t3', 'to_backbone_t3_half', 'dks_budget_1.3',
+    'ds_budget_1.3')
 # The one of them that the longer and the other experiments compare with, until the search says which is best.
 BEST = ('to_backbone_t3',)
 TEACHERS = ('to_backbone_t3', 'ensemble_all_t3', 'ema_all_t3', 'dks_t3')

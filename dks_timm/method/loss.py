@@ -231,10 +231,13 @@ class DKSLoss(nn.Module):
 
         Raises:
             ValueError: Logits of one classifier or of different shapes, a target that fits neither form, weights for
-                another number of classifiers, or a criterion that returns something other than a scalar.
+                another number of classifiers, `teachers` where pairs teach, or a criterion that returns something other
+                than a scalar.
             IndexError: A class index that the logits do not have (on a CPU).
         """
         count = _check_logits(logits, partial=True)
+        if teachers is not None and self.teacher != 'ensemble':
+            raise ValueError(f"teachers are for teacher 'ensemble', not {self.teacher!r}")
         ce_weight, synergy_weight = self.resolve_weights(len(logits))
         synergy_weight = tuple(tuple(self.synergy_scale * w for w in row) for row in synergy_weight)
         with _no_autocast(logits[0].device):

@@ -116,7 +116,10 @@ class DKSTask(ClassificationTask):
     @torch.no_grad()
     def _averaged_logits(self, input: torch.Tensor) -> List[torch.Tensor]:
         """Return the logits of all classifiers with averaged weights, and statistics of BatchNorm."""
-        return unwrap_model(self.get_trainable_module(ema=True)).eval().exits(input)
+        averaged = self.get_trainable_module(ema=True)
+        if averaged is None:
+            raise InputError('averaged_teacher: there is no average of the weights; call setup_ema() first.')
+        return unwrap_model(averaged).eval().exits(input)
 
     def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs) -> nn.Module:
         """Compile the DKSModel for training, and its backbone by itself for evaluation."""

@@ -106,7 +106,7 @@ def _sections(run: Run) -> Iterator[Section]:
         title='Who teaches whom',
         text="Synergy is the Kullback-Leibler divergence of the student's prediction from the teacher's, in nats, a "
              'mean over the training images of an epoch, unweighted. At 0 there is nothing left to learn.',
-        charts=[chart(f'{student} learns from', f'train_synergy_{{}}_{student}') for student in heads],
+        charts=[chart(f'{student} learns from', f'train_synergy_{{}}_{student}', together) for student in heads],
     )
     pairs = {f'{a}, {b}': f'eval_agree_{a}_{b}' for a, b in itertools.combinations(heads, 2)}
     if run.metric == 'top1':

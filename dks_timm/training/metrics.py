@@ -27,6 +27,8 @@ class Totals:
         self.hits = zeros(len(names), dtype=torch.int64)
         self.ce = zeros(len(names), dtype=dtype)
         self.synergy = zeros(len(names), len(names), dtype=dtype)
+        self.ensemble = zeros(len(names), dtype=dtype)
+        self.ensemble_teaches = False
 
     @torch.no_grad()
     def update(self, out: Dict[str, Any], loss: torch.Tensor, target: torch.Tensor, batch_size: int) -> None:
@@ -45,6 +47,9 @@ class Totals:
         if running > 1:
             self.ce[1:].add_(out['ce'][1:], alpha=part)
             self.synergy.add_(out['synergy'], alpha=part)
+            if 'ensemble' in out:
+                self.ensemble.add_(out['ensemble'], alpha=part)
+                self.ensemble_teaches = True
             self.branch_count += part
 
     def _count_hits(self, predicted, target, part):
@@ -79,6 +84,9 @@ class Totals:
             beside_diagonal = self.synergy.flatten()[1:].view(len(branches), -1)[:, :-1].flatten()
             sums += [self.ce, self.synergy.sum()[None] / len(pairs), beside_diagonal]
             counts += [self.count, *branches, self.branch_count, *[self.branch_count] * len(pairs)]
+        if self.ensemble_teaches:
+            names += [f'synergy_ensemble_{name}' for name in self.names]
+            sums, counts = [*sums, self.ensemble], [*counts, *[self.branch_count] * len(self.names)]
         sums = torch.cat(sums)
         totals = torch.stack([sums, sums.new_tensor(counts)])
         if reduce:

@@ -102,6 +102,8 @@ def test_what_an_ensemble_cannot_do_is_refused():
         DKSLoss(synergy_weight=[[0, 1], [1, 0]], teacher='ensemble')
     with pytest.raises(ValueError, match='synergy_weight is for 2 classifiers, but there are 3'):
         DKSLoss(synergy_weight=[1, 0], teacher='ensemble').resolve_weights(3)
+    with pytest.raises(ValueError, match="teachers are for teacher 'ensemble', not 'pairs'"):
+        DKSLoss()(some_logits(), torch.randint(CLASSES, (BATCH,)), some_logits())
 
 
 # The task
@@ -136,6 +138,9 @@ def test_averaged_weights_teach_in_evaluation_mode_and_learn_nothing(net, fracti
 def test_averaged_weights_are_a_teacher_only_where_the_ensemble_teaches(net):
     with pytest.raises(ValueError, match="averaged_teacher needs a DKSLoss with teacher 'ensemble', not 'pairs'"):
         DKSTask(net, averaged_teacher=True, verbose=False)
+    task = DKSTask(net.train(), DKSLoss(teacher='ensemble'), averaged_teacher=True, verbose=False)
+    with pytest.raises(ValueError, match=r'there is no average of the weights; call setup_ema\(\) first'):
+        task(torch.randn(BATCH, 3, 32, 32), torch.randint(CLASSES, (BATCH,)))
 
 
 @pytest.mark.parametrize('start, ramp, scales', [

@@ -112,6 +112,16 @@ def test_a_real_run_becomes_a_page_with_all_it_recorded(tmp_path, capsys):
     assert 'class="note"' not in page.source
 
 
+def test_an_ensemble_that_teaches_is_among_the_teachers(tmp_path):
+    run = make_run(tmp_path / 'run', dks_teacher='ensemble')
+    lines = (run / 'summary.csv').read_text().splitlines()
+    values = ['train_synergy_ensemble_stage2', '0.5', '0.25', '0.125']
+    (run / 'summary.csv').write_text(''.join(f'{line},{v}\n' for line, v in zip(lines, values, strict=True)))
+    pictures = {path.stem.split('-', 1)[1]: path.read_text() for path in write_report([run]).parent.glob('*.svg')}
+    assert 'ensemble 0.1250' in pictures['stage2-learns-from']
+    assert 'ensemble' not in pictures['backbone-learns-from']
+
+
 def test_the_same_run_gives_the_same_bytes(tmp_path):
     run = make_run(tmp_path / 'run')
     a, b = (write_report([run], tmp_path / out).parent for out in 'ab')

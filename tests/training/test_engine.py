@@ -95,6 +95,10 @@ def test_totals_are_means_over_samples():
         'ce_backbone': (4 * 1 + 2 * 4) / 6, 'ce_stage2': (4 * 2 + 2 * 8) / 6, 'synergy': 4.,
         'synergy_backbone_stage2': 3., 'synergy_stage2_backbone': 5.,
     })
+    totals.update(dict(half, ensemble=torch.tensor([1., 0.])), torch.tensor(4.), torch.tensor([0, 1]), 2)
+    totals.update(dict(report, ensemble=torch.tensor([3., 2.])), torch.tensor(1.), torch.tensor([0, 1, 2, 0]), 4)
+    means = totals.compute()
+    assert [means[f'synergy_ensemble_{name}'] for name in totals.names] == [14 / 12, 8 / 12]  # of all samples
 
 
 def save(path, age):
