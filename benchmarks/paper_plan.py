@@ -138,9 +138,13 @@ class Run:
 
     @property
     def flags(self):
-        """Return the flags of the method and, where it is not the recipe's, of the length."""
+        """Return the flags of the method and, where it is not the recipe's, of the length, with its schedule scaled."""
         flags = [flag.format(third=self.epochs // 3) for flag in METHODS[self.method][1]]
-        return flags if self.as_recipe else [*flags, '--epochs', str(self.epochs)]
+        if self.as_recipe:
+            return flags
+        settings = recipe(self.row)
+        drops = [round(epoch * self.epochs / settings['epochs']) for epoch in settings.get('decay_milestones', ())]
+        return [*flags, '--epochs', str(self.epochs), *(['--decay-milestones', *map(str, drops)] if drops else [])]
 
     def lines(self):
         """Return the records of its epochs."""

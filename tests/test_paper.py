@@ -109,6 +109,23 @@ def test_every_row_has_a_recipe_and_every_listed_command_parses(capsys):
     assert {epochs for row, epochs, *_ in seen if row == 'resnet20'} == {12, 24, 60, 120}
 
 
+def epochs_at_each_rate(args):
+    optimizer = torch.optim.SGD([torch.zeros(1)], args.lr)
+    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=10)
+    seen = Counter()
+    for epoch in range(epochs):
+        seen[round(optimizer.param_groups[0]['lr'], 6)] += 1
+        scheduler.step(epoch + 1)
+    return seen
+
+
+def test_another_length_scales_the_schedule():
+    run = paper_plan.Run('', 'resnet32', 'baseline', 0, 41)
+    args, _, _ = config.parse_args(
+        ['--config', str(paper.RECIPES / 'resnet32.yaml'), '--data-dir', 'DIR', *run.flags])
+    assert epochs_at_each_rate(args) == {0.1: 19, 0.01: 10, 0.001: 12}
+
+
 @pytest.mark.parametrize('row, batch, decay, rates', [
     # Epochs at each learning rate.
     ('resnet32', 128, 1e-4, {0.1: 80, 0.01: 41, 0.001: 43}),
@@ -117,16 +134,11 @@ def test_every_row_has_a_recipe_and_every_listed_command_parses(capsys):
 ])
 def test_the_papers_rows_train_with_its_settings(row, batch, decay, rates):
     args, _, _ = config.parse_args(['--config', str(paper.RECIPES / f'{row}.yaml'), '--data-dir', 'DIR'])
+    assert epochs_at_each_rate(args) == rates
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
     optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     (group,) = optimizer.param_groups  # BatchNorm and biases decay too
     assert (group['weight_decay'], group['momentum'], group['nesterov']) == (decay, 0.9, False)
-    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=10)
-    seen = Counter()
-    for epoch in range(epochs):
-        seen[round(group['lr'], 6)] += 1
-        scheduler.step(epoch + 1)
-    assert seen == rates
     assert (args.batch_size, args.smoothing, args.train_pad, args.hflip) == (batch, 0, 4, 0.5)
     assert [round(255 * v, 1) for v in args.mean + args.std] == [125.3, 123.0, 113.9, 63.0, 62.1, 66.7]
 
