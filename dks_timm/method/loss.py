@@ -230,9 +230,8 @@ class DKSLoss(nn.Module):
             unweighted batch means, and cover what a weight or the direction leaves out.
 
         Raises:
-            ValueError: Logits of one classifier or of different shapes, a target that fits neither form, weights for
-                another number of classifiers, `teachers` where pairs teach, or a criterion that returns something other
-                than a scalar.
+            ValueError: Logits of one classifier or of different shapes, a target or `teachers` that do not fit, weights
+                for another number of classifiers, or a criterion that returns something other than a scalar.
             IndexError: A class index that the logits do not have (on a CPU).
         """
         count = _check_logits(logits, partial=True)
@@ -346,8 +345,7 @@ def _check_options(direction: str, temperature: float, synergy: str, teacher: st
         if value not in known:
             raise ValueError(f'{name} must be one of {", ".join(known)}, got {value!r}')
     if teacher == 'ensemble' and direction in ('top-down', 'bottom-up'):
-        raise ValueError(
-            f"direction must be both, to-backbone or none where the ensemble teaches, got {direction!r}")
+        raise ValueError(f'direction must be both, to-backbone or none where the ensemble teaches, got {direction!r}')
     if not (isinstance(temperature, (int, float)) and math.isfinite(temperature) and temperature > 0):
         raise ValueError(f'temperature must be a positive number, got {temperature!r}')
 

@@ -41,7 +41,8 @@ def create_accelerator(args, given: Set[str]) -> Accelerator:
             importlib.import_module(module)
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
+        # The fastest of several kernels is another one from run to run.
+        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     on_cpu = _resolve_device(args, given)
     with naming('accelerate launch', ValueError):  # of a precision or backend that is not to be had
         accelerator = Accelerator(
