@@ -33,7 +33,7 @@ import psutil
 from common import ROOT, processor
 from paper_plan import METHODS, RECIPES, ROWS, Run, planned
 
-KEPT = re.compile(r'lr|train_loss|eval_loss|eval_top[15](_\w+)?')  # of the columns of summary.csv
+KEPT = re.compile(r'lr|train_loss|train_ce_backbone|eval_loss|eval_top[15](_\w+)?')  # of the columns of summary.csv
 PROGRESS = re.compile(r'Epoch (\d+) \[(\d+)/(\d+)\]')  # what train.py logs after the first and the last update
 
 

@@ -17,9 +17,9 @@ Written by `python benchmarks/paper.py --summarise` from the lines in these fold
 
 Top-1 accuracy on the validation images, in percent, after the last epoch, as mean and standard deviation over seeds: of
 the backbone, which is what remains; of each branch; and of the ensemble, the mean of all their probabilities.
-Differences are those of the backbones, with their standard error. The loss is the backbone's. Training time is that of
-an epoch without evaluation, CPU time where a CPU did it; FLOPs are those of training, in which a backward costs two
-forwards; both in multiples of the baseline, time of that with the same seed on the same device.'''
+Differences are those of the backbones, with their standard error. Losses are the backbone's cross-entropy. Training
+time is that of an epoch without evaluation, CPU time where a CPU did it; FLOPs are those of training, in which a
+backward costs two forwards; both in multiples of the baseline, time of that with the same seed on the same device.'''
 
 
 class Section:
@@ -58,6 +58,11 @@ class Section:
             text += f' ± {math.sqrt(squared_error(ours) + squared_error(base)):.2f}'
         return text
 
+    def training_loss(self, method: str) -> str:
+        """The backbone's cross-entropy in the last epoch of training, where lines have it."""
+        losses = self.values(method, 'train_loss' if method == 'baseline' else 'train_ce_backbone')
+        return f'{statistics.mean(losses):.3f}' if losses else ''
+
     def time(self, method: str) -> str:
         """Time of an epoch over the baseline's, seed by seed, as seeds may have run on machines of different speed."""
         base = {run.seed: epoch_seconds(run) for run in self.runs['baseline']}
@@ -89,6 +94,7 @@ class Section:
             'against baseline': functools.partial(self.gain, other='baseline'),
             'against DS': functools.partial(self.gain, other='ds'),
             'loss': lambda m: f'{statistics.mean(self.values(m, "eval_loss")):.3f}',
+            'loss in training': self.training_loss,
             'training time': self.time,
             'training FLOPs': lambda m: f'{self.flops(m):.2f}x',
         }
