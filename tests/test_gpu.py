@@ -54,7 +54,7 @@ ANYWHERE = ['', '--amp --amp-dtype bfloat16 --channels-last', '--model-ema --mod
 
 
 @pytest.mark.parametrize('flags, device', [
-    *((flags, 'cpu') for flags in ANYWHERE),
+    *(pytest.param(flags, 'cpu', marks=pytest.mark.slow) for flags in ANYWHERE),
     *(pytest.param(flags, 'cuda', marks=GPU) for flags in (*ANYWHERE, *ON_GPU))])
 def test_a_run_learns(flags, device, tmp_path):
     main(*'--dataset digits --num-classes 10 --img-size 32 --in-chans 1 --model test_resnet --epochs 2 -b 32'.split(),
