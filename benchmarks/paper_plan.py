@@ -103,7 +103,9 @@ PLAN = (
     ('convnext_atto', (*THREE, *BEST), (0,), None),
     ('mini', THREE, range(5), None),
     ('mini', TEACHERS, range(5), None),
-    ('mini', ('baseline',), range(5), 165),  # the arithmetic of DKS
+    # Trained as long as is the arithmetic of DKS, and that of DKS so long.
+    ('mini', (*THREE, 'dks_late', *BEST), range(3), 165),
+    ('mini', ('baseline',), range(3), 454),
     ('mini', ('top_down', 'bottom_up'), range(3), None),
     ('mini', [method for method in METHODS if method.startswith('dks_') and method not in TEACHERS], range(3), None),
     ('mini', ('dks_budget_1.3',), range(3, 8), None),
