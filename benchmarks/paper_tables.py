@@ -230,9 +230,10 @@ def summarise(results: str) -> None:
         finished = [section for section in of_row if section.methods]
         for section in of_row:
             precision = recipe(row).get('amp_dtype', 'float32')
+            length = '' if section.name == row else f' --epochs {section.epochs}'
             text += [
                 f'## {section.title}, {precision}',
-                f'`python benchmarks/paper.py --rows {row}`' + (
+                f'`python benchmarks/paper.py --rows {row}{length}`' + (
                     f': the first {about["classes"]} classes by name; of each the first {about["images"]} training '
                     'images by name, and all validation images.' if 'classes' in about else ''),
                 section.table()]
