@@ -12,6 +12,7 @@ RECIPES = ROOT / 'recipes' / 'cifar100'
 # A row is a recipe. Top-1 errors (%) are those that the paper reports.
 ROWS = dict(
     resnet20=dict(title='ResNet-20'),
+    resnet8=dict(title='ResNet-8'),
     resnet32=dict(title='ResNet-32', paper=dict(baseline=29.97, ds=29.89, dks=26.81)),
     vit_tiny=dict(title='ViT-Ti, 9 blocks, patches of 4 pixels'),
     convnext_atto=dict(title='ConvNeXt-Atto, patches of 2 pixels'),
@@ -94,6 +95,8 @@ TEACHERS = ('to_backbone_t3', 'ensemble_all_t3', 'ema_all_t3', 'dks_t3')
 # What is run where nothing is chosen, and in which order: row, methods, seeds, epochs (None: the recipe's).
 PLAN = (
     ('resnet20', (*THREE, *SEARCH), (0,), None),
+    # Is the backbone too small to learn from its branches? A smaller one would gain less.
+    ('resnet8', (*THREE, *BEST), (0, 1), None),
     ('resnet20', (*THREE, *BEST), (0,), 12),
     ('resnet20', (*THREE, *BEST), (0,), 60),
     ('resnet20', (*THREE, *BEST), (1, 2), None),

@@ -49,7 +49,7 @@ PRESETS: Dict[str, Dict[int, Dict[str, Any]]] = {
 # Networks that the paper does not have, by the rules of ResNet-32, WRN-28-10 and the ResNets on ImageNet.
 PRESETS_BY_ANALOGY: Dict[str, Dict[int, Dict[str, Any]]] = {
     **{f'resnet{6 * n + 2}_cifar': {1: dict(layers=(n, n, -(-n // 2))), 2: dict(channels=(16, 32, 128))}
-       for n in (3, 7, 9)},
+       for n in (1, 3, 7, 9)},
     'wrn_16_2_cifar': {1: dict(layers=(2, 2, 1)), 2: dict(channels=(32, 64, 256))},
     'wrn_40_4_cifar': {1: dict(layers=(6, 6, 3)), 2: dict(channels=(64, 128, 512))},
     'resnet18_cifar': PRESETS['resnet18'],

@@ -135,6 +135,7 @@ class ResNet3x3(ResNet):
 
 # Each network: its class and arguments.
 _NETWORKS = {
+    'resnet8_cifar': (ResNetCifar, dict(layers=(1, 1, 1))),
     'resnet20_cifar': (ResNetCifar, dict(layers=(3, 3, 3))),
     'resnet32_cifar': (ResNetCifar, dict(layers=(5, 5, 5))),
     'resnet44_cifar': (ResNetCifar, dict(layers=(7, 7, 7))),

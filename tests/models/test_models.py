@@ -18,6 +18,7 @@ from dks_timm.method.plan import PRESETS, PRESETS_BY_ANALOGY
 from dks_timm.models import ARCHITECTURES, DenseLayer, PadShortcut, PreActBlock
 
 PARAMETERS = {
+    'resnet8_cifar': 81_140,
     'resnet20_cifar': 275_572,
     'resnet32_cifar': 470_004,
     'resnet44_cifar': 664_436,
@@ -32,7 +33,7 @@ PARAMETERS = {
 }
 # Blocks per stage. The branches have as many of the last two stages, or half of them, rounded up.
 DEPTHS = {
-    'resnet20_cifar': 3, 'resnet32_cifar': 5, 'resnet44_cifar': 7, 'resnet56_cifar': 9,
+    'resnet8_cifar': 1, 'resnet20_cifar': 3, 'resnet32_cifar': 5, 'resnet44_cifar': 7, 'resnet56_cifar': 9,
     'wrn_16_2_cifar': 2, 'wrn_28_10_cifar': 4, 'wrn_40_4_cifar': 6,
 }
 # One network of each kind, as small as it gets.
