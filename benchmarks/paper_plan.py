@@ -35,7 +35,7 @@ def averaged(*flags: str):
 
 
 T3 = ('--dks-temperature', '3')
-# {third} is a third of the epochs.
+# {third} is a third of the epochs, {half} is half of them.
 METHODS = dict(
     baseline=('baseline', []),
     ds=('DS', taught('none')),
@@ -43,6 +43,9 @@ METHODS = dict(
     dks_t3=('DKS, T = 3', ['--dks', *T3]),
     dks_late=('DKS, synergy from a third of the epochs', ['--dks', '--dks-start-epoch', '{third}']),
     ds_weighted=('DS, a third of the weight for branches', taught('none', '--dks-ce-weight', '1', '.33', '.33')),
+    # Branches help to learn features, then the backbone has all of its capacity for itself.
+    ds_half=('DS in the first half of the epochs', taught('none', '--dks-off-epoch', '{half}')),
+    dks_half=('DKS in the first half of the epochs', ['--dks', '--dks-off-epoch', '{half}']),
     # Branches teach the backbone, and learn from the labels alone.
     to_backbone=('branches teach the backbone', taught('to-backbone')),
     to_backbone_t3=('branches teach the backbone, T = 3', taught('to-backbone', *T3)),
@@ -69,6 +72,7 @@ METHODS = dict(
     # Less arithmetic.
     **{f'dks_budget_{x}': (f'DKS, budget {x}', ['--dks', '--dks-budget', x]) for x in ('1.5', '1.3')},
     **{'ds_budget_1.3': ('DS, budget 1.3', taught('none', '--dks-budget', '1.3'))},
+    ds_conv=('DS, convolutional branches', taught('none', '--dks-branches', 'conv')),
     dks_budget_bottom_up=('budget 1.3, bottom-up', taught('bottom-up', '--dks-budget', '1.3')),
     dks_budget_late=(
         'DKS, budget 1.3, synergy from a third of the epochs',
@@ -86,8 +90,8 @@ THREE = ('baseline', 'ds', 'dks')
 # Who should teach whom: searched with one seed.
 SEARCH = (
     'to_backbone_t3', 'to_backbone', 'to_backbone_t4_x2', 'ema_all_t3', 'ensemble_all_t3', 'ema_to_backbone_t3',
-    'strong_to_backbone_t3', 'ds_weighted', 'dks_late', 'dks_t3', 'to_backbone_t3_half', 'dks_budget_1.3',
-    'ds_budget_1.3')
+    'strong_to_backbone_t3', 'ds_weighted', 'ds_conv', 'ds_half', 'dks_half', 'dks_late', 'dks_t3',
+    'to_backbone_t3_half', 'dks_budget_1.3', 'ds_budget_1.3')
 # The one of them that the longer and the other experiments compare with, until the search says which is best.
 BEST = ('to_backbone_t3',)
 TEACHERS = ('to_backbone_t3', 'ensemble_all_t3', 'ema_all_t3', 'dks_t3')
@@ -123,6 +127,11 @@ PLAN = (
 )
 
 
+def flags_of(method: str, epochs: int):
+    """The flags of a method in a run of so many epochs."""
+    return [flag.format(third=epochs // 3, half=epochs // 2) for flag in METHODS[method][1]]
+
+
 @functools.cache
 def recipe(row: str):
     """The row's settings, as its YAML file gives them."""
@@ -144,7 +153,7 @@ class Run:
     @property
     def flags(self):
         """Return the flags of the method and, where it is not the recipe's, of the length, with its schedule scaled."""
-        flags = [flag.format(third=self.epochs // 3) for flag in METHODS[self.method][1]]
+        flags = flags_of(self.method, self.epochs)
         if self.as_recipe:
             return flags
         settings = recipe(self.row)

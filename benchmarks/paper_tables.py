@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 
 from common import table
-from paper_plan import METHODS, RECIPES, ROWS, THREE, found, recipe
+from paper_plan import METHODS, RECIPES, ROWS, THREE, flags_of, found, recipe
 
 INTRODUCTION = '''\
 # CIFAR-100
@@ -76,9 +76,8 @@ class Section:
 
     def flops(self, method: str) -> float:
         """FLOPs of training over the baseline's; a backward costs two forwards."""
-        flags = METHODS[method][1]
-        teacher = 4 / 3 if 'ema' in flags else 1  # one more forward, without backward
-        return teacher * forward_flops(self.row, *flags)[1]
+        teacher = 4 / 3 if 'ema' in METHODS[method][1] else 1  # one more forward, without backward
+        return teacher * forward_flops(self.row, *flags_of(method, recipe(self.row)['epochs']))[1]
 
     def table(self) -> str:
         """Markdown table of the finished runs, with what is known of the others below it."""
@@ -133,12 +132,11 @@ def squared_error(values) -> float:
 def forward_flops(row: str, *flags: str):
     """FLOPs of the plain model's forward of one image, and of a training forward over them, on average."""
     from dks_timm.method.cost import inspect_model
-    from dks_timm.training import config
-    flags = [flag.format(third=0) for flag in flags]  # branches run from the start, whenever the synergy begins
+    from dks_timm.training import build, config
     args, *_ = config.parse_args(['--config', str(RECIPES / f'{row}.yaml'), *flags])
     inspected = inspect_model(
         args.model, stages=args.dks_stages, branches=args.dks_branches, branch_kwargs=args.dks_branch_kwargs,
-        budget=args.dks_budget, batch_fraction=args.dks_batch_fraction, every=args.dks_every,
+        budget=args.dks_budget, batch_fraction=args.dks_batch_fraction, share=build.share_of_updates(args),
         num_classes=args.num_classes, **{'img_size': args.img_size, **args.model_kwargs})
     return inspected['classifiers'][0]['flops'], inspected['cost']['flops'] if args.dks else 1.
 

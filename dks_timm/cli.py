@@ -85,7 +85,7 @@ def _inspect(args: argparse.Namespace):
     with naming(subject):
         found = inspect_model(
             args.model, args.dks_stages, args.dks_branches, args.dks_branch_kwargs, args.dks_budget,
-            batch_fraction=args.dks_batch_fraction, every=args.dks_every, **of_timm, **args.model_kwargs)
+            batch_fraction=args.dks_batch_fraction, share=1 / args.dks_every, **of_timm, **args.model_kwargs)
     print(json.dumps(found, indent=2) if args.json else format_inspection(found))
 
 

@@ -101,6 +101,7 @@ def test_every_row_has_a_recipe_and_every_listed_command_parses(capsys):
         assert (args.seed, args.experiment, args.resume) == (int(seed), f'{section}-{method}-{seed}', 'auto')
         assert args.dks == (method != 'baseline')
         assert args.dks_start_epoch == (args.epochs // 3 if method.endswith('_late') else 0)
+        assert args.dks_off_epoch == (args.epochs // 2 if method in ('ds_half', 'dks_half') else 0)
         seen.append((row, args.epochs, method, int(seed)))
     assert len(set(seen)) == len(seen)
     assert {row for row, *_ in seen} == set(paper.ROWS)

@@ -26,7 +26,7 @@ def inspect_model(
         budget: Optional[float] = None,
         img_size: Optional[int] = None,
         batch_fraction: float = 1.0,
-        every: int = 1,
+        share: float = 1.,
         **timm_kwargs: Any,
 ) -> Dict[str, Any]:
     """Attach branches to a model on the meta device, and count.
@@ -34,7 +34,7 @@ def inspect_model(
     Args:
         model_name: See :func:`dks_timm.create_dks_model`, as for the other arguments.
         img_size: Height and width of the images in pixels; None takes the model's own.
-        every: The branches run in one of so many updates.
+        share: The branches run in this share of the updates.
 
     Returns:
         'model', 'num_classes', 'image_size' [H, W]; 'stages', a list with 'index', 'module', 'channels', 'reduction'
@@ -63,7 +63,7 @@ def inspect_model(
         classifiers=classifiers,
         cost=dict(
             parameters=sum(c['parameters'] for c in classifiers) / classifiers[0]['parameters'],
-            flops=1 + batch_fraction / every * sum(c['flops'] for c in classifiers[1:]) / classifiers[0]['flops'],
+            flops=1 + batch_fraction * share * sum(c['flops'] for c in classifiers[1:]) / classifiers[0]['flops'],
         ),
     )
 
@@ -128,10 +128,10 @@ def mean_exit_cost(flops: Dict[str, Any], branch: int, leave: float) -> float:
     return (to_stage + own + (1 - leave) * (flops['backbone'] - to_stage)) / flops['backbone']
 
 
-def training_cost(net: DKSModel, every: int = 1) -> float:
+def training_cost(net: DKSModel, share: float = 1.) -> float:
     """Return the forward FLOPs of training over those of the backbone, a mean over images and updates.
 
-    The branches run in one of ``every`` updates, on the network's ``batch_fraction``.
+    The branches run in a share of the updates, on the network's ``batch_fraction``.
     """
     flops = exit_flops(net, net.input_size)
-    return 1 + net.batch_fraction / every * sum(branch['branch'] for branch in flops['branches']) / flops['backbone']
+    return 1 + net.batch_fraction * share * sum(branch['branch'] for branch in flops['branches']) / flops['backbone']

@@ -24,6 +24,7 @@ class DKSTask(ClassificationTask):
         device, dtype: Of the task's own buffers; the model stays as it is.
         verbose: Log what the task sets up.
         every: Run the branches in one of so many updates; the others train the backbone by its labels alone.
+        off_epoch: First epoch that trains the backbone alone, as do all after it; 0 for none.
         start_epoch: First epoch with synergy; before it, every classifier learns from the labels alone.
         ramp: Epochs in which the synergy's weight grows to its full size, by equal steps.
         averaged_teacher: The ensemble that teaches is that of the averaged weights, which `setup_ema` has to set up.
@@ -54,6 +55,7 @@ class DKSTask(ClassificationTask):
             dtype: Optional[torch.dtype] = None,
             verbose: bool = True,
             every: int = 1,
+            off_epoch: int = 0,
             start_epoch: int = 0,
             ramp: int = 0,
             averaged_teacher: bool = False,
@@ -71,7 +73,7 @@ class DKSTask(ClassificationTask):
         if averaged_teacher and loss_fn.teacher != 'ensemble':
             raise InputError(f"averaged_teacher needs a DKSLoss with teacher 'ensemble', not {loss_fn.teacher!r}.")
         super().__init__(net, loss_fn, device=device, dtype=dtype, verbose=verbose)
-        self.every = every
+        self.every, self.off_epoch = every, off_epoch
         self.start_epoch, self.ramp = start_epoch, ramp
         self.averaged_teacher = averaged_teacher
         self.multi_label, self.threshold = multi_label, threshold
@@ -87,7 +89,8 @@ class DKSTask(ClassificationTask):
 
         Without a call, every update has both.
         """
-        unwrap_model(self.trainable_module).branches_on = num_updates % self.every == 0
+        unwrap_model(self.trainable_module).branches_on = (
+            num_updates % self.every == 0 and (not self.off_epoch or epoch < self.off_epoch))
         self.criterion.synergy_scale = min(1., max(0, epoch - self.start_epoch + 1) / (self.ramp + 1))
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, Any]:

@@ -88,10 +88,16 @@ def _add_branches(args, backbone, kwargs):
     model = add_branches(
         backbone, args.model, args.pretrained, kwargs, layout=layout, batch_fraction=args.dks_batch_fraction)
     _logger.info(model.describe())
-    if args.dks_batch_fraction < 1 or args.dks_every > 1:
-        cost = training_cost(model, args.dks_every)
+    share = share_of_updates(args)
+    if args.dks_batch_fraction < 1 or share < 1:
+        cost = training_cost(model, share)
         _logger.info(f'Training forward, on average: {cost:.2f}x the FLOPs of the backbone.')
     return model
+
+
+def share_of_updates(args) -> float:
+    """Return the share of the updates in which branches run."""
+    return min(args.dks_off_epoch or args.epochs, args.epochs) / args.epochs / args.dks_every
 
 
 @torch.no_grad()
@@ -178,7 +184,7 @@ def create_task(args, model, accelerator, class_stats=None):
         return distillation or create(model, criterion=criterion, **multi_label, **common)
     loss_fn = _create_dks_loss(args, criterion, num_classifiers=1 + len(model.branches))
     common.update(
-        every=args.dks_every, start_epoch=args.dks_start_epoch, ramp=args.dks_ramp,
+        every=args.dks_every, off_epoch=args.dks_off_epoch, start_epoch=args.dks_start_epoch, ramp=args.dks_ramp,
         averaged_teacher=args.dks_teacher == 'ema', multi_label=bool(multi_label), **multi_label)
     if distillation is not None:
         return DKSDistillationTask(model, distillation, loss_fn, **common)

@@ -290,7 +290,7 @@ def _combinations(args, given):
         f'{_spelled(args, "train_batch_sizes")}: must be even for mixup')
     yield args.tta > 1 and (args.validation_batch_size or args.batch_size) % args.tta, (
         f'--tta {args.tta}: the evaluation batch (-vb) must be a multiple of it')
-    epochs = min(args.epochs, args.stop_epoch or args.epochs)
+    epochs = min(args.epochs, args.stop_epoch or args.epochs, args.dks_off_epoch or args.epochs)
     yield args.dks and args.dks_start_epoch >= epochs, (
         f'--dks-start-epoch {args.dks_start_epoch}: not within the {epochs} epochs; or use --dks-direction none')
     yield args.dks_teacher != 'pairs' and args.dks_direction in ('top-down', 'bottom-up'), (

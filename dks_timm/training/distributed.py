@@ -57,7 +57,7 @@ def create_accelerator(args, given: Set[str]) -> Accelerator:
             dynamo_plugin=TorchDynamoPlugin(backend='no'),
             kwargs_handlers=[DistributedDataParallelKwargs(
                 broadcast_buffers=not args.no_ddp_bb,
-                find_unused_parameters=args.dks and args.dks_every > 1,
+                find_unused_parameters=args.dks and (args.dks_every > 1 or args.dks_off_epoch > 0),
             )],
         )
     if sharded and not accelerator.is_fsdp2:  # as on a CPU

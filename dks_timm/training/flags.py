@@ -270,6 +270,7 @@ def add_our_flags(parser: Parser) -> None:
         help='what classifiers compare: exclusive classes, or each by itself; by the loss if not given')
     add('--dks-temperature', type=float, default=1.0, above=0, help='temperature of synergy')
     add('--dks-start-epoch', type=int, default=0, at_least=0, help='first epoch with synergy, after labels alone')
+    add('--dks-off-epoch', type=int, default=0, at_least=0, help='first epoch without branches, 0 for none')
     add('--dks-ramp', type=int, default=0, at_least=0, metavar='EPOCHS', help='epochs in which synergy grows')
     add = parser.add_argument_group('Small images').add_argument
     add('--train-pad', type=int, at_least=0, help='pad training images by N reflected pixels, and crop at random')

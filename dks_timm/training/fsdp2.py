@@ -45,13 +45,14 @@ def requested(args) -> bool:
         raise OptionError(f'accelerate config: dynamo_backend {backend} is not supported with FSDP2; leave it out')
 
     whole = 'it looks at whole weights, and each process holds a part of them'
+    alone = 'updates in which branches have no gradients are not supported; use --dks-batch-fraction'
     flags = (
         (args.model_ema, '--model-ema', whole),
         (args.channels_last, '--channels-last', 'weights must be contiguous'),
         (args.torchcompile, f'--torchcompile {args.torchcompile}', 'compiled models are not supported'),
         (args.clip_grad is not None and args.clip_mode == 'agc', '--clip-mode agc', f'{whole}; use norm'),
-        (args.dks and args.dks_every > 1, f'--dks-every {args.dks_every}',
-         'updates in which branches have no gradients are not supported; use --dks-batch-fraction'),
+        (args.dks and args.dks_every > 1, f'--dks-every {args.dks_every}', alone),
+        (args.dks and args.dks_off_epoch, f'--dks-off-epoch {args.dks_off_epoch}', alone),
         (args.opt.lower() not in OPTIMIZERS, f'--opt {args.opt}', f'use one of {", ".join(OPTIMIZERS)}'),
         (args.dataset.lower().startswith(('hfids/', 'tfds/', 'wds/')) and args.val_split, f'--dataset {args.dataset}',
          'processes would evaluate different numbers of batches, and wait for each other; use --val-split='),

@@ -184,6 +184,15 @@ def test_updates_without_branches_leave_them_alone_momentum_and_weight_decay_inc
     assert moved == [[True, update % 3 == 0] for update in range(7)]
 
 
+def test_from_its_off_epoch_on_the_backbone_trains_alone(net):
+    task = DKSTask(net, off_epoch=2, verbose=False)
+    classifiers = []
+    for epoch in range(4):
+        task.begin_update(epoch, num_updates=10 * epoch)
+        classifiers.append(len(task(images(), INDICES)['logits']))
+    assert classifiers == [3, 3, 1, 1]
+
+
 def test_before_its_first_epoch_there_is_no_synergy_in_the_loss_but_in_the_report(net):
     task = DKSTask(net, start_epoch=2, verbose=False)
     x = images()
@@ -292,6 +301,17 @@ def test_synergy_that_starts_later_is_deep_supervision_first_and_dks_then(same, 
     assert float(late[1]['train_loss']) > ce[1] + 1e-6
 
 
+def test_branches_rest_from_the_off_epoch_on_and_cost_nothing_then(same, tmp_path, capfd):
+    main(*same, '--dks-off-epoch', 1, '--epochs', 2, '-b', 4, '--output', tmp_path, '--experiment', 'run')
+    first, last = (load_checkpoint_metadata(tmp_path / f'run/checkpoint-{epoch}.pth.tar') for epoch in (0, 1))
+    torch.testing.assert_close(first['task_state']['branches'], last['task_state']['branches'], rtol=0, atol=0)
+    name = next(iter(first['state_dict']))
+    assert not torch.equal(first['state_dict'][name], last['state_dict'][name])
+    cost = inspect_model('test_convnext', num_classes=2, img_size=32, share=1 / 2)['cost']['flops']
+    printed = capfd.readouterr().err
+    assert f'Training forward, on average: {cost:.2f}x the FLOPs' in printed and 'nan' not in printed
+
+
 def test_branches_on_a_part_of_each_batch_train_and_report_their_means_over_it(same, tmp_path, capfd):
     less = ['--dks-batch-fraction', 0.5, '--dks-every', 2]
     main(*same, *less, '--epochs', 1, '-b', 4, '--lr', 1e-8, '--output', tmp_path, '--experiment', 'run')
@@ -303,7 +323,7 @@ def test_branches_on_a_part_of_each_batch_train_and_report_their_means_over_it(s
     for name in row:
         if name != 'train_loss':
             assert float(row[name]) == pytest.approx(float(whole[name]), rel=1e-3, abs=1e-6), name
-    cost = inspect_model('test_convnext', num_classes=2, img_size=32, batch_fraction=0.5, every=2)['cost']['flops']
+    cost = inspect_model('test_convnext', num_classes=2, img_size=32, batch_fraction=0.5, share=1 / 2)['cost']['flops']
     assert f'Training forward, on average: {cost:.2f}x the FLOPs' in printed
 
 
@@ -322,12 +342,14 @@ def refusal(*argv):
     ('--dks-every 1.5', "--dks-every: invalid int value: '1.5'"),
     ('--dks-start-epoch -1', '--dks-start-epoch -1: must be at least 0'),
     ('--dks-start-epoch 9 --epochs 9', '--dks-start-epoch 9: not within the 9 epochs'),
+    ('--dks-start-epoch 2 --dks-off-epoch 2', '--dks-start-epoch 2: not within the 2 epochs'),
 ])
 def test_what_cannot_work_is_refused_by_name(flags, message):
     assert message in refusal('--dks', *flags.split())
 
 
-@pytest.mark.parametrize('flags', ['--dks-batch-fraction 0.5', '--dks-every 2', '--dks-start-epoch 2'])
+@pytest.mark.parametrize('flags', [
+    '--dks-batch-fraction 0.5', '--dks-every 2', '--dks-off-epoch 2', '--dks-start-epoch 2'])
 def test_without_dks_the_flags_are_refused(flags):
     assert refusal(*flags.split()) == f'{flags.split()[0]}: needs --dks'
 
@@ -335,12 +357,10 @@ def test_without_dks_the_flags_are_refused(flags):
 def test_fsdp2_takes_no_updates_without_branches(monkeypatch):
     monkeypatch.setenv('ACCELERATE_USE_FSDP', 'true')
     monkeypatch.setenv('FSDP_VERSION', '2')
-    for every in ('1', '2'):
-        args, *_ = config.parse_args(['--dks', '--dks-every', every, '--opt', 'adamw'])
-        if every == '2':
-            with pytest.raises(errors.OptionError, match='--dks-every 2: not under FSDP2: .* use --dks-batch-fraction'):
-                fsdp2.requested(args)
-        else:
+    fsdp2.requested(config.parse_args(['--dks', '--dks-every', '1', '--opt', 'adamw'])[0])
+    for flag in ('--dks-every', '--dks-off-epoch'):
+        args, *_ = config.parse_args(['--dks', flag, '2', '--opt', 'adamw'])
+        with pytest.raises(errors.OptionError, match=f'{flag} 2: not under FSDP2: .* use --dks-batch-fraction'):
             fsdp2.requested(args)
 
 
@@ -356,7 +376,7 @@ def test_a_model_that_takes_no_part_of_a_batch_is_refused_by_flag():
 
 def test_inspect_counts_the_part_of_the_batch_and_the_updates(capsys):
     whole = inspect_model('test_convnext')['cost']
-    found = inspect_model('test_convnext', batch_fraction=0.5, every=3)['cost']
+    found = inspect_model('test_convnext', batch_fraction=0.5, share=1 / 3)['cost']
     assert found['flops'] == pytest.approx(1 + (whole['flops'] - 1) / 6) and found['parameters'] == whole['parameters']
     assert cli.main(['inspect', 'test_convnext', '--dks-batch-fraction', '0.5', '--dks-every', '3']) == 0
     line = capsys.readouterr().out.splitlines()[-1]
