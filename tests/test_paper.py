@@ -145,14 +145,17 @@ def test_the_papers_rows_train_with_its_settings(row, batch, decay, rates):
 
 
 @pytest.mark.parametrize('method, temperature, times', [
-    ('byot', 1, 1), ('to_backbone', 1, 1), ('to_backbone_t3', 3, 1), ('to_backbone_t4_x2', 4, 2)])
+    ('byot', 1, 1), ('to_backbone', 1, 1), ('to_backbone_t3', 3, 1), ('to_backbone_t4_x2', 4, 2),
+    ('strong_to_backbone_t3', 3, 1)])
 def test_a_method_teaches_those_that_its_title_names_and_nobody_else(method, temperature, times):
     args, _, _ = config.parse_args(['--data-dir', 'DIR', *paper.METHODS[method][1]])
-    weight = torch.tensor(args.dks_synergy_weight).reshape(-1, 3) if method == 'byot' else args.dks_synergy_weight[0]
+    weight = args.dks_synergy_weight
+    weight = torch.tensor(weight).reshape(3, 3) if len(weight) > 1 else weight[0]
     backbone, *branches = logits = [torch.randn(4, 5, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     found = torch.autograd.grad(dks_timm.synergy_loss(logits, weight, args.dks_direction, args.dks_temperature), logits)
 
     taught, teachers = ([backbone], branches) if method != 'byot' else (branches, [backbone])
+    teachers = teachers[-1:] if method.startswith('strong') else teachers  # the branch that is twice as wide
     targets = [softmax(z.detach() / temperature, -1) for z in teachers]
     loss = times * temperature ** 2 * sum(
         kl_div(log_softmax(z / temperature, -1), target, reduction='batchmean') for z in taught for target in targets)
