@@ -19,7 +19,8 @@ Top-1 accuracy on the validation images, in percent, after the last epoch, as me
 the backbone, which is what remains; of each branch; and of the ensemble, the mean of all their probabilities.
 Differences are those of the backbones, with their standard error. Losses are the backbone's cross-entropy. Training
 time is that of an epoch without evaluation, CPU time where a CPU did it; FLOPs are those of training, in which a
-backward costs two forwards; both in multiples of the baseline, time of that with the same seed on the same device.'''
+backward costs two forwards; both in multiples of the baseline, time of that with the same seed on the same device. Of
+the baseline over more epochs, both are those of the whole training.'''
 
 
 class Section:
@@ -49,9 +50,13 @@ class Section:
         return [method for method in (*THREE, best) if method in self.methods]
 
     def gain(self, method: str, other: str) -> str:
-        """Top-1 accuracy over that of another method, with its standard error."""
-        ours, base = self.values(method), self.values(other)
-        if not base or method in ('baseline', other):
+        """Top-1 accuracy over that of another method."""
+        return '' if method in ('baseline', other) else self.difference(self.values(method), other)
+
+    def difference(self, ours, other: str) -> str:
+        """Top-1 accuracies over those of a method, with the standard error."""
+        base = self.values(other)
+        if not base:
             return ''
         text = f'{statistics.mean(ours) - statistics.mean(base):+.2f}'
         if len(ours) > 1 and len(base) > 1:
@@ -79,10 +84,11 @@ class Section:
         teacher = 4 / 3 if 'ema' in METHODS[method][1] else 1  # one more forward, without backward
         return teacher * forward_flops(self.row, *flags_of(method, recipe(self.row)['epochs']))[1]
 
-    def table(self) -> str:
-        """Markdown table of the finished runs, with what is known of the others below it."""
+    @property
+    def columns(self):
+        """Titles of the table, and functions from a method to its cell."""
         paper = ROWS[self.row].get('paper', {})
-        columns = {
+        return {
             'method': lambda m: METHODS[m][0],
             'runs': lambda m: str(len(self.runs[m])),
             'backbone': lambda m: spread(self.values(m)),
@@ -97,8 +103,27 @@ class Section:
             'training time': self.time,
             'training FLOPs': lambda m: f'{self.flops(m):.2f}x',
         }
-        cells = {title: [cell(method) for method in self.methods] for title, cell in columns.items()}
-        cells = {title: column for title, column in cells.items() if any(column)}
+
+    def longer_baseline(self, of_row):
+        """Rows of the baseline over more epochs, compared with the methods here."""
+        for other in of_row:
+            if other.epochs > self.epochs and other.runs['baseline']:
+                top1, times = other.values('baseline'), f'{other.epochs / self.epochs:.2f}x'
+                yield {
+                    **{title: cell('baseline') for title, cell in other.columns.items()},
+                    'method': f'baseline, {other.epochs} epochs',
+                    'against baseline': self.difference(top1, 'baseline'),
+                    'against DS': self.difference(top1, 'ds'),
+                    'training time': times,
+                    'training FLOPs': times,
+                }
+
+    def table(self, of_row=()) -> str:
+        """Markdown table of the finished runs, with what is known of the others below it."""
+        rows = [{title: cell(m) for title, cell in self.columns.items()} for m in self.methods]
+        rows += self.longer_baseline(of_row)
+        cells = {title: [row.get(title, '') for row in rows] for title in self.columns}
+        cells = {title: column for title, column in cells.items() if any(column[:len(self.methods)])}
         text = []
         if self.methods:
             text += [*table(cells, zip(*cells.values(), strict=True)), '', self.origin()]
@@ -234,7 +259,7 @@ def summarise(results: str) -> None:
                 f'`python benchmarks/paper.py --rows {row}{length}`' + (
                     f': the first {about["classes"]} classes by name; of each the first {about["images"]} training '
                     'images by name, and all validation images.' if 'classes' in about else ''),
-                section.table()]
+                section.table(of_row)]
             if section.methods:
                 draw_curves(Path(results, f'{section.name}.svg'), section)
                 text.append(f'![accuracy by epoch]({section.name}.svg)')

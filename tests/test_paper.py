@@ -301,6 +301,24 @@ def test_the_table_has_every_classifier_difference_with_its_error_and_cost(workp
     assert 'baseline: 61.33' in picture and 'DKS: 65.00' in picture and 'DS:' not in picture
 
 
+def test_the_table_has_the_baseline_over_more_epochs_and_methods_whose_branches_end_early(workplace):
+    for method, top1 in (('baseline', 60.), ('ds', 61.), ('ds_half', 62.)):
+        write(method, 0, top1)
+    write('baseline', 0, 70., epochs=10, section='small_10_epochs')
+    assert execute('--summarise') == 0
+    text = Path('results/README.md').read_text()
+    header, *rows = table_after('## Small, 4 epochs, float32', text)
+    cells = [[row[header.index(title)] for title in ('method', 'runs', 'backbone', 'against baseline', 'against DS')]
+             for row in rows]
+    assert cells[0] == ['baseline', '1', '60.00', '', '']
+    assert cells[-1] == ['baseline, 10 epochs', '1', '70.00', '+10.00', '+9.00']
+    flops = dict(zip([row[0] for row in cells], [float(row[-1][:-1]) for row in rows], strict=True))
+    assert flops['baseline, 10 epochs'] == 2.5
+    half = paper.METHODS['ds_half'][0]
+    assert flops[half] == pytest.approx((1 + flops['DS']) / 2, abs=0.01) and flops[half] > 1
+    assert '![accuracy against FLOPs](small_arithmetic.svg)' in text
+
+
 def test_train_py_logs_and_writes_what_the_runner_reads(workplace, monkeypatch):
     """One short run of the real thing."""
     monkeypatch.setattr(paper, 'ROOT', ROOT)
