@@ -33,9 +33,9 @@ class DKSTask(ClassificationTask):
         threshold: Probability from which on a class counts as predicted, for the F1 scores of `multi_label`.
 
     Raises:
-        ValueError: The weights of the loss are for another number of classifiers, `every` is below 1, `ramp` is
-            negative, `multi_label` with synergy between exclusive classes, or `averaged_teacher` with a loss whose
-            teacher is not the ensemble.
+        ValueError: The weights of the loss are for another number of classifiers, `every` is below 1, `off_epoch` or
+            `ramp` is negative, `multi_label` with synergy between exclusive classes, or `averaged_teacher` with a loss
+            whose teacher is not the ensemble.
 
     Example:
         >>> import torch, dks_timm
@@ -68,8 +68,9 @@ class DKSTask(ClassificationTask):
         loss_fn.resolve_weights(1 + len(net.branches))  # refused before training begins, not in its first step
         if every < 1:
             raise InputError(f'every is {every}; it must be at least 1.')
-        if ramp < 0:
-            raise InputError(f'ramp is {ramp}; it must be 0 or more epochs.')
+        for name, value in dict(off_epoch=off_epoch, ramp=ramp).items():
+            if value < 0:
+                raise InputError(f'{name} is {value}; it must be 0 or more.')
         if averaged_teacher and loss_fn.teacher != 'ensemble':
             raise InputError(f"averaged_teacher needs a DKSLoss with teacher 'ensemble', not {loss_fn.teacher!r}.")
         super().__init__(net, loss_fn, device=device, dtype=dtype, verbose=verbose)

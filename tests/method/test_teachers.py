@@ -155,7 +155,7 @@ def test_the_weight_of_the_synergy_grows_by_equal_steps(net, start, ramp, scales
 
 
 def test_a_negative_ramp_is_refused(net):
-    with pytest.raises(ValueError, match='ramp is -1; it must be 0 or more epochs'):
+    with pytest.raises(ValueError, match='ramp is -1; it must be 0 or more'):
         DKSTask(net, ramp=-1, verbose=False)
 
 

@@ -218,9 +218,11 @@ def test_distillation_goes_on_in_updates_without_branches(net):
     torch.testing.assert_close(out['loss'].detach(), 0.5 * out['ce'][0] + 2 * out['kd_loss'])
 
 
-def test_a_task_refuses_a_number_of_updates_below_one(net):
+def test_a_task_refuses_numbers_of_updates_and_epochs_that_are_none(net):
     with pytest.raises(ValueError, match='every is 0; it must be at least 1'):
         DKSTask(net, every=0)
+    with pytest.raises(ValueError, match='off_epoch is -1; it must be 0 or more'):
+        DKSTask(net, off_epoch=-1)
 
 
 # train.py
