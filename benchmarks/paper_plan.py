@@ -99,7 +99,7 @@ TEACHERS = ('to_backbone_t3', 'ensemble_all_t3', 'ema_all_t3', 'dks_t3')
 # What is run where nothing is chosen, and in which order: row, methods, seeds, epochs (None: the recipe's).
 PLAN = (
     ('resnet20', (*THREE, *SEARCH), (0,), None),
-    # Is the backbone too small to learn from its branches? A smaller one would gain less.
+    # If the backbone is too small to learn from its branches, a smaller one gains less.
     ('resnet8', (*THREE, *BEST), (0, 1), None),
     ('resnet20', (*THREE, *BEST), (0,), 12),
     ('resnet20', (*THREE, *BEST), (0,), 60),
